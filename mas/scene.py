@@ -1,0 +1,394 @@
+"""What a scene is: label space, scene map, merging of three segmentations, storage as PNG.
+
+In: panoptic, human-part and face-part maps, or a file a person drew. Out: one id a pixel plus a
+binary edge map. Everything else in the project asks this file what an id means.
+Paper: Make-A-Scene (arXiv 2203.13131) section 3.1; merging rules of the mini version.
+Axes: H, W pixels; C channels (157 classes + edge).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(text.split()).split(", "))
+
+
+# COCO panoptic, ascending category id: 80 things, then 53 stuff.
+PANOPTIC_CLASSES = _split(
+    """
+    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire
+    hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
+    zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports
+    ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine
+    glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot
+    dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+    mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book,
+    clock, vase, scissors, teddy bear, hair drier, toothbrush, banner, blanket, bridge, cardboard,
+    counter, curtain, door-stuff, floor-wood, flower, fruit, gravel, house, light, mirror-stuff,
+    net, pillow, platform, playingfield, railroad, river, road, roof, sand, sea, shelf, snow,
+    stairs, tent, towel, wall-brick, wall-stone, wall-tile, wall-wood, water-other, window-blind,
+    window-other, tree-merged, fence-merged, ceiling-merged, sky-other-merged, cabinet-merged,
+    table-merged, floor-other-merged, pavement-merged, mountain-merged, grass-merged, dirt-merged,
+    paper-merged, food-other-merged, building-other-merged, rock-merged, wall-other-merged,
+    rug-merged
+    """
+)
+# LIP-20 in the order of Self-Correction Human Parsing, without its background (id 0).
+HUMAN_CLASSES = _split(
+    """
+    hat, hair, glove, sunglasses, upper-clothes, dress, coat, socks, pants, jumpsuits, scarf,
+    skirt, face, left-arm, right-arm, left-leg, right-leg, left-shoe, right-shoe
+    """
+)
+FACE_CLASSES = ("eyebrows", "eyes", "nose", "outer-mouth", "inner-mouth")
+CLASS_NAMES = PANOPTIC_CLASSES + HUMAN_CLASSES + FACE_CLASSES
+CLASSES = len(CLASS_NAMES)  # 157
+EDGE_CHANNEL = CLASSES  # the binary edge map follows the classes
+CHANNELS = CLASSES + 1  # 158
+VOID = 255  # no label; never a channel
+
+PERSON = 0
+THINGS = 80  # panoptic ids below are things, the rest stuff
+HUMAN_OFFSET = len(PANOPTIC_CLASSES) - 1  # LIP id k (1-19) -> 132 + k
+FACE_OFFSET = HUMAN_OFFSET + len(HUMAN_CLASSES)  # face part k (1-5) -> 151 + k
+HUMAN_IDS = range(HUMAN_OFFSET + 1, FACE_OFFSET + 1)  # 133-151
+FACE_IDS = range(FACE_OFFSET + 1, CLASSES)  # 152-156
+
+# Category ids of COCO's annotation files at positions 0-132.
+_THING_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+_STUFF_IDS = """
+    92 93 95 100 107 109 112 118 119 122 125 128 130 133 138 141 144 145 147 148 149 151 154 155
+    156 159 161 166 168 171 175 176 177 178 180 181 184 185 186 187 188 189 190 191 192 193 194
+    195 196 197 198 199 200
+"""
+COCO_CATEGORY_IDS = tuple(i for i in range(1, 91) if i not in _THING_GAPS) + tuple(
+    int(i) for i in _STUFF_IDS.split()
+)
+
+# One colour a class. Related classes share a hue range; within it the colours were spread to
+# maximise the smallest OKLab distance (0.05 over all pairs), with everyday colours kept for the
+# everyday stuff (sky, sea, grass, sand, road).
+_PALETTE_HEX = """
+    dc282d 826eff 37009b 0000be 054bff 0f00f0 731ed2 9100ff 3c1469 005a6e 05aab4 007391 00968c
+    00cdff 8c4600 f07d19 ff9600 a58c00 ffcd6e f5d200 a5876e fab405 cdb44b ffb482 9100b4 a54bff
+    c800f0 ff55fa 6400a0 694bff 5a05fa cd9bfa 7873cd aa3ccd 5a327d 4b00c8 d7beff b47dfa 7850c8
+    00e187 0aa564 50ffa5 0aebd7 00be96 73d2a0 9bfad2 827800 afa50f b4c80a aae600 699100 9bb973
+    78aa00 fff02d cdff05 c3e678 c8877d eb876e c88737 785046 915f55 e19b5a 7d91fa 0a327d 5a699b
+    4150cd 96aaf0 19a0ff 1e3caa 14284b 4173f0 0a5a9b 0a0087 64055f d255fa 823c96 e16ed7 b964c3
+    7d0a82 a54ba0
+    8c4b73 af697d 3c375a 5a0a05 5f3200 d278aa a04137 694b00 00eb05 4b5f05 6e693c 78afa5 b45a37
+    41280f 00372d d79bbe 414b14 bec891 87915a 3c8cd2 6e6c70 9191b9 e6d7a5 1e6ebe d2a091 ebf0f5
+    af7314 46645a 6e3c5a e1beb4 bee1e6 739696 aac8c8 5faad7 1e7d6e 5fc8cd 287832 558296 1e464b
+    96cdfa 965f00 823228 b9a06e aaa5a5 9673a5 6ec350 96785a cd695a e1faaa 505073 55463e 698269
+    ff9b91
+    962855 eb5a0f be1905 ff377d f06473 ff3237 ffcde1 7d0000 ff5faa af4b64 e60a5f a00019 ff87af
+    c8508c d20582 faafcd 7d0a46 5f2837 be0555
+    ff87f0 fa00a5 cd05b4 aa008c eb23d7
+"""
+PALETTE = np.zeros((256, 3), np.uint8)  # VOID and the unused ids are black
+PALETTE[:CLASSES] = [tuple(bytes.fromhex(colour)) for colour in _PALETTE_HEX.split()]
+
+SNAP_DISTANCE = 12.0  # RGB distance above which a colour counts as "not of the palette"
+MAX_PIXELS = 64_000_000  # larger scene files are refused
+
+
+class SceneError(ValueError):
+    """A scene that cannot be what it claims to be; the message names the mend."""
+
+
+class Segments(NamedTuple):
+    """A panoptic segmentation: what each pixel is, and which instance it belongs to."""
+
+    labels: np.ndarray  # uint8 H W: 0-132 or VOID
+    instances: np.ndarray  # int32 H W: segment id, different for two things of one class; 0 = void
+
+
+@dataclass(frozen=True, eq=False)
+class SceneMap:
+    """One id a pixel plus a binary edge map."""
+
+    labels: np.ndarray  # uint8 H W: 0-156 or VOID
+    edges: np.ndarray  # bool H W
+
+    def __post_init__(self) -> None:
+        labels, edges = self.labels, self.edges
+        if labels.ndim != 2 or labels.dtype != np.uint8 or labels.size == 0:
+            raise SceneError(f"labels must be uint8 H x W, got {labels.dtype} {labels.shape}")
+        if edges.dtype != np.bool_ or edges.shape != labels.shape:
+            raise SceneError(
+                f"edges must be bool {labels.shape} like labels, got {edges.dtype} {edges.shape}"
+            )
+        counts = np.bincount(labels.ravel(), minlength=256)
+        unknown = np.flatnonzero(counts[CLASSES:VOID]) + CLASSES
+        if unknown.size:
+            raise SceneError(
+                f"unknown class ids {unknown.tolist()}: use 0-{CLASSES - 1}, or {VOID} for void"
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, in Pillow's order."""
+        return self.labels.shape[1], self.labels.shape[0]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, SceneMap)
+            and np.array_equal(self.labels, other.labels)
+            and np.array_equal(self.edges, other.edges)
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # arrays are mutable
+
+    @classmethod
+    def from_labels(cls, labels: np.ndarray, instances: np.ndarray | None = None) -> SceneMap:
+        """Computes the edges from the boundaries of `labels` (and of `instances`)."""
+        return cls(labels, find_edges(labels, instances))
+
+    def to_png(self, path: str | Path | IO[bytes]) -> None:
+        """Writes the lossless mode LA form: L = label, A = 255 on edges."""
+        bands = np.stack([self.labels, self.edges.astype(np.uint8) * 255], axis=-1)
+        Image.fromarray(bands).save(path, format="PNG", optimize=True)
+
+    @classmethod
+    def from_png(cls, path: str | Path | IO[bytes]) -> SceneMap:
+        """Reads what `to_png` wrote.
+
+        Raises:
+            SceneError: not a PNG, not mode LA, an alpha other than 0 and 255, an unknown id.
+        """
+        image = _open_png(path)
+        if image.mode != "LA":
+            raise SceneError(f"{_name(path)}: a scene PNG has mode LA, this one {image.mode}")
+        return _from_bands(np.asarray(image), path)
+
+    def to_rgb(self, *, edges: bool = False) -> Image.Image:
+        """Palette colours, void black; with `edges`, boundaries drawn white (for people only)."""
+        rgb = PALETTE[self.labels]
+        if edges:
+            rgb[self.edges] = 255
+        return Image.fromarray(rgb)
+
+    def resized(self, size: int) -> SceneMap:
+        """A square map of `size` x `size` pixels, labels by nearest neighbour.
+
+        A pixel of the result is an edge where its labels change or, when shrinking, where an edge
+        of the source falls into it.
+        """
+        width, height = self.size
+        if (width, height) == (size, size):
+            return self
+        if width != height:
+            raise SceneError(f"a scene must be square to be resized, this one is {width}x{height}")
+        index = _nearest(width, size)
+        labels = self.labels[np.ix_(index, index)]
+        edges = find_edges(labels)
+        if size < width:
+            rows, columns = np.nonzero(self.edges)
+            edges[rows * size // width, columns * size // width] = True
+        return SceneMap(labels, edges)
+
+    def histogram(self) -> dict[str, int]:
+        """Pixels per class name, void left out, in id order."""
+        counts = np.bincount(self.labels.ravel(), minlength=256)
+        return {name: int(n) for name, n in zip(CLASS_NAMES, counts[:CLASSES], strict=True) if n}
+
+    def void_fraction(self) -> float:
+        """Share of the pixels that carry no label, 0-1."""
+        return float((self.labels == VOID).mean())
+
+
+def find_edges(labels: np.ndarray, instances: np.ndarray | None = None) -> np.ndarray:
+    """Edge map, bool H W: true where the right or the lower neighbour is of another segment.
+
+    Two pixels are of one segment when label and, if given, instance agree.
+    """
+    edges = np.zeros(labels.shape, np.bool_)
+    for ids in (labels,) if instances is None else (labels, instances):
+        edges[:, :-1] |= ids[:, :-1] != ids[:, 1:]
+        edges[:-1] |= ids[:-1] != ids[1:]
+    return edges
+
+
+def merge(
+    *, panoptic: Segments, human: np.ndarray | None = None, face: np.ndarray | None = None
+) -> SceneMap:
+    """Paints human parts, then face parts over the panoptic map, by the three merging rules.
+
+    1. human *background* (LIP id 0) never is painted; 2. every pixel ends with exactly one label;
+    3. without a *person* segment the human and the face map are dropped. Human and face labels
+    stay within person or void pixels.
+
+    Args:
+        panoptic: the base.
+        human: uint8 H W, LIP ids 0-19.
+        face: uint8 H W, 0 = no face part, 1-5 = FACE_CLASSES.
+    """
+    labels = panoptic.labels.copy()
+    person = labels == PERSON
+    if person.any():
+        paintable = person | (labels == VOID)
+        for parts, offset, count in (
+            (human, HUMAN_OFFSET, len(HUMAN_CLASSES)),
+            (face, FACE_OFFSET, len(FACE_CLASSES)),
+        ):
+            if parts is None:
+                continue
+            if parts.shape != labels.shape or parts.max() > count:
+                raise SceneError(
+                    f"part map must be {labels.shape} with ids 0-{count}, "
+                    f"got {parts.shape} with ids up to {parts.max()}"
+                )
+            painted = paintable & (parts > 0)
+            labels[painted] = parts[painted] + offset
+    return SceneMap.from_labels(labels, panoptic.instances)
+
+
+def from_coco(ids_rgb: np.ndarray, segments_info: Sequence[Mapping[str, Any]]) -> Segments:
+    """Decodes COCO's panoptic format.
+
+    Args:
+        ids_rgb: uint8 H W 3; segment id = R + 256 G + 65536 B, 0 = void.
+        segments_info: dicts with `id` and COCO's `category_id`.
+
+    Raises:
+        SceneError: a segment without an entry, or a category that is not one of the 133.
+    """
+    instances = ids_rgb.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+    present, inverse = np.unique(instances, return_inverse=True)
+    known = {0: VOID}
+    for segment in segments_info:
+        category = segment["category_id"]
+        if category not in COCO_CATEGORY_IDS:
+            raise SceneError(f"category_id {category} is not one of COCO's 133 panoptic categories")
+        known[segment["id"]] = COCO_CATEGORY_IDS.index(category)
+    missing = [int(i) for i in present if int(i) not in known]
+    if missing:
+        raise SceneError(f"segment ids {missing[:5]} stand in the PNG but not in segments_info")
+    labels = np.array([known[int(i)] for i in present], np.uint8)[inverse]
+    return Segments(labels.reshape(instances.shape), instances)
+
+
+def read_scene(path: str | Path, *, segments: str | Path | None = None) -> SceneMap:
+    """Reads a scene in any form a person may hand in.
+
+    Mode LA as `to_png` writes it; a grey PNG of ids; a palette PNG or an RGB(A) image in palette
+    colours (snapped to the nearest, transparent = void); a COCO panoptic PNG, recognised by
+    `segments` or by a JSON with `segments_info` beside it (same stem, or KEY.segments.json for
+    KEY.panoptic.png). Edges are computed where the form does not carry them.
+
+    Raises:
+        SceneError: with the file's name and the mend.
+    """
+    path = Path(path)
+    image = _open_png(path)
+    segments_file = _find_segments(path) if segments is None else Path(segments)
+    if segments_file is not None:
+        info = _read_segments(segments_file, path.name)
+        return merge(panoptic=from_coco(np.asarray(image.convert("RGB")), info))
+    if image.mode == "LA":
+        bands = np.asarray(image)
+        if not (bands[..., 1] == 255).all():
+            return _from_bands(bands, path)
+        image = image.convert("L")  # an opaque grey PNG of ids that a paint program saved
+    if image.mode == "L":
+        try:
+            return SceneMap.from_labels(np.array(image))
+        except SceneError as error:
+            raise SceneError(f"{path}: {error}") from None
+    if image.mode in ("P", "RGB", "RGBA"):
+        return SceneMap.from_labels(_snap(np.asarray(image.convert("RGBA")), path))
+    raise SceneError(
+        f"{path}: mode {image.mode} is no scene; use LA (label, edge), L (ids), or P, RGB or RGBA "
+        "in palette colours"
+    )
+
+
+def _snap(rgba: np.ndarray, path: Path) -> np.ndarray:
+    """Ids of the nearest palette colours (void's black included), uint8 H W."""
+    opaque = rgba[..., 3] >= 128
+    colours, inverse = np.unique(rgba[..., :3].reshape(-1, 3), axis=0, return_inverse=True)
+    inverse = inverse.reshape(opaque.shape)
+    ids = np.append(np.arange(CLASSES), VOID).astype(np.uint8)
+    nearest = np.empty(len(colours), np.uint8)
+    distances = np.empty(len(colours))
+    for start in range(0, len(colours), 4096):
+        chunk = colours[start : start + 4096].astype(np.float64)
+        squared = ((chunk[:, None] - PALETTE[ids].astype(np.float64)) ** 2).sum(-1)
+        nearest[start : start + 4096] = ids[squared.argmin(1)]
+        distances[start : start + 4096] = np.sqrt(squared.min(1))
+    far = opaque & (distances > SNAP_DISTANCE)[inverse]
+    if far.any():
+        logger.warning(
+            "%s: %.1f %% of the pixels are not in palette colours and were snapped to the nearest",
+            path,
+            100 * far.mean(),
+        )
+    return np.where(opaque, nearest[inverse], VOID).astype(np.uint8)
+
+
+def _open_png(path: str | Path | IO[bytes]) -> Image.Image:
+    try:
+        image = Image.open(path, formats=["PNG"])
+        if image.width * image.height > MAX_PIXELS:
+            raise SceneError(f"{_name(path)}: {image.width}x{image.height} is too large")
+        image.load()
+    except FileNotFoundError:
+        raise SceneError(f"{_name(path)}: no such file") from None
+    except SceneError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SceneError(f"{_name(path)}: not a readable PNG ({error})") from error
+    return image
+
+
+def _from_bands(bands: np.ndarray, path: str | Path | IO[bytes]) -> SceneMap:
+    alpha = bands[..., 1]
+    if not np.isin(alpha, (0, 255)).all():
+        raise SceneError(f"{_name(path)}: alpha marks edges and must be 0 or 255 everywhere")
+    try:
+        return SceneMap(bands[..., 0].copy(), alpha == 255)
+    except SceneError as error:
+        raise SceneError(f"{_name(path)}: {error}") from None
+
+
+def _find_segments(path: Path) -> Path | None:
+    shard_form = path.with_name(path.name.removesuffix(".panoptic.png") + ".segments.json")
+    for candidate in (path.with_suffix(".json"), shard_form):
+        if candidate.is_file() and "segments_info" in candidate.read_text("utf-8", "replace"):
+            return candidate
+    return None
+
+
+def _read_segments(path: Path, file_name: str) -> list[dict[str, Any]]:
+    """`segments_info` of one annotation, or of `file_name` in a whole COCO panoptic JSON."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise SceneError(f"{path}: not a readable JSON ({error})") from error
+    if "segments_info" in content:
+        return content["segments_info"]
+    for annotation in content.get("annotations", []):
+        if annotation.get("file_name") == file_name:
+            return annotation["segments_info"]
+    raise SceneError(f"{path}: no annotation with file_name {file_name!r}")
+
+
+def _nearest(source: int, target: int) -> np.ndarray:
+    """Source index under the centre of each target pixel."""
+    return (np.arange(target) * 2 + 1) * source // (2 * target)
+
+
+def _name(path: str | Path | IO[bytes]) -> str:
+    return str(path) if isinstance(path, (str, Path)) else "scene PNG"
