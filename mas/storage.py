@@ -1,0 +1,164 @@
+"""Weights travel with their config: a network's folder is config.json + model.safetensors.
+
+In: a network with a `.config` dataclass, or such a folder. Out: the folder, or the network in
+evaluation mode. Files are written under a temporary name and renamed, so a folder never holds half
+a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class StorageError(ValueError):
+    """A folder that does not hold what it should; the message names the file and the mend."""
+
+
+def save_network(network: nn.Module, folder: str | Path) -> None:
+    """Writes `network.config` and the state dict (contiguous, on the CPU) into `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config: Any = network.config
+    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    with _replacing(folder / WEIGHTS_FILE) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
+
+
+def load_network(
+    network_class: type[Network], config_class: type[Any], folder: str | Path
+) -> Network:
+    """Builds `network_class(config_class(**config.json))` and loads its weights, float32, eval.
+
+    Raises:
+        StorageError: a missing file; an unknown, missing or illegal config key; a missing,
+            unexpected or misshaped tensor; each by name.
+    """
+    folder = Path(folder)
+    weights_file = folder / WEIGHTS_FILE
+    config = parse_config(config_class, read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
+    if not weights_file.is_file():
+        raise StorageError(f"{weights_file}: no such file; {folder} is no complete model folder")
+    try:
+        tensors = load_file(weights_file)
+    except (SafetensorError, OSError) as error:
+        raise StorageError(f"{weights_file}: not a readable safetensors file ({error})") from error
+    with torch.device("meta"):
+        network = network_class(config)
+    check_tensors(network.state_dict(), tensors, weights_file)
+    floats = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    network.load_state_dict(floats, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def parse_config(config_class: type[Any], values: Any, source: str | Path) -> Any:
+    """`config_class(**values)`, refusing unknown and missing keys by name.
+
+    JSON lists become tuples, so that frozen configs stay hashable.
+    """
+    if not isinstance(values, dict):
+        raise StorageError(f"{source}: expected a JSON object, got {type(values).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    unknown = sorted(values.keys() - fields.keys())
+    if unknown:
+        raise StorageError(f"{source}: unknown config keys {unknown}; known are {sorted(fields)}")
+    required = {
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(required - values.keys())
+    if missing:
+        raise StorageError(f"{source}: missing config keys {missing}")
+    try:
+        return config_class(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        )
+    except (TypeError, ValueError) as error:
+        raise StorageError(f"{source}: {error}") from error
+
+
+def check_tensors(
+    expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], source: str | Path
+) -> None:
+    """Raises StorageError when names or shapes differ, naming up to five of each."""
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    misshaped = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+        for kind, names in (
+            ("missing tensors", missing),
+            ("unexpected tensors", unexpected),
+            ("tensors of the wrong shape", misshaped),
+        )
+        if names
+    ]
+    if problems:
+        raise StorageError(f"{source}: {'; '.join(problems)}")
+
+
+def file_hash(path: str | Path) -> str:
+    """Sha256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: str | Path) -> Any:
+    """Content of a JSON file; StorageError when it is missing or no JSON."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise StorageError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path}: not a readable JSON file ({error})") from error
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes readable JSON atomically."""
+    with _replacing(Path(path)) as temporary:
+        Path(temporary).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+class _replacing:
+    """Hands out a temporary path beside `path`; renames it on success, removes it on failure."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> str:
+        handle, self.temporary = tempfile.mkstemp(
+            dir=self.path.parent, prefix=f".{self.path.name}."
+        )
+        os.close(handle)
+        return self.temporary
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            os.unlink(self.temporary)
+            return
+        os.chmod(self.temporary, 0o644)
+        with open(self.temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(self.temporary, self.path)
