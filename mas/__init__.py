@@ -1,0 +1,22 @@
+"""mini Make-A-Scene: a caption becomes a scene, the scene becomes a picture."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mas.model import MakeAScene as MakeAScene
+    from mas.scene import SceneMap as SceneMap
+
+__version__ = "0.1.0"
+__all__ = ["MakeAScene", "SceneMap"]
+
+_HOMES = {"MakeAScene": "mas.model", "SceneMap": "mas.scene"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports torch only when a model is asked for, so that `mas --help` stays quick."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'mas' has no attribute {name!r}")

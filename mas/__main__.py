@@ -1,0 +1,185 @@
+"""The `mas` command: one table, from a command's name to the function that does it.
+
+Functions are imported only when their command runs, so `mas --help` is quick and a machine that
+only samples needs neither Ray nor Lightning. Arguments come from the function's signature and
+docstring (jsonargparse): typed, `--config FILE.yaml`, `--print_config`, unknown keys refused.
+Exit status: 0 done, 1 failed, 2 usage. MAS_DEBUG=1 shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mas
+
+
+class Command(NamedTuple):
+    """Where a command's function lives and which extra brings what it imports."""
+
+    function: str  # module:function
+    summary: str
+    extra: str = ""  # extra of setup.py, empty for the plain install
+
+
+COMMANDS = {
+    "park": Command("preprocess.park:park", "write the park world as annotated image-text shards"),
+    "preprocess": Command(
+        "preprocess.run:preprocess", "photos and captions → photos with scene maps", "preprocess"
+    ),
+    "preprocess-status": Command(
+        "preprocess.status:preprocess_status", "how far a preprocessing run is", "preprocess"
+    ),
+    "inspect": Command(
+        "preprocess.inspect:inspect", "contact sheet and class histogram of shards", "preprocess"
+    ),
+    "fetch-weights": Command(
+        "preprocess.weights:fetch_weights", "download what the configs name, checked", "preprocess"
+    ),
+    "fit-bpe": Command("train.bpe:fit_bpe", "fit the text tokenizer on captions"),
+    "train": Command("train.cli:train", "train vqseg, vqgan or gpt with Lightning", "train"),
+    "tokenize": Command("preprocess.tokens:tokenize", "scene shards → token shards", "preprocess"),
+    "import-vqgan": Command(
+        "mas.pretrained:import_vqgan", "convert a published VQ-GAN checkpoint to a vqgan folder"
+    ),
+    "assemble": Command("train.assemble:assemble", "tokenizers + GPT → one model folder"),
+    "sample": Command("mas.sample:sample", "caption (+ scene) → pictures"),
+    "doctor": Command("mas.doctor:doctor", "what is installed, what is missing"),
+}
+OWN_PARSER = {"train"}  # LightningCLI parses these itself
+FLAGS = {"json": "as_json"}  # option -> parameter, where Python's name for it is taken
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit status."""
+    logging.basicConfig(level=logging.INFO, format="mas: %(levelname)s: %(message)s")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"mini-make-a-scene {mas.__version__}")
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        print(f"mas: error: no command {name!r}; see mas --help", file=sys.stderr)
+        return 2
+    try:
+        status = run(name, rest)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("mas: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone
+        return 1
+    except (ValueError, OSError) as error:
+        if os.environ.get("MAS_DEBUG"):
+            raise
+        print(f"mas: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """Parses `arguments` for the command and calls its function."""
+    function = load(name)
+    if name in OWN_PARSER:
+        return function(arguments) or 0
+    parser = build_parser(name, function)
+    values = parser.instantiate(parser.parse_args(arguments))
+    given = {FLAGS.get(k, k): v for k, v in values.as_dict().items() if k != "config"}
+    parameters = inspect.signature(function).parameters
+    positional = [given.pop(key) for key, p in parameters.items() if _is_positional(p)]
+    return function(*positional, **given) or 0
+
+
+def load(name: str) -> Callable[..., int | None]:
+    """The function behind a command; a missing package is answered with the extra to install."""
+    command = COMMANDS[name]
+    module, _, attribute = command.function.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        own = (error.name or "").split(".")[0] in ("mas", "preprocess", "train")
+        if own or not command.extra:
+            raise
+        raise OSError(
+            f"mas {name} needs the package {error.name!r}: "
+            f"pip install 'mini-make-a-scene[{command.extra}]'"
+        ) from error
+
+
+def build_parser(name: str, function: Callable[..., Any]) -> Any:
+    """A jsonargparse parser for `function`: positionals first, everything else as options."""
+    import docstring_parser
+    import jsonargparse
+
+    documentation = docstring_parser.parse(inspect.getdoc(function) or "")
+    parser = jsonargparse.ArgumentParser(
+        prog=f"mas {name}",
+        description=documentation.short_description,
+        default_env=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with values for the options")
+    helps = {p.arg_name: p.description for p in documentation.params}
+    special: set[str | int] = set()
+    for key, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if _is_positional(parameter):
+            optional = parameter.default is not inspect.Parameter.empty
+            extra = {"nargs": "?", "default": parameter.default} if optional else {}
+            parser.add_argument(key, type=parameter.annotation, help=helps.get(key), **extra)
+        elif parameter.annotation is bool and parameter.default is False:
+            option = next((o for o, name in FLAGS.items() if name == key), key)
+            parser.add_argument(f"--{option}", action="store_true", help=helps.get(key))
+        else:
+            continue
+        special.add(key)
+    parser.add_function_arguments(
+        function, as_group=False, as_positional=False, skip=special, fail_untyped=True
+    )
+    _add_dashed_options(parser)
+    return parser
+
+
+def _add_dashed_options(parser: Any) -> None:
+    """Lets every `--two_words` be written `--two-words` too, as shells are used to."""
+    for action in parser._actions:
+        for option in list(action.option_strings):
+            dashed = option.replace("_", "-")
+            if option.startswith("--") and dashed not in parser._option_string_actions:
+                action.option_strings.insert(0, dashed)
+                parser._option_string_actions[dashed] = action
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: mas COMMAND [options]      (mas COMMAND --help explains each)",
+            "",
+            *lines,
+            "",
+            "exit status: 0 done, 1 failed, 2 usage; MAS_DEBUG=1 shows tracebacks",
+        ]
+    )
+
+
+def _is_positional(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

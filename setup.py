@@ -1,0 +1,44 @@
+"""Packages mas (library), preprocess (Ray), train (Lightning); extras bring what each needs."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mas/__init__.py").read_text()).group(1)
+
+EXTRAS = {
+    "preprocess": ["ray[data]>=2.50", "transformers>=4.57", "face-alignment>=1.5"],
+    "train": ["pytorch-lightning>=2.6.6", "torchdata>=0.11", "tensorboard>=2.18"],
+    "eval": ["torchmetrics>=1.6", "scipy>=1.13", "transformers>=4.57"],
+    "studio": ["gradio>=6"],
+    "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],
+}
+
+setup(
+    name="mini-make-a-scene",
+    version=VERSION,
+    description="Scene-based text-to-image generation: caption, then scene, then picture",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["mas", "preprocess", "train"],
+    package_data={"mas": ["py.typed", "models/*/*", "models/*/*/*"]},
+    install_requires=[
+        "torch>=2.6",
+        "numpy>=1.26",
+        "einops>=0.8",
+        "tokenizers>=0.20",
+        "pillow>=11",
+        "safetensors>=0.4",
+        "huggingface_hub>=0.26",
+        "jsonargparse[signatures]>=4.49",
+        "fsspec>=2024.6",
+        "braceexpand>=0.1.7",
+        "tqdm>=4.66",
+    ],
+    extras_require={**EXTRAS, "all": sorted({p for extra in EXTRAS.values() for p in extra})},
+    entry_points={"console_scripts": ["mas = mas.__main__:main"]},
+)

@@ -1,0 +1,104 @@
+"""Weights travel with their config, and whatever does not fit is named."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mas.storage import StorageError, file_hash, load_network, save_network
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LineConfig:
+    inputs: int  # features in
+    widths: tuple[int, ...] = (3, 2)  # features out of each layer
+
+    def __post_init__(self):
+        if self.inputs < 1:
+            raise ValueError(f"inputs must be positive, got {self.inputs}")
+
+
+class Line(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        sizes = (config.inputs, *config.widths)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    network = Line(LineConfig(inputs=4))
+    save_network(network, tmp_path / "line")
+    return tmp_path / "line", network
+
+
+def test_a_network_comes_back_with_its_config_and_weights(folder):
+    path, network = folder
+    loaded = load_network(Line, LineConfig, path)
+    assert loaded.config == network.config and not loaded.training
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_half_precision_files_load_as_float32(folder):
+    path, network = folder
+    weights = path / "model.safetensors"
+    save_file({k: v.half() for k, v in load_file(weights).items()}, weights)
+    loaded = load_network(Line, LineConfig, path)
+    assert loaded.layers[0].weight.dtype == torch.float32
+    assert torch.allclose(loaded.layers[0].weight, network.layers[0].weight, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 3}, r"unknown config keys \['depth'\]"),
+        ({"inputs": None}, "inputs"),
+        ({"inputs": 5}, r"layers\.0\.weight \(3, 4\) instead of \(3, 5\)"),
+        ({"inputs": 0}, "inputs must be positive"),
+        ({"widths": [3, 2, 1]}, r"missing tensors: layers\.2\.weight"),
+        ({"widths": [3]}, r"2 unexpected tensors: layers\.1\."),
+    ],
+)
+def test_configs_that_do_not_fit_are_named(folder, change, message):
+    path, _ = folder
+    config = json.loads((path / "config.json").read_text()) | change
+    (path / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if v is not None})
+    )
+    with pytest.raises(StorageError, match=message):
+        load_network(Line, LineConfig, path)
+
+
+def test_missing_and_broken_files_are_named(folder, tmp_path):
+    path, _ = folder
+    with pytest.raises(StorageError, match=r"config\.json: no such file"):
+        load_network(Line, LineConfig, tmp_path)
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(StorageError, match=r"model\.safetensors: not a readable"):
+        load_network(Line, LineConfig, path)
+    weights.unlink()
+    with pytest.raises(StorageError, match=r"model\.safetensors: no such file"):
+        load_network(Line, LineConfig, path)
+
+
+def test_a_failed_save_leaves_the_old_files(folder, monkeypatch):
+    path, network = folder
+    before = file_hash(path / "model.safetensors")
+
+    def fail(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("mas.storage.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_network(network, path)
+    assert file_hash(path / "model.safetensors") == before
+    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]

@@ -1,0 +1,134 @@
+"""The `mas` command: its table, its exit statuses, its one-line errors."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import mas.__main__ as cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    short_side: int = 512  # pixels
+
+
+def paint(
+    caption: str | None = None,
+    *,
+    output: Path,
+    vocab_size: int = 5,
+    crop: Crop = Crop(),
+    as_json: bool = False,
+) -> int | None:
+    """Paints a caption.
+
+    Args:
+        caption: what to paint.
+        output: folder for the pictures.
+        vocab_size: number of words.
+        crop: how to crop.
+        as_json: print JSON.
+    """
+    if caption == "nothing":
+        raise ValueError("there is nothing\nto paint; say something")
+    if caption == "disk":
+        open(output / "missing" / "file")
+    print(json.dumps([caption, str(output), vocab_size, crop.short_side, as_json]))
+    return 3 if caption == "three" else None
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "load", lambda name: paint)
+
+    def run(*arguments):
+        try:
+            status = cli.main(["sample", *arguments])
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def test_options_may_be_written_with_dashes_or_underscores(run):
+    expected = ["a dog", "out", 7, 64, True]
+    for option in ("vocab-size", "vocab_size"):
+        status, out, _ = run(
+            "a dog", "--output", "out", f"--{option}", "7", "--json", "--crop.short-side=64"
+        )
+        assert status == 0 and json.loads(out) == expected
+
+
+def test_values_come_from_a_config_file_and_unknown_keys_are_refused(run, tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("output: there\nvocab_size: 9\ncrop:\n  short_side: 32\njson: true\n")
+    assert json.loads(run("--config", str(config))[1]) == [None, "there", 9, 32, True]
+    config.write_text("output: there\nvocabulary: 9\n")
+    status, _, err = run("--config", str(config))
+    assert status == 2 and "vocabulary" in err
+
+
+def test_print_config_can_be_read_back(run, tmp_path):
+    status, out, _ = run("--output", "there", "--print_config")
+    assert status == 0
+    (tmp_path / "a.yaml").write_text(out)
+    assert json.loads(run("--config", str(tmp_path / "a.yaml"))[1])[1] == "there"
+
+
+@pytest.mark.parametrize("wrong", [["--output"], ["--size", "3"], ["--vocab-size", "many"], []])
+def test_wrong_usage_exits_with_2(run, wrong):
+    assert run(*wrong)[0] == 2
+
+
+def test_user_errors_are_one_line_and_exit_with_1(run, tmp_path):
+    status, out, err = run("nothing", "--output", "out")
+    assert (status, out) == (1, "")
+    assert err == "mas: error: there is nothing to paint; say something\n"
+    status, _, err = run("disk", "--output", str(tmp_path))
+    assert status == 1 and err.count("\n") == 1 and "missing" in err
+
+
+def test_a_function_may_choose_its_exit_status(run):
+    assert run("three", "--output", "out")[0] == 3
+
+
+def test_help_explains_every_option(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    for words in ("Paints a caption", "what to paint", "folder for the pictures", "--vocab-size"):
+        assert words in out
+
+
+def test_the_overview_lists_every_command_and_all_of_them_exist(capsys):
+    assert cli.main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert f"  {name} " in overview
+        assert callable(cli.load(name))
+
+
+def test_unknown_commands_and_no_command_exit_with_2(capsys):
+    assert cli.main(["paint"]) == 2
+    assert "no command 'paint'" in capsys.readouterr().err
+    assert cli.main([]) == 2
+
+
+def test_a_missing_package_names_the_extra(monkeypatch, capsys):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'ray'", name="ray")
+
+    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    assert cli.main(["preprocess"]) == 1
+    assert "mini-make-a-scene[preprocess]" in capsys.readouterr().err
+
+
+def test_doctor_reports_the_installation(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["extras"][""]["torch"] and "ray" in report["extras"]["preprocess"]
+    assert cli.main(["doctor"]) == 0
+    assert "plain install: complete" in capsys.readouterr().out
