@@ -1,0 +1,127 @@
+"""Files of shards, local or remote: finding them, reading them, writing them whole or not at all.
+
+Split off mas/shards.py, which is what everybody else imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from typing import IO
+
+import braceexpand
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+
+class ShardError(ValueError):
+    """A shard or folder that cannot be used as a whole; the message names it and the mend."""
+
+
+def local_path(path: str) -> str | None:
+    """The path in the local file system, None for a URL that lies elsewhere."""
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    return inner if isinstance(filesystem, LocalFileSystem) else None
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Writes all of `content` or nothing: temporary name, fsync, rename."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def remove_temporary(path: str) -> None:
+    """Removes what writers of `path` that were killed left behind. No writer may be at work."""
+    local = local_path(path)
+    if local is not None:
+        folder, name = os.path.split(local)
+        for leftover in glob.glob(f".{glob.escape(name)}.*.tmp", root_dir=folder or "."):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, leftover))
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[IO[bytes]]:
+    """A file to write to that becomes `path` on a clean exit and vanishes on any other."""
+    local = local_path(path)
+    if local is None:  # object stores show a file only once it is closed; fill a local one first
+        with tempfile.TemporaryFile() as spool:
+            yield spool
+            spool.seek(0)
+            with fsspec.open(path, "wb") as target:
+                shutil.copyfileobj(spool, target, 2**20)
+        return
+    folder, name = os.path.split(local)
+    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, local)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+    descriptor = os.open(folder or ".", os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the rename itself survives a power cut
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def seekable(path: str) -> Iterator[IO[bytes]]:
+    """The file opened for reading at any place; a remote one is copied to a nameless local file."""
+    local = local_path(path)
+    if local is not None:
+        with open(local, "rb") as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as spool:
+        with fsspec.open(path, "rb") as source:
+            shutil.copyfileobj(source, spool, 2**20)
+        spool.seek(0)
+        yield spool
+
+
+def expand_shards(pattern: str) -> list[str]:
+    """The shards a person means, sorted.
+
+    Args:
+        pattern: 'DIR/{00000..00099}.tar', a folder (its *.tar), a glob, or one tar; local or URL.
+
+    Raises:
+        ShardError: nothing is there, or some shards of a brace pattern are missing.
+    """
+    filesystem, inner = fsspec.core.url_to_fs(pattern)
+
+    def full(path: str) -> str:
+        return (
+            path if isinstance(filesystem, LocalFileSystem) else filesystem.unstrip_protocol(path)
+        )
+
+    if filesystem.isfile(inner):
+        return [full(inner)]
+    if filesystem.isdir(inner):
+        found = sorted(p for p in filesystem.ls(inner, detail=False) if p.endswith(".tar"))
+        if not found:
+            raise ShardError(f"{pattern}: the folder holds no .tar shards")
+    elif "{" in inner:
+        found = sorted(set(braceexpand.braceexpand(inner)))
+        missing = [path for path in found if not filesystem.isfile(path)]
+        if missing:
+            raise ShardError(
+                f"{pattern}: {len(missing)} of {len(found)} shards do not exist, the first is "
+                f"{missing[0]}; name a folder or a glob to take what is there"
+            )
+    else:
+        found = sorted(filesystem.glob(inner)) if any(c in inner for c in "*?[") else []
+        if not found:
+            raise ShardError(f"{pattern}: no such shard or folder")
+    return [full(str(path)) for path in found]

@@ -1,0 +1,275 @@
+"""How samples lie on disk: tar shards of photos and scenes, and the arrays of their tokens.
+
+In and out: `00000.tar` in the layout of img2dataset and webdataset: the members of one sample share
+the name up to the first dot. Paths are local paths or fsspec URLs. Members are read in place, never
+extracted; nothing is unpickled. File handling and the token arrays are in the two modules imported.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+
+from mas.shard_files import (
+    ShardError,
+    expand_shards,
+    local_path,
+    remove_temporary,
+    replacing,
+    seekable,
+    write_file,
+)
+from mas.token_shards import TOKEN_FORMAT, TokenShards, write_token_shard
+
+__all__ = [
+    "TOKEN_FORMAT",
+    "OnReject",
+    "Sample",
+    "ShardError",
+    "ShardIndex",
+    "ShardWriter",
+    "TokenShards",
+    "expand_shards",
+    "local_path",
+    "read_captions",
+    "read_shard",
+    "remove_temporary",
+    "write_file",
+    "write_token_shard",
+]
+
+logger = logging.getLogger(__name__)
+
+MAX_MEMBER_BYTES = 256 * 2**20  # no photo or annotation is larger; protects the memory
+_BLOCK = 512  # tar works in blocks of this many bytes
+
+OnReject = Callable[[str, str, str], None]  # key, reason, detail
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with everything that belongs to it."""
+
+    key: str
+    files: dict[str, bytes]  # what follows the first dot of the name, lower case -> content
+
+
+@dataclass
+class _Entry:
+    """Where the files of one sample lie in the tar."""
+
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)  # extension -> offset, bytes
+    repeated: list[str] = field(default_factory=list)  # extensions that came again
+
+
+def read_shard(path: str, *, on_reject: OnReject | None = None) -> Iterator[Sample]:
+    """Streams the samples of a tar in the order of their first members.
+
+    The members of one sample need not lie next to each other. Directories are passed over.
+
+    Args:
+        path: local path or URL of an uncompressed tar.
+        on_reject: told (key, reason, detail) of each member that cannot be used: `unsafe_name`,
+            `not_a_file`, `member_too_large`, and `duplicate_key` (the first one is kept).
+            Without it they are logged.
+
+    Raises:
+        ShardError: not a tar, compressed, truncated or broken inside; raised before any sample.
+    """
+    with seekable(path) as file:
+        for key, entry in _scan(file, path, on_reject or _log_reject(path)).items():
+            files = {}
+            for extension, (offset, size) in entry.spans.items():
+                file.seek(offset)
+                files[extension] = file.read(size)
+            yield Sample(key, files)
+
+
+def read_captions(sample: Sample) -> list[str]:
+    """The captions of a sample: `captions` of KEY.json when it has any, else KEY.txt; stripped.
+
+    Blank captions are left out, so the list may be empty.
+
+    Raises:
+        ShardError: the JSON is no object, `captions` is no list of strings, or not UTF-8.
+    """
+    try:
+        if "json" in sample.files:
+            content = json.loads(sample.files["json"])
+            if not isinstance(content, dict):
+                raise ShardError(f"{sample.key}.json: not a JSON object")
+            captions = content.get("captions") or []
+            if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+                raise ShardError(f"{sample.key}.json: `captions` is not a list of strings")
+            if captions:
+                return [caption.strip() for caption in captions if caption.strip()]
+        caption = sample.files.get("txt", b"").decode("utf-8").strip()
+    except (RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ShardError(f"{sample.key}: caption or JSON cannot be read ({error})") from error
+    return [caption] if caption else []
+
+
+def _scan(file: IO[bytes], path: str, on_reject: OnReject) -> dict[str, _Entry]:
+    """Reads all headers of the tar at `file` and groups its members by key."""
+    entries: dict[str, _Entry] = {}
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if file.read(2) == b"\x1f\x8b":
+        raise ShardError(f"{path}: the tar is compressed; run gunzip on it")
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while member := tar.next():
+                _add_member(entries, member, on_reject)
+                tar.members.clear()  # type: ignore[attr-defined]  # keeps long tars out of memory
+            end = tar.offset
+    except (tarfile.TarError, OSError, ValueError) as error:
+        cut = "unexpected end" in str(error) or "truncated" in str(error)
+        problem = "truncated" if cut else "not a readable tar"
+        raise ShardError(f"{path}: {problem} ({error}); download or write it again") from error
+    file.seek(end)
+    marker = file.read(_BLOCK)
+    if len(marker) < _BLOCK:  # tarfile takes a cut between two members for the end
+        raise ShardError(f"{path}: truncated at byte {size}; download or write it again")
+    if any(marker):  # tarfile takes a broken header for the end
+        raise ShardError(f"{path}: broken tar header at byte {end}; download or write it again")
+    for key, entry in entries.items():
+        if entry.repeated:
+            names = ", ".join(entry.repeated)
+            on_reject(key, "duplicate_key", f"{names} came again; the first was kept")
+    return entries
+
+
+def _add_member(entries: dict[str, _Entry], member: tarfile.TarInfo, on_reject: OnReject) -> None:
+    if member.isdir():
+        return
+    name = PurePosixPath(member.name)
+    stem, _, extension = name.name.partition(".")
+    printable = member.name.encode("utf-8", "backslashreplace").decode("utf-8")
+    if (
+        not stem
+        or name.is_absolute()
+        or ".." in name.parts
+        or "\\" in member.name
+        or printable != member.name
+        or not member.name.isprintable()
+    ):
+        on_reject(printable, "unsafe_name", "member names must be relative, plain UTF-8 text")
+        return
+    key = str(name.with_name(stem))
+    if not member.isreg() or member.issparse():
+        on_reject(key, "not_a_file", f"{printable} is a link, a device or sparse")
+        return
+    if member.size > MAX_MEMBER_BYTES:
+        on_reject(key, "member_too_large", f"{printable} has {member.size} bytes")
+        return
+    entry = entries.setdefault(key, _Entry())
+    if extension.lower() in entry.spans:
+        entry.repeated.append(extension.lower())
+    else:
+        entry.spans[extension.lower()] = (member.offset_data, member.size)
+
+
+def _log_reject(path: str) -> OnReject:
+    def log(key: str, reason: str, detail: str) -> None:
+        logger.warning("%s: %s: %s (%s)", path, key, reason, detail)
+
+    return log
+
+
+class ShardIndex:
+    """Random access to the samples of local shards; small enough to pickle to loader workers."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        extensions: Sequence[str] = ("jpg", "scene.png", "txt"),
+    ) -> None:
+        """Reads the headers of all shards.
+
+        Raises:
+            ShardError: a remote or broken shard, or a sample without one of the `extensions`.
+        """
+        self.paths: list[str] = []
+        self.extensions = tuple(extensions)
+        self.keys: list[str] = []
+        spans: list[list[tuple[int, int]]] = []
+        shard_ids: list[int] = []
+        for path in paths:
+            local = local_path(path)
+            if local is None:
+                raise ShardError(f"{path}: random access needs local files; copy the shards first")
+            with open(local, "rb") as file:
+                entries = _scan(file, path, _log_reject(path))
+            for key, entry in entries.items():
+                missing = [e for e in self.extensions if e not in entry.spans]
+                if missing:
+                    raise ShardError(f"{path}: sample {key} has no {missing[0]}")
+                self.keys.append(key)
+                spans.append([entry.spans[e] for e in self.extensions])
+                shard_ids.append(len(self.paths))
+            self.paths.append(local)
+        self._spans = np.array(spans, np.int64).reshape(-1, len(self.extensions), 2)
+        self._shards = np.array(shard_ids, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, index: int) -> Sample:
+        """Sample `index`, in the order of the shards and of the samples in them."""
+        files = {}
+        path = self.paths[self._shards[index]]
+        with open(path, "rb", buffering=0) as file:
+            for extension, (offset, size) in zip(self.extensions, self._spans[index], strict=True):
+                files[extension] = os.pread(file.fileno(), int(size), int(offset))
+                if len(files[extension]) != size:
+                    raise ShardError(f"{path}: became shorter while it was in use")
+        return Sample(self.keys[index], files)
+
+
+class ShardWriter:
+    """Writes one tar whose bytes depend on nothing but its samples.
+
+    Used as a context manager: the tar appears under its name on a clean exit, and not at all on
+    any other. Members keep the order of `Sample.files`; times and owners are zero.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.count = 0
+
+    def __enter__(self) -> ShardWriter:
+        self._replacing = replacing(self.path)
+        self._tar = tarfile.open(
+            fileobj=self._replacing.__enter__(), mode="w", format=tarfile.PAX_FORMAT
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._tar.close()
+        self._replacing.__exit__(kind, error, trace)
+
+    def write(self, sample: Sample) -> None:
+        for extension, content in sample.files.items():
+            member = tarfile.TarInfo(f"{sample.key}.{extension}")
+            member.size = len(content)
+            member.mode = 0o644
+            self._tar.addfile(member, io.BytesIO(content))
+        self.count += 1

@@ -1,0 +1,135 @@
+"""Token shards: the arrays that `mas tokenize` writes and the GPT trains on.
+
+In and out: `00000.scene.npy`, `.image.npy`, `.text.npy`, `.row.npy` and `manifest.json`.
+Split off mas/shards.py, which is what everybody else imports.
+Axes: N pictures, M captions (M >= N), C captions of one picture; T text, S scene, I image tokens.
+"""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mas.shard_files import ShardError, write_file
+
+TOKEN_FORMAT = 1  # version of manifest.json and the arrays it lists
+
+
+def write_token_shard(
+    folder: str,
+    name: str,
+    *,
+    scene: np.ndarray,
+    image: np.ndarray,
+    text: np.ndarray,
+    row: np.ndarray,
+) -> None:
+    """Writes NAME.scene.npy, NAME.image.npy, NAME.text.npy and NAME.row.npy, each atomically.
+
+    Args:
+        folder: where; must exist.
+        name: of the scene shard, without .tar.
+        scene: uint16 N S.
+        image: uint16 N I.
+        text: uint16 M T.
+        row: int32 M, ascending: the picture each caption belongs to.
+    """
+    for array, dtype in ((scene, np.uint16), (image, np.uint16), (text, np.uint16)):
+        assert array.dtype == dtype and array.ndim == 2, (array.dtype, array.shape)
+    assert row.dtype == np.int32 and len(row) == len(text) and len(scene) == len(image)
+    arrays = {"scene": scene, "image": image, "text": text, "row": row}
+    for stream, array in arrays.items():
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=False)
+        write_file(f"{folder.rstrip('/')}/{name}.{stream}.npy", buffer.getvalue())
+
+
+class TokenShards:
+    """All pictures of a token folder, memory-mapped: shards[i] -> (text C T, scene S, image I)."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Opens every array and checks it against the manifest.
+
+        Raises:
+            ShardError: names the file that is missing, cut, or of another shape than promised.
+        """
+        self.folder = Path(folder)
+        self.manifest = _read_manifest(self.folder)
+        self._streams: list[dict[str, np.ndarray]] = []
+        self._starts = [0]  # index of the first picture of each shard, and the total
+        for shard in self.manifest["shards"]:
+            self._streams.append(self._open(shard))
+            self._starts.append(self._starts[-1] + shard["pictures"])
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return TokenShards, (self.folder,)  # a loader worker maps the files anew, copying nothing
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = bisect.bisect_right(self._starts, index) - 1
+        streams, picture = self._streams[shard], index - self._starts[shard]
+        first, last = np.searchsorted(streams["row"], [picture, picture + 1])
+        return (
+            np.asarray(streams["text"][first:last]),
+            np.asarray(streams["scene"][picture]),
+            np.asarray(streams["image"][picture]),
+        )
+
+    def _open(self, shard: dict[str, Any]) -> dict[str, np.ndarray]:
+        pictures, captions = shard["pictures"], shard["captions"]
+        shapes = {
+            "text": (captions, self.manifest["text"]["length"]),
+            "scene": (pictures, self.manifest["scene"]["grid"] ** 2),
+            "image": (pictures, self.manifest["image"]["grid"] ** 2),
+            "row": (captions,),
+        }
+        streams = {}
+        for stream, shape in shapes.items():
+            path = self.folder / f"{shard['name']}.{stream}.npy"
+            dtype = np.int32 if stream == "row" else np.uint16
+            try:
+                array = np.load(path, mmap_mode="r" if min(shape) else None, allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                if isinstance(error, OSError) and error.errno == errno.EMFILE:
+                    raise
+                raise ShardError(f"{path}: cannot be read ({error}); tokenize again") from error
+            if array.shape != shape or array.dtype != dtype:
+                raise ShardError(
+                    f"{path}: {array.dtype} {array.shape}, the manifest promises "
+                    f"{np.dtype(dtype)} {shape}; tokenize again"
+                )
+            streams[stream] = array
+        row = np.asarray(streams["row"])
+        if captions and (
+            row[0] != 0 or row[-1] != pictures - 1 or not np.isin(np.diff(row), (0, 1)).all()
+        ):
+            raise ShardError(f"{path}: not every picture has its captions; tokenize again")
+        return streams
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ShardError(
+            f"{folder}: no manifest.json; this is no finished output of mas tokenize"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{path}: cannot be read ({error}); tokenize again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != TOKEN_FORMAT:
+        raise ShardError(f"{path}: not of format {TOKEN_FORMAT}; tokenize again")
+    missing = {"text", "scene", "image", "shards"} - manifest.keys()
+    if missing:
+        raise ShardError(f"{path}: {sorted(missing)} missing; tokenize again")
+    return manifest
