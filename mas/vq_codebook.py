@@ -1,0 +1,200 @@
+"""Quantizers: features on the token grid become codes, and codes become features again.
+
+Nearest: the closest codebook row (van den Oord et al., arXiv 1711.00937; taming, minDALL-E).
+Cosine: the same between L2-normalised vectors, which is also what the decoder sees (Yu et al.,
+arXiv 2110.04627; LlamaGen). Gumbel: a projection to one logit a code (Jang et al., arXiv
+1611.01144; DALL-E, taming gumbel).
+Axes: B batch, C code width, H W token grid, N vectors, K codes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+SEARCH_ROWS = 4096  # vectors compared with the whole codebook at once; bounds the memory
+KMEANS_STEPS = 10
+USAGE_DECAY = 0.99  # a step; a code is judged by about its last hundred steps
+DEAD_SHARE = 0.03  # of the average use; below it a code is restarted
+
+
+class Quantized(NamedTuple):
+    """What a quantizer makes of features in training."""
+
+    z_BCHW: Tensor  # codebook rows; their gradient reaches the features
+    tokens_BHW: Tensor  # long, 0 to K-1
+    loss: Tensor  # scalar: codebook and commitment terms (Gumbel: divergence from uniform use)
+
+
+class Codebook(nn.Module):
+    """Nearest codebook row, by distance or (`normalised`) by angle.
+
+    A fresh codebook starts as the k-means centres of the first training batch, and a code that is
+    hardly used is moved onto a random vector of the current batch, so that all codes stay in play.
+    `usage` all zero means: has seen no batch yet.
+    """
+
+    usage: Tensor
+
+    def __init__(
+        self, codes: int, width: int, *, normalised: bool = False, commitment: float = 0.25
+    ) -> None:
+        super().__init__()
+        self.normalised = normalised
+        self.commitment = commitment
+        self.codebook = nn.Parameter(torch.randn(codes, width) / width**0.5)
+        self.register_buffer("usage", torch.zeros(codes))  # share of the vectors, running mean
+
+    def rows(self) -> Tensor:
+        """The codebook as the decoder sees it, K C."""
+        return F.normalize(self.codebook, dim=1) if self.normalised else self.codebook
+
+    def encode(self, z_BCHW: Tensor) -> Tensor:
+        """Index of the nearest row, long B H W; the lower index wins a tie."""
+        batch, _, height, _ = z_BCHW.shape
+        tokens_N = self._search(self._vectors(z_BCHW))
+        return rearrange(tokens_N, "(b h w) -> b h w", b=batch, h=height)
+
+    def lookup(self, tokens_BHW: Tensor) -> Tensor:
+        """Rows of the codes, B C H W."""
+        return rearrange(F.embedding(tokens_BHW, self.rows()), "b h w c -> b c h w")
+
+    def forward(self, z_BCHW: Tensor) -> Quantized:
+        """Quantizes with the straight-through gradient dz := dq."""
+        with torch.autocast(z_BCHW.device.type, enabled=False):
+            z_BCHW = z_BCHW.float()
+            if self.normalised:
+                z_BCHW = F.normalize(z_BCHW, dim=1)
+            if self.training:
+                self._revive(self._vectors(z_BCHW))
+            tokens_BHW = self.encode(z_BCHW)
+            if self.training:
+                self._count(tokens_BHW)
+            rows_BCHW = self.lookup(tokens_BHW)
+            loss = F.mse_loss(rows_BCHW, z_BCHW.detach())
+            loss = loss + self.commitment * F.mse_loss(z_BCHW, rows_BCHW.detach())
+            return Quantized(z_BCHW + (rows_BCHW - z_BCHW).detach(), tokens_BHW, loss)
+
+    def _vectors(self, z_BCHW: Tensor) -> Tensor:
+        vectors_NC = rearrange(z_BCHW.detach().float(), "b c h w -> (b h w) c")
+        return F.normalize(vectors_NC, dim=1) if self.normalised else vectors_NC
+
+    @torch.no_grad()
+    def _search(self, vectors_NC: Tensor) -> Tensor:
+        with torch.autocast(vectors_NC.device.type, enabled=False):
+            return _nearest(vectors_NC, self.rows().float())
+
+    @torch.no_grad()
+    def _revive(self, vectors_NC: Tensor) -> None:
+        """Starts a fresh codebook; moves dead codes onto vectors of this batch."""
+        codes = len(self.codebook)
+        if not self.usage.any():
+            self.codebook.copy_(_kmeans(vectors_NC, codes))
+            self.usage.fill_(1 / codes)
+        elif (dead_K := self.usage < DEAD_SHARE / codes).any():
+            picks_K = torch.randint(len(vectors_NC), (codes,), device=vectors_NC.device)
+            self.codebook[dead_K] = vectors_NC[picks_K[dead_K]].to(self.codebook)
+            self.usage[dead_K] = 1 / codes
+        else:
+            return
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(self.codebook, 0)  # every process saw other vectors
+
+    @torch.no_grad()
+    def _count(self, tokens_BHW: Tensor) -> None:
+        counts_K = torch.bincount(tokens_BHW.flatten(), minlength=len(self.usage)).float()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts_K)
+        self.usage.lerp_(counts_K / counts_K.sum(), 1 - USAGE_DECAY)
+
+
+class GumbelCodebook(nn.Module):
+    """One logit a code; training samples codes with Gumbel noise, encoding takes the largest.
+
+    Published encoders also add the noise when encoding, so two calls agree on almost no code;
+    here the same picture always gives the same codes.
+    """
+
+    temperature: Tensor
+
+    def __init__(self, codes: int, width: int, *, features: int, divergence: float = 5e-4) -> None:
+        super().__init__()
+        self.divergence = divergence
+        self.logits = nn.Conv2d(features, codes, 1)
+        self.codebook = nn.Parameter(torch.randn(codes, width))
+        self.register_buffer("temperature", torch.ones(()))  # of the samples; a trainer lowers it
+
+    def rows(self) -> Tensor:
+        """The codebook as the decoder sees it, K C."""
+        return self.codebook
+
+    def encode(self, z_BCHW: Tensor) -> Tensor:
+        """Index of the largest logit, long B H W; the lower index wins a tie."""
+        return self.logits(z_BCHW).argmax(dim=1)
+
+    def lookup(self, tokens_BHW: Tensor) -> Tensor:
+        """Rows of the codes, B C H W."""
+        return rearrange(F.embedding(tokens_BHW, self.codebook), "b h w c -> b c h w")
+
+    def forward(self, z_BCHW: Tensor) -> Quantized:
+        """Samples codes (in training); the gradient is that of the soft sample."""
+        with torch.autocast(z_BCHW.device.type, enabled=False):
+            logits_BKHW = self.logits(z_BCHW.float())
+            codes = len(self.codebook)
+            if self.training:
+                soft_BKHW = F.gumbel_softmax(
+                    logits_BKHW, tau=float(self.temperature), hard=True, dim=1
+                )
+            else:
+                hard = F.one_hot(logits_BKHW.argmax(dim=1), codes)
+                soft_BKHW = rearrange(hard, "b h w k -> b k h w").to(logits_BKHW)
+            log_shares = F.log_softmax(logits_BKHW, dim=1)
+            divergence = (log_shares.exp() * (log_shares + torch.tensor(codes).log())).sum(1)
+            z_out_BCHW = torch.einsum("bkhw,kc->bchw", soft_BKHW, self.codebook)
+            return Quantized(
+                z_out_BCHW, soft_BKHW.argmax(dim=1), self.divergence * divergence.mean()
+            )
+
+
+def _nearest(vectors_NC: Tensor, rows_KC: Tensor) -> Tensor:
+    """The argmin over rows of |v|² + |e|² - 2 v·e; |v|² changes nothing and is left out."""
+    squares_K = rows_KC.square().sum(1)
+    return torch.cat(
+        [
+            torch.addmm(squares_K, chunk, rows_KC.T, alpha=-2).argmin(dim=1)
+            for chunk in vectors_NC.split(SEARCH_ROWS)
+        ]
+    )
+
+
+def _kmeans(vectors_NC: Tensor, codes: int) -> Tensor:
+    """`codes` centres by Lloyd's iterations from random vectors; an empty centre stays put."""
+    count = len(vectors_NC)
+    if count >= codes:
+        picks = torch.randperm(count, device=vectors_NC.device)[:codes]
+    else:  # fewer vectors than codes: the surplus ones start as jittered copies
+        picks = torch.randint(count, (codes,), device=vectors_NC.device)
+    centres_KC = vectors_NC[picks].clone()
+    if count < codes:
+        centres_KC += 0.01 * vectors_NC.std() * torch.randn_like(centres_KC)
+    for _ in range(KMEANS_STEPS):
+        tokens_N = _nearest(vectors_NC, centres_KC)
+        sums_KC = torch.zeros_like(centres_KC).index_add_(0, tokens_N, vectors_NC)
+        sizes_K1 = torch.bincount(tokens_N, minlength=codes)[:, None]
+        centres_KC = torch.where(sizes_K1 > 0, sums_KC / sizes_K1.clamp(min=1), centres_KC)
+    return centres_KC
+
+
+def perplexity(tokens: Tensor, codes: int) -> tuple[float, float]:
+    """How much of a codebook `tokens` use: share of codes that occur, and exp(entropy).
+
+    Perplexity equals the number of codes when all are used equally often.
+    """
+    shares_K = torch.bincount(tokens.flatten(), minlength=codes).double() / tokens.numel()
+    entropy = -(shares_K * shares_K.clamp(min=1e-12).log()).sum()
+    return float((shares_K > 0).double().mean()), float(entropy.exp())

@@ -1,0 +1,179 @@
+"""VQ-GAN: a picture becomes image tokens, image tokens become a picture.
+
+In: RGB pictures in [0, 1]. Out: one token a grid cell, row by row; and back. The network is the
+published one (Esser et al., arXiv 2012.09841), so that public checkpoints load (`pretrained`); the
+losses that train it are in the training package.
+Axes: B batch, C channels, H W pixels (or grid), T tokens, K codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from mas.storage import load_network, save_network
+from mas.vq import Backbone, ConvDecoder, ConvEncoder, check_tokens, shape_text
+from mas.vq_codebook import Codebook, GumbelCodebook
+
+QuantizerName = Literal["nearest", "cosine", "gumbel"]
+RANGE_SLACK = 1e-3  # how far rounding may carry a pixel out of [0, 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQGANConfig:
+    """Sizes of a VQGAN; the defaults are minDALL-E's, which are taming's f16 with 16384 codes."""
+
+    size: int = 256  # pixels a side
+    codes: int = 16384  # codebook entries
+    code_width: int = 256  # numbers a codebook entry
+    quantizer: QuantizerName = "nearest"  # nearest | cosine | gumbel
+    features: int = 256  # channels of the encoder's output and the decoder's input
+    width: int = 128  # channels at full resolution
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of width, finest level first; halving between
+    blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
+    attention: tuple[int, ...] = (4,)  # levels with self-attention, 0 = full resolution
+    groups: int = 32  # of the group normalisation; divides every width
+    commitment: float = 0.25  # weight that holds the features to their codes
+
+    def __post_init__(self) -> None:
+        backbone = self.backbone
+        if self.quantizer not in get_args(QuantizerName):
+            raise ValueError(
+                f"quantizer {self.quantizer!r}: use one of {', '.join(get_args(QuantizerName))}"
+            )
+        for name in ("size", "codes", "code_width", "features"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.size % backbone.factor:
+            raise ValueError(
+                f"size {self.size} must be a multiple of {backbone.factor}, which is what the "
+                f"{len(self.multipliers)} multipliers shrink a picture by"
+            )
+
+    @property
+    def backbone(self) -> Backbone:
+        """Shape of encoder and decoder."""
+        return Backbone(
+            width=self.width,
+            multipliers=self.multipliers,
+            blocks=self.blocks,
+            attention=self.attention,
+            groups=self.groups,
+        )
+
+    @property
+    def grid(self) -> int:
+        """Tokens a side."""
+        return self.size // self.backbone.factor
+
+
+class Reconstruction(NamedTuple):
+    """What a training step needs of a picture's way through the network."""
+
+    image_BCHW: Tensor  # scaled as the input, but not clamped to [0, 1]
+    codebook_loss: Tensor  # scalar
+    tokens_BT: Tensor  # long
+
+
+class VQGAN(nn.Module):
+    """Picture to tokens and back."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = ConvEncoder(3, config.features, config.backbone)
+        self.decoder = ConvDecoder(config.features, 3, config.backbone)
+        self.quantizer: Codebook | GumbelCodebook
+        if config.quantizer == "gumbel":
+            self.pre_quant = nn.Conv2d(config.features, config.features, 1)
+            self.quantizer = GumbelCodebook(
+                config.codes, config.code_width, features=config.features
+            )
+        else:
+            self.pre_quant = nn.Conv2d(config.features, config.code_width, 1)
+            self.quantizer = Codebook(
+                config.codes,
+                config.code_width,
+                normalised=config.quantizer == "cosine",
+                commitment=config.commitment,
+            )
+        self.post_quant = nn.Conv2d(config.code_width, config.features, 1)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> VQGAN:
+        """Reads a `vqgan/` folder: config.json + model.safetensors; frozen, evaluation mode."""
+        return load_network(cls, VQGANConfig, folder)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json + model.safetensors."""
+        save_network(self, folder)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the last convolution, where the adaptive GAN weight compares gradients."""
+        return self.decoder.head.weight
+
+    def encode(self, image_BCHW: Tensor) -> Tensor:
+        """Tokens of pictures.
+
+        Args:
+            image_BCHW: RGB, [0, 1], `config.size` pixels a side.
+
+        Returns:
+            Long B T, row by row; T = `config.grid`².
+
+        Raises:
+            ValueError: another shape, integer pixels, values outside [0, 1].
+        """
+        self._check_image(image_BCHW)
+        low, high = image_BCHW.aminmax()
+        if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):  # also true of NaN
+            raise ValueError(
+                f"pixels span {low:.4g} to {high:.4g}; encode takes [0, 1] (divide bytes by 255)"
+            )
+        tokens_BHW = self.quantizer.encode(self.encode_features(image_BCHW * 2 - 1))
+        return rearrange(tokens_BHW, "b h w -> b (h w)")
+
+    def decode(self, tokens_BT: Tensor) -> Tensor:
+        """Pictures of tokens: RGB B C H W, clamped to [0, 1].
+
+        Raises:
+            ValueError: T is not `config.grid`², or a token is not below `config.codes`.
+        """
+        return (self.decode_raw(self._grid_of(tokens_BT)) * 0.5 + 0.5).clamp(0, 1)
+
+    def forward(self, image_BCHW: Tensor) -> Reconstruction:
+        """One way through encoder, quantizer and decoder, with gradients; pictures in [0, 1]."""
+        self._check_image(image_BCHW)
+        quantized = self.quantizer(self.encode_features(image_BCHW * 2 - 1))
+        raw_BCHW = self.decoder(self.post_quant(quantized.z_BCHW))
+        tokens_BT = rearrange(quantized.tokens_BHW, "b h w -> b (h w)")
+        return Reconstruction(raw_BCHW * 0.5 + 0.5, quantized.loss, tokens_BT)
+
+    def encode_features(self, raw_BCHW: Tensor) -> Tensor:
+        """Features before the quantizer, B C H W, of pictures in [-1, 1]."""
+        return self.pre_quant(self.encoder(raw_BCHW))
+
+    def decode_raw(self, tokens_BHW: Tensor) -> Tensor:
+        """Pictures as the network draws them: about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant(self.quantizer.lookup(tokens_BHW)))
+
+    def _check_image(self, image_BCHW: Tensor) -> None:
+        size = self.config.size
+        if image_BCHW.ndim != 4 or tuple(image_BCHW.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"this VQ-GAN takes pictures B x 3 x {size} x {size}, got {shape_text(image_BCHW)}"
+            )
+        if not image_BCHW.is_floating_point():
+            raise ValueError(
+                f"pictures must be floats in [0, 1], got {image_BCHW.dtype} (divide bytes by 255)"
+            )
+
+    def _grid_of(self, tokens_BT: Tensor) -> Tensor:
+        grid, codes = self.config.grid, self.config.codes
+        check_tokens(tokens_BT, grid=grid, codes=codes)
+        return rearrange(tokens_BT, "b (h w) -> b h w", h=grid)

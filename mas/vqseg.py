@@ -1,0 +1,310 @@
+"""VQ-SEG: a scene map becomes scene tokens, scene tokens become a scene map.
+
+In: labels (one id a pixel, or void) and edges. Out: one token a grid cell, row by row; and back.
+Paper: Make-A-Scene (arXiv 2203.13131) section 3.2. The paper's network reads 158 one-hot channels
+at full resolution; the default here looks each label up in a table and folds a patch of pixels
+into channels at once, so that nothing wide ever stands at full resolution. `layout: published`
+keeps the paper's way for comparison.
+Axes: B batch, C channels (157 classes + edge), D features, H W pixels (or grid), P pixels in any
+order, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mas.scene import CHANNELS, CLASSES, EDGE_CHANNEL, VOID
+from mas.storage import load_network, save_network
+from mas.vq import Backbone, ConvDecoder, ConvEncoder, check_tokens, shape_text
+from mas.vq_codebook import Codebook
+from mas.vqseg_loss import decide_labels, positive_weights, scene_loss
+
+Layout = Literal["default", "published"]
+QuantizerName = Literal["nearest", "cosine"]
+CLASS_BIAS = -math.log(CLASSES)  # logits start at the share of an average class …
+EDGE_BIAS = -2.0  # … and of an edge, or the first steps would only learn that most is absent
+DECODE_MAPS = 4  # maps whose 158 logits a pixel exist at once while decoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQSEGConfig:
+    """Sizes of a VQSEG; the defaults are 256 px, 16×16 tokens and the paper's 1024 codes."""
+
+    layout: Layout = "default"  # default | published (one-hot channels at full resolution)
+    size: int = 256  # pixels a side
+    grid: int = 16  # tokens a side
+    codes: int = 1024  # codebook entries
+    code_width: int = 16  # numbers a codebook entry
+    quantizer: QuantizerName = "cosine"  # nearest | cosine
+    embedding: int = 8  # numbers a label is looked up as (default layout)
+    patch: int = 8  # pixels a side that the stem folds into channels; 1 in the published layout
+    features: int = 32  # numbers a pixel that the logits are computed from (default layout)
+    width: int = 128  # channels of the finest level
+    multipliers: tuple[int, ...] = (1, 2)  # of width, finest level first; halving between
+    blocks: int = 1  # residual blocks a level in the encoder; the decoder has one more
+    attention: tuple[int, ...] = ()  # levels with self-attention, 0 = finest; the middle has it too
+    groups: int = 32  # of the group normalisation; divides every width
+    commitment: float = 0.25  # weight that holds the features to their codes
+    codebook_weight: float = 1.0  # of the codebook loss in the total
+    face_weight: float = 20.0  # of face parts where they are present
+
+    def __post_init__(self) -> None:
+        for name, legal in (("layout", Layout), ("quantizer", QuantizerName)):
+            if getattr(self, name) not in get_args(legal):
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r}: use one of {', '.join(get_args(legal))}"
+                )
+        for name in ("size", "grid", "codes", "code_width", "embedding", "patch", "features"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.layout == "published" and self.patch != 1:
+            raise ValueError(
+                f"the published layout folds no pixels: set patch to 1, not {self.patch}"
+            )
+        factor = self.patch * self.backbone.factor
+        if self.size != self.grid * factor:
+            raise ValueError(
+                f"size {self.size} must be grid {self.grid} x {factor}: patches of {self.patch} "
+                f"pixels, then one halving between each two of the {len(self.multipliers)} "
+                "multipliers"
+            )
+
+    @property
+    def backbone(self) -> Backbone:
+        """Shape of encoder and decoder."""
+        return Backbone(
+            width=self.width,
+            multipliers=self.multipliers,
+            blocks=self.blocks,
+            attention=self.attention,
+            groups=self.groups,
+        )
+
+
+class VQSEGLosses(NamedTuple):
+    """Outcome of one training step."""
+
+    total: Tensor  # what to minimise
+    reconstruction: Tensor  # cross-entropy, summed over channels, averaged over pixels
+    codebook: Tensor  # codebook and commitment terms, unweighted
+    tokens_BT: Tensor  # long
+
+
+class PatchStem(nn.Module):
+    """Looks labels and edges up in a table and folds each patch of pixels into channels."""
+
+    def __init__(self, *, embedding: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.table = nn.Embedding(2 * (CLASSES + 1), embedding)  # labels and void, ± edge
+        self.project = nn.Linear(patch**2 * embedding, width)
+
+    def forward(self, labels_BHW: Tensor, edges_BHW: Tensor) -> Tensor:
+        ids_BHW = labels_BHW.clamp(max=CLASSES).int() + (CLASSES + 1) * edges_BHW  # void follows
+        ids_BHWP = fold_patches(ids_BHW, self.patch)
+        hidden = self.project(rearrange(self.table(ids_BHWP), "b h w p d -> b h w (p d)"))
+        return rearrange(hidden, "b h w d -> b d h w").contiguous()
+
+
+class PatchHead(nn.Module):
+    """Turns each grid cell into the features of its patch of pixels, and those into logits."""
+
+    def __init__(self, *, features: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.project = nn.Linear(width, patch**2 * features)
+        self.classifier = nn.Linear(features, CHANNELS)
+
+    def forward(self, hidden_BDHW: Tensor) -> Tensor:
+        """Features of the pixels, patch by patch, P D; a view, nothing is moved."""
+        hidden = self.project(rearrange(hidden_BDHW, "b d h w -> b h w d"))
+        return F.silu(rearrange(hidden, "b h w (p d) -> (b h w p) d", p=self.patch**2))
+
+
+class OneHotStem(nn.Module):
+    """The 158 channels of the paper."""
+
+    def forward(self, labels_BHW: Tensor, edges_BHW: Tensor) -> Tensor:
+        return one_hot(labels_BHW, edges_BHW)
+
+
+class VQSEG(nn.Module):
+    """Scene map to tokens and back."""
+
+    def __init__(self, config: VQSEGConfig) -> None:
+        super().__init__()
+        self.config = config
+        deepest = config.width * config.multipliers[-1]
+        self.stem: PatchStem | OneHotStem
+        self.head: PatchHead | None = None  # published: the decoder's last convolution is the head
+        if config.layout == "default":
+            channels = config.width
+            self.stem = PatchStem(embedding=config.embedding, patch=config.patch, width=channels)
+            self.head = PatchHead(features=config.features, patch=config.patch, width=channels)
+        else:
+            channels = CHANNELS
+            self.stem = OneHotStem()
+        self.encoder = ConvEncoder(channels, deepest, config.backbone)
+        self.pre_quant = nn.Conv2d(deepest, config.code_width, 1)
+        self.quantizer = Codebook(
+            config.codes,
+            config.code_width,
+            normalised=config.quantizer == "cosine",
+            commitment=config.commitment,
+        )
+        self.post_quant = nn.Conv2d(config.code_width, deepest, 1)
+        self.decoder = ConvDecoder(deepest, channels, config.backbone)
+        start_bias(self.decoder.head if self.head is None else self.head.classifier)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> VQSEG:
+        """Reads a `vqseg/` folder: config.json + model.safetensors; frozen, evaluation mode."""
+        return load_network(cls, VQSEGConfig, folder)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json + model.safetensors."""
+        save_network(self, folder)
+
+    def encode(self, labels_BHW: Tensor, edges_BHW: Tensor) -> Tensor:
+        """Tokens of scene maps.
+
+        Args:
+            labels_BHW: uint8, 0-156 or void (255), `config.size` pixels a side.
+            edges_BHW: bool.
+
+        Returns:
+            Long B T, row by row; T = `config.grid`².
+
+        Raises:
+            ValueError: another shape or dtype, an unknown id.
+        """
+        self._check_scene(labels_BHW, edges_BHW)
+        tokens_BHW = self.quantizer.encode(self._features(labels_BHW, edges_BHW))
+        return rearrange(tokens_BHW, "b h w -> b (h w)")
+
+    def decode(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels (uint8 B H W) and edges (bool B H W) of tokens.
+
+        A pixel takes the most probable label, void included (`decide_labels`); an edge is where
+        the edge channel's probability exceeds one half.
+
+        Raises:
+            ValueError: T is not `config.grid`², or a token is not below `config.codes`.
+        """
+        parts = []
+        for part_BT in tokens_BT.split(DECODE_MAPS):
+            logits_BCHW = self.decode_logits(part_BT)
+            pixels_PC = rearrange(logits_BCHW, "b c h w -> (b h w) c")
+            labels_P, edges_P = decide_labels(pixels_PC), pixels_PC[:, EDGE_CHANNEL] > 0
+            size = dict(h=self.config.size, w=self.config.size)
+            parts.append([rearrange(x, "(b h w) -> b h w", **size) for x in (labels_P, edges_P)])
+        labels, edges = zip(*parts, strict=True)
+        return torch.cat(labels), torch.cat(edges)
+
+    def decode_logits(self, tokens_BT: Tensor) -> Tensor:
+        """Logits of the 158 channels, B C H W.
+
+        Raises:
+            ValueError: as `decode`.
+        """
+        check_tokens(tokens_BT, grid=self.config.grid, codes=self.config.codes)
+        tokens_BHW = rearrange(tokens_BT, "b (h w) -> b h w", h=self.config.grid)
+        hidden = self.decoder(self.post_quant(self.quantizer.lookup(tokens_BHW)))
+        if self.head is None:
+            return hidden
+        logits_PC = self.head.classifier(self.head(hidden))
+        return rearrange(
+            logits_PC,
+            "(b h w p q) c -> b c (h p) (w q)",
+            p=self.head.patch,
+            q=self.head.patch,
+            h=hidden.shape[2],
+            w=hidden.shape[3],
+        )
+
+    def loss(self, labels_BHW: Tensor, edges_BHW: Tensor) -> VQSEGLosses:
+        """Loss of one batch; arguments and errors as `encode`."""
+        self._check_scene(labels_BHW, edges_BHW)
+        quantized = self.quantizer(self._features(labels_BHW, edges_BHW))
+        hidden = self.decoder(self.post_quant(quantized.z_BCHW))
+        if self.head is None:
+            reconstruction = self._dense_loss(hidden, labels_BHW, edges_BHW)
+        else:
+            features_PD, classifier = self.head(hidden), self.head.classifier
+            with torch.autocast(features_PD.device.type, enabled=False):
+                reconstruction = scene_loss(
+                    features_PD.float(),
+                    classifier.weight,
+                    classifier.bias,
+                    labels_P=fold_patches(labels_BHW, self.head.patch).flatten(),
+                    edges_P=fold_patches(edges_BHW, self.head.patch).flatten(),
+                    face_weight=self.config.face_weight,
+                )
+        total = reconstruction + self.config.codebook_weight * quantized.loss
+        tokens_BT = rearrange(quantized.tokens_BHW, "b h w -> b (h w)")
+        return VQSEGLosses(total, reconstruction, quantized.loss, tokens_BT)
+
+    def forward(self, labels_BHW: Tensor, edges_BHW: Tensor) -> VQSEGLosses:
+        """The training step, for wrappers that call the module (DDP, compile)."""
+        return self.loss(labels_BHW, edges_BHW)
+
+    def _features(self, labels_BHW: Tensor, edges_BHW: Tensor) -> Tensor:
+        return self.pre_quant(self.encoder(self.stem(labels_BHW, edges_BHW)))
+
+    def _dense_loss(self, logits_BCHW: Tensor, labels_BHW: Tensor, edges_BHW: Tensor) -> Tensor:
+        """What `scene_loss` computes, from the one-hot target, as published."""
+        weights_C11 = positive_weights(self.config.face_weight).to(logits_BCHW)[:, None, None]
+        total = F.binary_cross_entropy_with_logits(
+            logits_BCHW,
+            one_hot(labels_BHW, edges_BHW).to(logits_BCHW),
+            pos_weight=weights_C11,
+            reduction="sum",
+        )
+        return total / labels_BHW.numel()
+
+    def _check_scene(self, labels_BHW: Tensor, edges_BHW: Tensor) -> None:
+        size = self.config.size
+        if labels_BHW.ndim != 3 or tuple(labels_BHW.shape[1:]) != (size, size):
+            raise ValueError(
+                f"this VQ-SEG takes scene maps B x {size} x {size}, got {shape_text(labels_BHW)}"
+            )
+        if edges_BHW.shape != labels_BHW.shape or edges_BHW.dtype != torch.bool:
+            raise ValueError(
+                f"edges must be bool {tuple(labels_BHW.shape)} like labels, got "
+                f"{edges_BHW.dtype} {tuple(edges_BHW.shape)}"
+            )
+        if labels_BHW.dtype != torch.uint8:
+            raise ValueError(f"labels must be uint8, got {labels_BHW.dtype}")
+        unknown = (labels_BHW >= CLASSES) & (labels_BHW != VOID)
+        if unknown.any():
+            ids = labels_BHW[unknown].unique().tolist()
+            raise ValueError(f"unknown class ids {ids}: use 0-{CLASSES - 1}, or {VOID} for void")
+
+
+def fold_patches(x_BHW: Tensor, patch: int) -> Tensor:
+    """Pixels patch by patch: B, patches high, patches wide, pixels of the patch row by row."""
+    return rearrange(x_BHW, "b (h p) (w q) -> b h w (p q)", p=patch, q=patch)
+
+
+def one_hot(labels_BHW: Tensor, edges_BHW: Tensor) -> Tensor:
+    """The 158 channels of a scene map, float32 B C H W; a void pixel has no class."""
+    ids_BHW = labels_BHW.clamp(max=CLASSES).long()
+    channels_BHWC = F.one_hot(ids_BHW, CHANNELS).float()
+    channels_BHWC[..., EDGE_CHANNEL] = edges_BHW.float()  # held void until here
+    return rearrange(channels_BHWC, "b h w c -> b c h w").contiguous()
+
+
+@torch.no_grad()
+def start_bias(layer: nn.Conv2d | nn.Linear) -> None:
+    """Starts the logits low, so that the first steps do not only learn that most is absent."""
+    assert layer.bias is not None
+    layer.bias[:CLASSES] = CLASS_BIAS
+    layer.bias[EDGE_CHANNEL] = EDGE_BIAS
