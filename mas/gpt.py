@@ -1,0 +1,388 @@
+"""The GPT: one decoder-only transformer over `[text | scene | image]`.
+
+In: tokens in the layout of mas/sequence.py. Out: training losses per stream, or, through a static
+key-value cache, the state that predicts the next token. Each stream has its own embedding,
+positions (text one-dimensional, scene and image rows + columns) and head.
+Paper: Make-A-Scene (arXiv 2203.13131) section 3; pre-LayerNorm blocks as in GPT-2.
+Axes: B batch, T tokens, D width, N heads, H width of a head, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mas.sequence import Layout, Stream, Streams
+from mas.storage import load_network, save_network
+from mas.text import PAD
+
+LOGITS_AT_ONCE = 2**26  # elements; the loss works through more in pieces
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Sizes of the GPT; the defaults are the 270M model of configs/base."""
+
+    layers: int = 16
+    width: int = 1024
+    heads: int = 16  # divides width
+    text_vocabulary: int = 16384  # BPE entries, padding included
+    scene_vocabulary: int = 1024  # VQ-SEG codes
+    image_vocabulary: int = 16384  # VQ-GAN codes
+    text_length: int = 64  # tokens
+    scene_grid: int = 16  # tokens per side
+    image_grid: int = 16  # tokens per side
+    dropout: float = 0.0  # on embeddings, attention and residual branches, 0 ≤ p < 1
+    qk_norm: bool = False  # normalise queries and keys per head
+    gated: bool = False  # RMSNorm and SwiGLU instead of LayerNorm and GELU
+    rotary: bool = False  # rotate queries and keys by row and column (needs head width % 4 = 0)
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name not in ("dropout", "qk_norm", "gated", "rotary") and value < 1:
+                raise ValueError(f"{name} is {value}, use 1 or more")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.rotary and self.width // self.heads % 4:
+            raise ValueError(f"rotary needs a head width of 4 k, not {self.width // self.heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, use 0 ≤ dropout < 1")
+
+    @property
+    def layout(self) -> Layout:
+        """The sequence these sizes make."""
+        return Layout(
+            text_vocabulary=self.text_vocabulary,
+            scene_vocabulary=self.scene_vocabulary,
+            image_vocabulary=self.image_vocabulary,
+            text_length=self.text_length,
+            scene_grid=self.scene_grid,
+            image_grid=self.image_grid,
+        )
+
+
+class StreamLosses(NamedTuple):
+    """Mean cross-entropy in nats and share of right argmax predictions, per stream."""
+
+    text: Tensor
+    scene: Tensor
+    image: Tensor
+    text_accuracy: Tensor
+    scene_accuracy: Tensor
+    image_accuracy: Tensor
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of the angles by which the tokens at some positions turn, T H/2."""
+
+    cosine: Tensor
+    sine: Tensor
+
+
+class Cache:
+    """Keys and values of every layer, preallocated for a whole sequence (L B N T H)."""
+
+    def __init__(self, config: GPTConfig, rows: int, *, like: Tensor, length: int) -> None:
+        shape = (config.layers, rows, config.heads, length, config.width // config.heads)
+        self.keys = like.new_empty(shape)
+        self.values = like.new_empty(shape)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, B N T H, to be written in place."""
+        return self.keys[index], self.values[index]
+
+    def copy_rows(self, source: Cache, rows: list[int], *, length: int) -> None:
+        """Fills the first `length` positions: row i becomes row `rows[i]` of `source`."""
+        self.keys[:, :, :, :length] = source.keys[:, rows, :, :length]
+        self.values[:, :, :, :length] = source.values[:, rows, :, :length]
+
+
+class Positions(nn.Module):
+    """A learned vector per position: one-dimensional, or the sum of its row and its column."""
+
+    def __init__(self, stream: Stream, width: int) -> None:
+        super().__init__()
+        self.grid = stream.grid
+        if stream.grid is None:
+            self.sequence = nn.Parameter(torch.empty(stream.length, width))
+        else:
+            self.rows = nn.Parameter(torch.empty(stream.grid, width))
+            self.columns = nn.Parameter(torch.empty(stream.grid, width))
+
+    def forward(self) -> Tensor:
+        if self.grid is None:
+            return self.sequence
+        return rearrange(self.rows[:, None] + self.columns[None], "h w d -> (h w) d")
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention, with or without a cache."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        head_width = config.width // config.heads
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.to_qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.to_out = nn.Linear(config.width, config.width, bias=False)
+        self.q_norm = nn.RMSNorm(head_width) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_width) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        rotation: Rotation | None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        q, k, v = rearrange(
+            self.to_qkv(x_BTD), "b t (three n h) -> three b n t h", three=3, n=self.heads
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        tokens = x_BTD.shape[1]
+        if cache is not None:
+            keys, values = cache
+            stop = start + tokens
+            keys[:, :, start:stop], values[:, :, start:stop] = k, v
+            k, v = keys[:, :, :stop], values[:, :, :stop]
+        # A single token sees everything before it; several after a prefix see a shifted triangle.
+        mask = None
+        if tokens > 1 and start > 0:
+            ones = torch.ones(tokens, start + tokens, dtype=torch.bool, device=x_BTD.device)
+            mask = ones.tril(start)
+        attended = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=tokens > 1 and start == 0,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.to_out(rearrange(attended, "b n t h -> b t (n h)"))
+
+
+class Feedforward(nn.Module):
+    """GELU with four times the width; `gated`: SwiGLU with as many parameters."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.gated = config.gated
+        hidden = 4 * config.width
+        if config.gated:
+            hidden = math.ceil(hidden * 2 / 3 / 64) * 64
+        self.expand = nn.Linear(config.width, hidden * (2 if config.gated else 1), bias=False)
+        self.contract = nn.Linear(hidden, config.width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        hidden = self.expand(x_BTD)
+        if not self.gated:
+            return self.contract(F.gelu(hidden))
+        gate, value = hidden.chunk(2, dim=-1)
+        return self.contract(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """Attention and feedforward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.feedforward_norm = make_norm(config)
+        self.feedforward = Feedforward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        rotation: Rotation | None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        normed = self.attention_norm(x_BTD)
+        attended = self.attention(normed, rotation=rotation, cache=cache, start=start)
+        x_BTD = x_BTD + self.dropout(attended)
+        return x_BTD + self.dropout(self.feedforward(self.feedforward_norm(x_BTD)))
+
+
+class GPT(nn.Module):
+    """Predicts scene tokens from text, and image tokens from text and scene."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = config.layout
+        streams = self.layout.streams
+        self.embeddings = nn.ModuleDict(
+            {s.name: nn.Embedding(s.vocabulary, config.width) for s in streams}
+        )
+        self.positions = nn.ModuleDict({s.name: Positions(s, config.width) for s in streams})
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
+        self.norm = make_norm(config)
+        self.heads = nn.ModuleDict(
+            {s.name: nn.Linear(config.width, s.vocabulary, bias=False) for s in streams}
+        )
+        self._initialise()
+
+    def forward(self, text_BT: Tensor, scene_BT: Tensor, image_BT: Tensor) -> Streams:
+        """Logits of every predicted token, B T V per stream; text has none for its first token."""
+        states = self._predicting_states(text_BT, scene_BT, image_BT)
+        heads = (self.heads[stream.name] for stream in self.layout.streams)
+        return Streams(*(head(x_BTD) for head, x_BTD in zip(heads, states, strict=True)))
+
+    def losses(self, text_BT: Tensor, scene_BT: Tensor, image_BT: Tensor) -> StreamLosses:
+        """Mean cross-entropy and accuracy per stream, of long B T tokens local to their streams.
+
+        Text padding is not counted. The logits of one piece of one stream exist at a time, also in
+        the backward pass.
+        """
+        states = self._predicting_states(text_BT, scene_BT, image_BT)
+        tokens = (text_BT[:, 1:], scene_BT, image_BT)
+        results = [
+            self._stream_loss(stream, x_BTD, targets_BT)
+            for stream, x_BTD, targets_BT in zip(self.layout.streams, states, tokens, strict=True)
+        ]
+        return StreamLosses(*(r[0] for r in results), *(r[1] for r in results))
+
+    def new_cache(self, rows: int, *, length: int | None = None) -> Cache:
+        """An empty cache for `rows` sequences of `length` tokens (default: whole ones)."""
+        like = next(self.positions.parameters())
+        return Cache(self.config, rows, like=like, length=length or self.layout.length)
+
+    def extend(self, tokens_BT: Tensor, *, cache: Cache, start: int) -> Tensor:
+        """Reads tokens at positions `start` …, fills the cache, returns the last state, B D.
+
+        `head` turns the state into the logits of the token at position `start + T`.
+        """
+        x_BTD = self._trunk(self.embed(tokens_BT, start=start), cache=cache, start=start)
+        return x_BTD[:, -1]
+
+    def head(self, x_BD: Tensor, stream: Stream) -> Tensor:
+        """Logits of one stream, B V."""
+        return self.heads[stream.name](x_BD)
+
+    def embed(self, tokens_BT: Tensor, *, start: int) -> Tensor:
+        """Embeds a piece of the sequence that begins at position `start`, B T D."""
+        stop = start + tokens_BT.shape[1]
+        pieces = []
+        for stream in self.layout.streams:
+            first, last = max(start, stream.start), min(stop, stream.stop)
+            if first < last:
+                local = tokens_BT[:, first - start : last - start]
+                positions = self.positions[stream.name]()[
+                    first - stream.start : last - stream.start
+                ]
+                pieces.append(self.embeddings[stream.name](local) + positions)
+        return torch.cat(pieces, dim=1)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors."""
+        save_network(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> GPT:
+        """Reads what `save_pretrained` wrote; StorageError names what does not fit."""
+        return load_network(cls, GPTConfig, folder)
+
+    def _trunk(self, x_BTD: Tensor, *, cache: Cache | None = None, start: int = 0) -> Tensor:
+        x_BTD = self.dropout(x_BTD)
+        rotation = self._rotation(start, x_BTD.shape[1], x_BTD) if self.config.rotary else None
+        for index, block in enumerate(self.blocks):
+            layer = cache.layer(index) if cache is not None else None
+            x_BTD = block(x_BTD, rotation=rotation, cache=layer, start=start)
+        return self.norm(x_BTD)
+
+    def _predicting_states(
+        self, text_BT: Tensor, scene_BT: Tensor, image_BT: Tensor
+    ) -> Iterator[Tensor]:
+        """Per stream, the states B T D that predict its tokens; one position to their left."""
+        tokens_BT = torch.cat([text_BT, scene_BT, image_BT], dim=1)
+        assert tokens_BT.shape[1] == self.layout.length, tokens_BT.shape
+        x_BTD = self._trunk(self.embed(tokens_BT[:, :-1], start=0))
+        for stream in self.layout.streams:
+            yield x_BTD[:, max(stream.start - 1, 0) : stream.stop - 1]
+
+    def _stream_loss(
+        self, stream: Stream, x_BTD: Tensor, targets_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = rearrange(x_BTD, "b t d -> (b t) d")
+        targets = rearrange(targets_BT, "b t -> (b t)")
+        counted = targets != PAD if stream is self.layout.text else torch.ones_like(targets) > 0
+        targets = targets.masked_fill(~counted, -100)
+        rows = max(1, LOGITS_AT_ONCE // stream.vocabulary)
+        losses, hits = zip(
+            *(
+                checkpoint(
+                    _cross_entropy,
+                    self.heads[stream.name],
+                    x[i : i + rows],
+                    targets[i : i + rows],
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+                for i in range(0, max(len(x), 1), rows)
+            ),
+            strict=True,
+        )
+        count = counted.sum().clamp(min=1)
+        return sum(losses) / count, sum(hits) / count
+
+    def _rotation(self, start: int, tokens: int, like: Tensor) -> Rotation:
+        """Half of each head turns with the row of a token, half with its column.
+
+        Scene and image share rows and columns, so tokens of the same place are not rotated against
+        each other; text lies on the diagonal before the first row.
+        """
+        places = []
+        for stream in self.layout.streams:
+            index = torch.arange(stream.length, device=like.device)
+            if stream.grid is None:
+                places.append(torch.stack([index - stream.length, index - stream.length], -1))
+            else:
+                places.append(torch.stack([index // stream.grid, index % stream.grid], -1))
+        place_T2 = torch.cat(places)[start : start + tokens].double()
+        quarter = self.config.width // self.config.heads // 4
+        frequencies = 100.0 ** -(torch.arange(quarter, device=like.device) / quarter).double()
+        angles = rearrange(place_T2[:, :, None] * frequencies, "t two f -> t (two f)")
+        return Rotation(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Normal with 0.02 at width 1024; the last layer of each branch shrinks with the depth."""
+        deviation = 0.02 * math.sqrt(1024 / self.config.width)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("to_out.weight", "contract.weight")):
+                nn.init.normal_(parameter, std=deviation / math.sqrt(2 * self.config.layers))
+            elif "norm" not in name:
+                nn.init.normal_(parameter, std=deviation)
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    return nn.RMSNorm(config.width) if config.gated else nn.LayerNorm(config.width)
+
+
+def rotate(x_BNTH: Tensor, by: Rotation) -> Tensor:
+    """Turns pairs (i, i + H/2) of each head by their angle (arXiv 2104.09864)."""
+    a, b = x_BNTH.chunk(2, dim=-1)
+    return torch.cat([a * by.cosine - b * by.sine, a * by.sine + b * by.cosine], dim=-1)
+
+
+def _cross_entropy(head: nn.Module, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the losses, number of right predictions; targets of -100 count for neither."""
+    logits = head(x)
+    loss = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
+    return loss, (logits.detach().argmax(-1) == targets).sum()

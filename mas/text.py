@@ -1,0 +1,243 @@
+"""Captions to text tokens and back: a byte-level BPE of fixed length.
+
+In: captions. Out: text tokens for the first stream of the sequence, padded with `PAD`. Byte-level,
+so no script and no emoji is ever unknown. The file is Hugging Face's tokenizer.json; length,
+padding and lowercasing are stored in it. Also reads minDALL-E's char-level BPE (`from_mindalle`).
+Axes: B captions, T tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+PAD = 0
+PAD_TOKEN = "[PAD]"
+SMALLEST_VOCABULARY = 257  # every byte, and the padding
+
+
+class TokenizerError(ValueError):
+    """A tokenizer file or a caption that cannot be used; the message names the mend."""
+
+
+class Tokenizer:
+    """A fixed-length BPE tokenizer around a Hugging Face one."""
+
+    PAD = PAD
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        if tokenizer.token_to_id(PAD_TOKEN) != PAD:
+            raise TokenizerError(f"the vocabulary must hold {PAD_TOKEN} with id {PAD}")
+        truncation, padding = tokenizer.truncation, tokenizer.padding
+        if not truncation or not padding or padding["length"] != truncation["max_length"]:
+            raise TokenizerError("the tokenizer must cut and pad to one stored length")
+        if padding["pad_id"] != PAD or padding["direction"] != "right":
+            raise TokenizerError(f"the tokenizer must pad on the right with id {PAD}")
+        # "[PAD]" typed by a person is plain text, never the padding token.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.length: int = padding["length"]
+        self.vocab_size: int = tokenizer.get_vocab_size()
+
+    @classmethod
+    def fit(
+        cls,
+        captions: Iterable[str],
+        *,
+        vocab_size: int = 16384,
+        length: int = 64,
+        lowercase: bool = True,
+    ) -> Tokenizer:
+        """Fits a byte-level BPE; the iterable is read once and never held in memory.
+
+        Args:
+            captions: the training captions.
+            vocab_size: entries wanted, at least 257; few captions give fewer (`vocab_size` of the
+                result tells).
+            length: tokens a caption is cut or padded to.
+            lowercase: upper and lower case become one.
+
+        Raises:
+            TokenizerError: no caption at all, or sizes that cannot be.
+        """
+        if vocab_size < SMALLEST_VOCABULARY:
+            raise TokenizerError(f"vocab_size is {vocab_size}, use {SMALLEST_VOCABULARY} or more")
+        if length < 1:
+            raise TokenizerError(f"length is {length}, use 1 or more")
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.Sequence(
+            [
+                normalizers.NFC(),
+                *([normalizers.Lowercase()] if lowercase else []),
+                normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+                normalizers.Strip(),
+            ]
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[PAD_TOKEN],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        counted = _Counted(captions)
+        tokenizer.train_from_iterator(counted, trainer=trainer)
+        if not counted.seen:
+            raise TokenizerError("there are no captions to fit the vocabulary on")
+        return cls(_fix_length(tokenizer, length))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Reads a tokenizer.json.
+
+        Raises:
+            TokenizerError: no such file, no tokenizer.json, `[PAD]` is not id 0, no stored length.
+        """
+        try:
+            content = Path(path).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"{path}: cannot be read as a tokenizer.json ({error})") from error
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{path}: not a tokenizer.json ({error})") from error
+        try:
+            return cls(tokenizer)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_mindalle(cls, vocab: str | Path, merges: str | Path, *, length: int = 64) -> Tokenizer:
+        """Imports minDALL-E's char-level BPE (bpe-16k-vocab.json, bpe-16k-merges.txt).
+
+        Raises:
+            TokenizerError: a file is missing or is none of these, or `[PAD]` is not id 0.
+        """
+        for path in (vocab, merges):
+            if not Path(path).is_file():
+                raise TokenizerError(f"{path}: no such file")
+        try:
+            charwise = tokenizers.implementations.CharBPETokenizer.from_file(
+                str(vocab), str(merges), unk_token="[UNK]", lowercase=True
+            )
+            content = charwise.to_str()
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{vocab}, {merges}: not a char-level BPE ({error})") from error
+        try:
+            return cls(_fix_length(tokenizers.Tokenizer.from_str(content), length))
+        except TokenizerError as error:
+            raise TokenizerError(f"{vocab}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Writes tokenizer.json; the same tokenizer gives the same bytes."""
+        Path(path).write_text(self._tokenizer.to_str(pretty=True), "utf-8")
+
+    def encode(
+        self, texts: Sequence[str], *, dropout: float = 0.0, seed: int | None = None
+    ) -> Tensor:
+        """Text tokens, long B T; an empty caption is all padding.
+
+        Args:
+            texts: captions; those longer than `length` tokens are cut, with one warning a call.
+            dropout: probability with which each merge is skipped (BPE dropout, arXiv 1910.13267),
+                for training; needs `seed`.
+            seed: of the dropout; the same seed gives the same tokens.
+
+        Raises:
+            TokenizerError: a caption is no valid Unicode.
+        """
+        for text in texts:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise TokenizerError(f"caption {text!a} is not valid UTF-8")
+        if dropout:
+            assert seed is not None and 0 < dropout <= 1
+            return self._encode_with_dropout(texts, dropout, random.Random(seed))
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        cut = [
+            text for text, encoding in zip(texts, encodings, strict=True) if encoding.overflowing
+        ]
+        if cut:
+            logger.warning(
+                "%d of %d captions are longer than %d tokens and were cut, for example %.200r",
+                len(cut),
+                len(texts),
+                self.length,
+                cut[0],
+            )
+        ids = [encoding.ids for encoding in encodings]
+        return torch.tensor(ids, dtype=torch.long).reshape(len(texts), self.length)
+
+    def decode(self, tokens_BT: Tensor) -> list[str]:
+        """Captions without their padding (normalised: lower case, single spaces)."""
+        rows = [[token for token in row if token != PAD] for row in tokens_BT.tolist()]
+        return [text.strip() for text in self._tokenizer.decode_batch(rows)]
+
+    def _encode_with_dropout(
+        self, texts: Sequence[str], dropout: float, rng: random.Random
+    ) -> Tensor:
+        model = json.loads(self._tokenizer.to_str())["model"]
+        vocabulary: dict[str, int] = model["vocab"]
+        ranks = {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
+        suffix = model["end_of_word_suffix"] or ""
+        unknown = vocabulary.get(model["unk_token"] or "", PAD)
+        tokens_BT = torch.full((len(texts), self.length), PAD)
+        for row, text in enumerate(texts):
+            normalized = self._tokenizer.normalizer.normalize_str(text)
+            words = self._tokenizer.pre_tokenizer.pre_tokenize_str(normalized)
+            ids = [
+                vocabulary.get(symbol, unknown)
+                for word, _ in words
+                for symbol in _merge([*word[:-1], word[-1] + suffix], ranks, dropout, rng)
+            ][: self.length]
+            tokens_BT[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+        return tokens_BT
+
+
+class _Counted:
+    """Passes the captions on and remembers whether there were any."""
+
+    def __init__(self, captions: Iterable[str]) -> None:
+        self._captions = captions
+        self.seen = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for caption in self._captions:
+            self.seen += 1
+            yield caption
+
+
+def _fix_length(tokenizer: tokenizers.Tokenizer, length: int) -> tokenizers.Tokenizer:
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=PAD, pad_token=PAD_TOKEN)
+    return tokenizer
+
+
+def _merge(
+    symbols: list[str],
+    ranks: dict[tuple[str, ...], int],
+    dropout: float,
+    rng: random.Random,
+) -> list[str]:
+    """Merges the symbols of one word; each step skips every possible merge with p = `dropout`."""
+    while True:
+        possible = [
+            (ranks[pair], position)
+            for position, pair in enumerate(itertools.pairwise(symbols))
+            if pair in ranks and rng.random() >= dropout
+        ]
+        if not possible:
+            return symbols
+        _, position = min(possible)
+        symbols[position : position + 2] = [symbols[position] + symbols[position + 1]]
