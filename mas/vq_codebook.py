@@ -20,7 +20,6 @@ from torch import Tensor, nn
 SEARCH_ROWS = 4096  # vectors compared with the whole codebook at once; bounds the memory
 KMEANS_STEPS = 10
 USAGE_DECAY = 0.99  # a step; a code is judged by about its last hundred steps
-DEAD_SHARE = 0.03  # of the average use; below it a code is restarted
 
 
 class Quantized(NamedTuple):
@@ -35,18 +34,25 @@ class Codebook(nn.Module):
     """Nearest codebook row, by distance or (`normalised`) by angle.
 
     A fresh codebook starts as the k-means centres of the first training batch, and a code that is
-    hardly used is moved onto a random vector of the current batch, so that all codes stay in play.
-    `usage` all zero means: has seen no batch yet.
+    used less than `restart` times the average is moved onto a random vector of the current batch,
+    so that all codes stay in play. `usage` all zero means: has seen no batch yet.
     """
 
     usage: Tensor
 
     def __init__(
-        self, codes: int, width: int, *, normalised: bool = False, commitment: float = 0.25
+        self,
+        codes: int,
+        width: int,
+        *,
+        normalised: bool,
+        commitment: float = 0.25,
+        restart: float = 0.03,
     ) -> None:
         super().__init__()
         self.normalised = normalised
         self.commitment = commitment
+        self.restart = restart
         self.codebook = nn.Parameter(torch.randn(codes, width) / width**0.5)
         self.register_buffer("usage", torch.zeros(codes))  # share of the vectors, running mean
 
@@ -96,7 +102,7 @@ class Codebook(nn.Module):
         if not self.usage.any():
             self.codebook.copy_(_kmeans(vectors_NC, codes))
             self.usage.fill_(1 / codes)
-        elif (dead_K := self.usage < DEAD_SHARE / codes).any():
+        elif (dead_K := self.usage < self.restart / codes).any():
             picks_K = torch.randint(len(vectors_NC), (codes,), device=vectors_NC.device)
             self.codebook[dead_K] = vectors_NC[picks_K[dead_K]].to(self.codebook)
             self.usage[dead_K] = 1 / codes
@@ -122,10 +128,10 @@ class GumbelCodebook(nn.Module):
 
     temperature: Tensor
 
-    def __init__(self, codes: int, width: int, *, features: int, divergence: float = 5e-4) -> None:
+    def __init__(self, codes: int, width: int, *, divergence: float = 5e-4) -> None:
         super().__init__()
         self.divergence = divergence
-        self.logits = nn.Conv2d(features, codes, 1)
+        self.logits = nn.Conv2d(width, codes, 1)
         self.codebook = nn.Parameter(torch.randn(codes, width))
         self.register_buffer("temperature", torch.ones(()))  # of the samples; a trainer lowers it
 

@@ -38,6 +38,7 @@ class VQGANConfig:
     attention: tuple[int, ...] = (4,)  # levels with self-attention, 0 = full resolution
     groups: int = 32  # of the group normalisation; divides every width
     commitment: float = 0.25  # weight that holds the features to their codes
+    restart: float = 0.03  # codes used less than this share of the average are moved; 0 = never
 
     def __post_init__(self) -> None:
         backbone = self.backbone
@@ -89,18 +90,16 @@ class VQGAN(nn.Module):
         self.decoder = ConvDecoder(config.features, 3, config.backbone)
         self.quantizer: Codebook | GumbelCodebook
         if config.quantizer == "gumbel":
-            self.pre_quant = nn.Conv2d(config.features, config.features, 1)
-            self.quantizer = GumbelCodebook(
-                config.codes, config.code_width, features=config.features
-            )
+            self.quantizer = GumbelCodebook(config.codes, config.code_width)
         else:
-            self.pre_quant = nn.Conv2d(config.features, config.code_width, 1)
             self.quantizer = Codebook(
                 config.codes,
                 config.code_width,
                 normalised=config.quantizer == "cosine",
                 commitment=config.commitment,
+                restart=config.restart,
             )
+        self.pre_quant = nn.Conv2d(config.features, config.code_width, 1)
         self.post_quant = nn.Conv2d(config.code_width, config.features, 1)
 
     @classmethod

@@ -53,6 +53,7 @@ class VQSEGConfig:
     attention: tuple[int, ...] = ()  # levels with self-attention, 0 = finest; the middle has it too
     groups: int = 32  # of the group normalisation; divides every width
     commitment: float = 0.25  # weight that holds the features to their codes
+    restart: float = 0.03  # codes used less than this share of the average are moved; 0 = never
     codebook_weight: float = 1.0  # of the codebook loss in the total
     face_weight: float = 20.0  # of face parts where they are present
 
@@ -159,6 +160,7 @@ class VQSEG(nn.Module):
             config.code_width,
             normalised=config.quantizer == "cosine",
             commitment=config.commitment,
+            restart=config.restart,
         )
         self.post_quant = nn.Conv2d(config.code_width, deepest, 1)
         self.decoder = ConvDecoder(deepest, channels, config.backbone)

@@ -1,0 +1,333 @@
+"""Published VQ-GAN checkpoints become a `vqgan/` folder: the command `mas import-vqgan`.
+
+In: minDALL-E's stage 1 (the published tarball, or the file in it), taming's f16 and gumbel f8,
+LlamaGen's VQ-16. Out: config.json + model.safetensors. Nothing is unpickled but tensors, unless
+the user says so; sizes are read off the tensors; what the file has too much or too little is named.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mas.storage import check_tensors
+from mas.vqgan import VQGAN, QuantizerName, VQGANConfig
+
+FormatName = Literal["mindalle", "taming", "taming-gumbel", "llamagen"]
+
+MINDALLE_MD5 = "57b008f02ceaa02b779c8b7463143315"  # of 1.3B.tar.gz, and part of its address
+MINDALLE_MEMBER = "1.3B/stage1_last.ckpt"
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
+
+
+class _Format(NamedTuple):
+    containers: tuple[str, ...]  # keys of the file that may hold the weights; the first one wins
+    names: tuple[tuple[str, str], ...]  # (our name, published name) as regular expressions
+    quantizer: QuantizerName
+
+
+# How names are published, applied in this order to ours.
+_COMMON = (
+    (r"\.norm_([12])\.", r".norm\1."),
+    (r"\.conv_([12])\.", r".conv\1."),
+    (r"\.shortcut\.", ".nin_shortcut."),
+    (r"\.query\.", ".q."),
+    (r"\.key\.", ".k."),
+    (r"\.value\.", ".v."),
+    (r"\.out\.", ".proj_out."),
+    (r"coder\.stem\.", "coder.conv_in."),
+    (r"coder\.norm\.", "coder.norm_out."),
+    (r"coder\.head\.", "coder.conv_out."),
+    (r"^pre_quant\.", "quant_conv."),
+    (r"^post_quant\.", "post_quant_conv."),
+    (r"^quantizer\.codebook$", "quantize.embedding.weight"),
+    (r"\.attentions\.", ".attn."),
+)
+_TAMING = (
+    *_COMMON,
+    (r"\.middle\.0\.", ".mid.block_1."),
+    (r"\.middle\.1\.", ".mid.attn_1."),
+    (r"\.middle\.2\.", ".mid.block_2."),
+    (r"^encoder\.levels\.", "encoder.down."),
+    (r"^decoder\.levels\.", "decoder.up."),  # counted from the finest: see _published_name
+    (r"\.blocks\.", ".block."),
+    (r"\.down\.(\d+)\.resample\.", r".down.\1.downsample."),
+    (r"\.up\.(\d+)\.resample\.", r".up.\1.upsample."),
+)
+_GUMBEL = (
+    (r"^quantizer\.codebook$", "quantize.embed.weight"),
+    (r"^quantizer\.logits\.", "quantize.proj."),
+    *_TAMING,
+)
+_LLAMAGEN = (
+    *_COMMON,
+    (r"\.middle\.", ".mid."),
+    (r"\.levels\.", ".conv_blocks."),
+    (r"\.blocks\.", ".res."),
+    (r"^encoder(.*)\.resample\.", r"encoder\1.downsample."),
+    (r"^decoder(.*)\.resample\.", r"decoder\1.upsample."),
+)
+_FORMATS: Mapping[FormatName, _Format] = {
+    "mindalle": _Format(("state_dict",), _TAMING, "nearest"),
+    "taming": _Format(("state_dict",), _TAMING, "nearest"),
+    "taming-gumbel": _Format(("state_dict",), _GUMBEL, "gumbel"),
+    "llamagen": _Format(("ema", "model", "state_dict"), _LLAMAGEN, "cosine"),
+}
+# Ours alone: how often codes occur in training, how hot Gumbel samples are.
+_OWN_BUFFERS = ("quantizer.usage", "quantizer.temperature")
+# What checkpoints carry beside the network: training losses, usage statistics.
+_EXTRA = re.compile(r"^loss\.|^discriminator\.|^quantize\.codebook_used$")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not what it was said to be; the message names the mend."""
+
+
+def import_vqgan(
+    checkpoint: str,
+    *,
+    format: FormatName,
+    output: str,
+    size: int = 256,
+    md5: str = MINDALLE_MD5,
+    trust_pickle: bool = False,
+) -> None:
+    """Converts a published VQ-GAN checkpoint to a vqgan folder.
+
+    Args:
+        checkpoint: the downloaded file; for minDALL-E also the whole 1.3B.tar.gz, read in place.
+        format: who published it.
+        output: folder to write; new or empty.
+        size: pixels a side of the pictures it will be used for.
+        md5: expected MD5 of a minDALL-E tarball; "any" for one that was packed anew.
+        trust_pickle: also load files that hold more than tensors, which runs code from the file.
+    """
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{output}: already there and not an empty folder; name a new one")
+    network, ignored = load_published(
+        checkpoint, format=format, size=size, md5=md5, trust_pickle=trust_pickle
+    )
+    network.save_pretrained(folder)
+    config = network.config
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    print(
+        f"{output}: {parameters:,} parameters, {config.codes} codes of {config.code_width}, "
+        f"{config.size} px -> {config.grid} x {config.grid} tokens"
+    )
+    print(f"config: {asdict(config)}")
+    for group, count in _groups(ignored).items():
+        print(f"ignored: {group} ({count} tensors)")
+
+
+def load_published(
+    checkpoint: str | Path,
+    *,
+    format: FormatName,
+    size: int = 256,
+    md5: str = MINDALLE_MD5,
+    trust_pickle: bool = False,
+) -> tuple[VQGAN, list[str]]:
+    """The network of a published checkpoint, in evaluation mode, and the names it left out.
+
+    Raises:
+        CheckpointError: an unreadable or truncated file, another format, more than tensors in it,
+            tensors that are missing, unknown, of the wrong shape or not finite; by name.
+    """
+    path = Path(checkpoint)
+    if format not in _FORMATS:
+        raise CheckpointError(f"format {format!r}: use one of {', '.join(_FORMATS)}")
+    content = _load(path, md5=md5, trust_pickle=trust_pickle)
+    tensors, ignored = _select(content, path, format)
+    try:
+        config = _read_config(tensors, path, format, size)
+        with torch.device("meta"):
+            network = VQGAN(config)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    expected = network.state_dict()
+    names = {
+        ours: _published_name(ours, format, len(config.multipliers))
+        for ours in expected
+        if ours not in _OWN_BUFFERS
+    }
+    check_tensors({names[ours]: expected[ours] for ours in names}, tensors, path)
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{path}: NaN or infinite values in {_some(broken)}")
+    weights = {ours: tensors[name].float() for ours, name in names.items()}
+    if config.quantizer == "gumbel":
+        weights["quantizer.temperature"] = torch.ones(())
+    else:
+        weights["quantizer.usage"] = torch.full((config.codes,), 1 / config.codes)
+    network.load_state_dict(weights, assign=True)
+    return network.eval().requires_grad_(False), ignored
+
+
+def _load(path: Path, *, md5: str, trust_pickle: bool) -> Any:
+    """What the file unpickles to: tensors in plain containers, unless pickles are trusted."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    source: Any = path
+    if path.name.endswith(TAR_ENDINGS):
+        _check_md5(path, md5)
+        source = io.BytesIO(read_member(path, MINDALLE_MEMBER))
+    try:
+        return torch.load(source, map_location="cpu", weights_only=not trust_pickle)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|Unsupported global:?)\s+(\S+)", str(error))
+        if found is None:
+            raise CheckpointError(f"{path}: no PyTorch checkpoint, or a truncated one") from error
+        raise CheckpointError(
+            f"{path}: holds more than tensors ({found.group(1)}); loading that runs code from the "
+            "file. If you trust where it comes from, add --trust-pickle"
+        ) from error
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: pickles objects of a package that is not installed here ({error})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: no PyTorch checkpoint, or a truncated one; download it again ({reason})"
+        ) from error
+
+
+def read_member(path: str | Path, member: str) -> bytes:
+    """Content of one file of a tarball, which is not unpacked.
+
+    Raises:
+        CheckpointError: a broken tarball, or no such member.
+    """
+    try:
+        with tarfile.open(path) as archive:
+            file = archive.extractfile(member)
+            assert file is not None
+            return file.read()
+    except KeyError:
+        raise CheckpointError(f"{path}: has no member {member}") from None
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path}: broken tarball; download it again ({error})") from error
+
+
+def _check_md5(path: Path, md5: str) -> None:
+    if md5 == "any":
+        return
+    with open(path, "rb") as file:
+        found = file_digest(file, "md5").hexdigest()
+    if found != md5:
+        raise CheckpointError(
+            f"{path}: MD5 is {found}, not {md5}; download it again (or name its MD5 with --md5)"
+        )
+
+
+def _select(content: Any, path: Path, format: FormatName) -> tuple[dict[str, Tensor], list[str]]:
+    """The network's tensors under their published names without prefix, and the rest's names."""
+    containers = _FORMATS[format].containers
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: expected a dictionary, found {type(content).__name__}")
+    held = next((content[key] for key in containers if key in content), None)
+    if not isinstance(held, Mapping):
+        raise CheckpointError(
+            f"{path}: a {format} checkpoint keeps its weights in {' or '.join(containers)}; this "
+            f"file has {_some([str(key) for key in content])}"
+        )
+    first = "encoder.conv_in.weight"
+    prefixes = [str(name).removesuffix(first) for name in held if str(name).endswith(first)]
+    if not prefixes:
+        raise CheckpointError(
+            f"{path}: no tensor {first}, so this is no VQ-GAN; it has {_some(list(held))}"
+        )
+    prefix = min(prefixes, key=len)
+    tensors, ignored = {}, []
+    for name, tensor in held.items():
+        bare = name.removeprefix(prefix)
+        if not name.startswith(prefix) or _EXTRA.match(bare) or not isinstance(tensor, Tensor):
+            ignored.append(name)
+        else:
+            tensors[bare] = tensor
+    _check_format(tensors, path, format)
+    return tensors, ignored
+
+
+def _check_format(tensors: Mapping[str, Tensor], path: Path, format: FormatName) -> None:
+    if any(name.startswith("encoder.conv_blocks.") for name in tensors):
+        found = "llamagen"
+    elif "quantize.proj.weight" in tensors:
+        found = "taming-gumbel"
+    else:
+        found = "taming"
+    if found != format and not (found == "taming" and format == "mindalle"):
+        raise CheckpointError(
+            f"{path}: has the tensor names of a {found} checkpoint; use --format {found}"
+        )
+
+
+def _read_config(
+    tensors: Mapping[str, Tensor], path: Path, format: FormatName, size: int
+) -> VQGANConfig:
+    """Sizes of the network, read off the shapes of its tensors."""
+
+    def shape(ours: str) -> tuple[int, ...]:
+        name = _published_name(ours, format)
+        if name not in tensors:
+            raise CheckpointError(f"missing tensor {name}")
+        return tuple(tensors[name].shape)
+
+    def count(pattern: str) -> int:
+        number = 0
+        while _published_name(pattern.format(number), format) in tensors:
+            number += 1
+        return number
+
+    levels = count("encoder.levels.{}.blocks.0.conv_1.weight")
+    blocks = [f"encoder.levels.{level}.blocks.0.conv_1.weight" for level in range(levels)]
+    width = shape("encoder.stem.weight")[0]
+    codes, code_width = shape("quantizer.codebook")
+    return VQGANConfig(
+        size=size,
+        codes=codes,
+        code_width=code_width,
+        quantizer=_FORMATS[format].quantizer,
+        features=shape("encoder.head.weight")[0],
+        width=width,
+        multipliers=tuple(shape(block)[0] // width for block in blocks),
+        blocks=count("encoder.levels.0.blocks.{}.conv_1.weight"),
+        attention=tuple(
+            level
+            for level in range(levels)
+            if count(f"encoder.levels.{level}.attentions.{{}}.query.weight")
+        ),
+    )
+
+
+def _published_name(ours: str, format: FormatName, levels: int = 0) -> str:
+    """How `format` calls our tensor; taming counts the decoder's levels from the finest."""
+    if format != "llamagen":
+        ours = re.sub(
+            r"^(decoder\.levels\.)(\d+)", lambda m: f"{m[1]}{levels - 1 - int(m[2])}", ours
+        )
+    for pattern, published in _FORMATS[format].names:
+        ours = re.sub(pattern, published, ours)
+    return ours
+
+
+def _groups(names: Iterable[str]) -> dict[str, int]:
+    """Tensor counts by the first two parts of the names."""
+    return Counter(".".join(name.split(".")[:2]) for name in names)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
