@@ -258,6 +258,10 @@ class GPT(nn.Module):
         ]
         return StreamLosses(*(r[0] for r in results), *(r[1] for r in results))
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def new_cache(self, rows: int, *, length: int | None = None) -> Cache:
         """An empty cache for `rows` sequences of `length` tokens (default: whole ones)."""
         like = next(self.positions.parameters())

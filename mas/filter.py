@@ -1,0 +1,92 @@
+"""From logits to one token: temperature, top-k, top-p, guidance and the draw itself.
+
+In: logits of the conditional and the unconditional stream, one uniform number a picture. Out: the
+next token of each picture.
+Axes: B pictures, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens of one stream are drawn."""
+
+    guidance: float = 3.0  # ≥ 0; 1 = the caption as it is, 0 = no caption, 3-5 = obey it more
+    temperature: float = 1.0  # ≥ 0; 0 = always the likeliest token
+    top_k: float | None = None  # keep the k likeliest; below 1: this share of the vocabulary
+    top_p: float | None = None  # keep the likeliest tokens that together have this probability
+
+    def __post_init__(self) -> None:
+        for name in ("guidance", "temperature"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}, use a number of 0 or more")
+        k = self.top_k
+        if k is not None and not (0 < k < 1 or (k >= 1 and math.isfinite(k) and k == int(k))):
+            raise ValueError(f"top_k is {k}, use a whole number, or a share between 0 and 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, use more than 0 and at most 1")
+
+
+def guide(conditional_BV: Tensor, unconditional_BV: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance, `uncond + g (cond - uncond)` (Make-A-Scene, section 3.4)."""
+    return unconditional_BV + guidance * (conditional_BV - unconditional_BV)
+
+
+def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities after temperature, top-k and top-p, in this order; float64 B V.
+
+    Each row sums to 1 and keeps at least one token. Equal logits at the limit of top-k are kept in
+    the order of `torch.topk`, so exactly k remain.
+    """
+    logits_BV = logits_BV.double()
+    if sampling.temperature == 0:
+        best_B1 = logits_BV.argmax(-1, keepdim=True)
+        return torch.zeros_like(logits_BV).scatter_(-1, best_B1, 1.0)
+    # Against the largest logit, so that a tiny temperature cannot divide into infinity.
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature
+    vocabulary = logits_BV.shape[-1]
+    kept = count_kept(sampling.top_k, vocabulary)
+    if kept == vocabulary and sampling.top_p is None:
+        return logits_BV.softmax(-1)
+    sorted_BK, indices_BK = logits_BV.topk(kept, dim=-1)
+    sorted_BK = sorted_BK.softmax(-1)
+    if sampling.top_p is not None:
+        before_BK = sorted_BK.cumsum(-1) - sorted_BK
+        # The first token always stays: nothing comes before it.
+        sorted_BK = sorted_BK.masked_fill(before_BK >= sampling.top_p, 0.0)
+        sorted_BK = sorted_BK / sorted_BK.sum(-1, keepdim=True)
+    return torch.zeros_like(logits_BV).scatter_(-1, indices_BK, sorted_BK)
+
+
+def count_kept(top_k: float | None, vocabulary: int) -> int:
+    """How many tokens top-k leaves of a vocabulary."""
+    if top_k is None:
+        return vocabulary
+    return max(1, round(top_k * vocabulary)) if top_k < 1 else min(int(top_k), vocabulary)
+
+
+def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Draws one token a row by inverting the cumulative distribution, long B.
+
+    Args:
+        probabilities_BV: float64.
+        uniform_B: float64, at most 1 - 2^-32: so the product with the total stays below it, and
+            the token found always has a probability above 0.
+    """
+    cumulative_BV = probabilities_BV.cumsum(-1)
+    targets_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    return torch.searchsorted(cumulative_BV, targets_B1, right=True)[:, 0]
+
+
+def uniforms(seed: int, count: int) -> Tensor:
+    """`count` uniform numbers in [0, 1 - 2^-32], float64, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2**32, (count,), generator=generator).double() / 2**32

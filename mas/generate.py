@@ -1,0 +1,176 @@
+"""The decode loop: fills the free tokens of `[text | scene | image]` one after the other.
+
+In: text tokens, and any scene and image tokens somebody has given. Out: complete sequences. One
+mechanism serves every condition: a given token is forced, a `FREE` one is sampled. The prefix is
+read once for all candidates that share it, guidance runs as a second stream in the same batch and
+gets every token the first one gets. Paper: Make-A-Scene (arXiv 2203.13131) section 3.4.
+Axes: B pictures, R rows of the batch (pictures x guidance streams), T tokens, D width, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mas.filter import Sampling, draw, guide, probabilities, uniforms
+from mas.gpt import Cache
+from mas.sequence import FREE, Layout, Stream, Streams
+from mas.text import PAD
+
+Progress = Callable[[int, int, Tensor], None]  # tokens done, tokens in all, sequences B T so far
+
+
+class Decoder(Protocol):
+    """What the loop needs of a network; `mas.gpt.GPT` is one."""
+
+    layout: Layout
+    device: torch.device
+
+    def new_cache(self, rows: int, *, length: int | None = None) -> Cache: ...
+
+    def extend(self, tokens_BT: Tensor, *, cache: Cache, start: int) -> Tensor: ...
+
+    def head(self, x_BD: Tensor, stream: Stream) -> Tensor: ...
+
+
+@torch.inference_mode()
+def generate(
+    decoder: Decoder,
+    text_BT: Tensor,
+    *,
+    seeds: Sequence[int],
+    scene_BT: Tensor | None = None,
+    image_BT: Tensor | None = None,
+    scene: Sampling | None = None,
+    image: Sampling | None = None,
+    on_progress: Progress | None = None,
+) -> Streams:
+    """Samples every free scene and image token, long B T per stream on the decoder's device.
+
+    Picture i depends on row i and seed i alone, not on the batch around it: position t of it always
+    uses the t-th random number of its seed.
+
+    Args:
+        decoder: the GPT, in evaluation mode.
+        text_BT: text tokens; a caption of nothing but padding is unconditional.
+        seeds: one a picture.
+        scene_BT: given scene tokens, `FREE` where the GPT shall choose (None: everywhere).
+        image_BT: likewise for the image.
+        scene: how scene tokens are drawn.
+        image: how image tokens are drawn.
+        on_progress: called after every step.
+
+    Raises:
+        SequenceError: tokens that do not fit the layout.
+        ValueError: as many seeds as captions are needed; or the network gives no finite logits.
+    """
+    layout = decoder.layout
+    count = len(text_BT)
+    if len(seeds) != count or count == 0:
+        raise ValueError(f"{count} captions and {len(seeds)} seeds: give one seed a picture")
+    given_BT = layout.pack(
+        text_BT,
+        layout.free(layout.scene, count) if scene_BT is None else scene_BT,
+        layout.free(layout.image, count) if image_BT is None else image_BT,
+    )
+    samplings = {"scene": scene or Sampling(), "image": image or Sampling()}
+    loop = _Loop(decoder, given_BT, seeds=seeds, samplings=samplings)
+    while not loop.finished:
+        loop.step()
+        if on_progress is not None:
+            on_progress(loop.position, layout.length, loop.tokens_BT)
+    return layout.unpack(loop.tokens_BT)
+
+
+class _Loop:
+    """The state of one batch: sequences so far, cache, and the state that predicts the next."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        given_BT: Tensor,
+        *,
+        seeds: Sequence[int],
+        samplings: dict[str, Sampling],
+    ) -> None:
+        self.decoder = decoder
+        self.layout = decoder.layout
+        self.samplings = samplings
+        self.given_T = (given_BT != FREE).all(0).tolist()
+        uniforms_BT = torch.stack([uniforms(seed, self.layout.length) for seed in seeds])
+        self.uniforms_BT = uniforms_BT.to(decoder.device)
+        self.tokens_BT = given_BT.to(decoder.device, copy=True)
+        self.branches = self._choose_branches()
+        self.position = self._given_until(0)
+        if not self.finished:
+            self._read_prefix()
+
+    @property
+    def finished(self) -> bool:
+        return self.position == self.layout.length
+
+    def step(self) -> None:
+        """Fills the next position, then reads all that is given from there on."""
+        first = self.position
+        self.tokens_BT[:, first] = self._choose()
+        self.position = self._given_until(first + 1)
+        if not self.finished:
+            piece_BT = self.tokens_BT[:, first : self.position]
+            piece_RT = piece_BT.repeat(len(self.branches), 1)
+            self.state_RD = self.decoder.extend(piece_RT, cache=self.cache, start=first)
+
+    def _choose(self) -> Tensor:
+        """The tokens at the current position: given ones stay, the others are drawn."""
+        stream = self.layout.stream_at(self.position)
+        sampling = self.samplings[stream.name]
+        logits_BV = self._guided_logits(stream, sampling.guidance)
+        probabilities_BV = probabilities(logits_BV, sampling)
+        drawn_B = draw(probabilities_BV, self.uniforms_BT[:, self.position])
+        given_B = self.tokens_BT[:, self.position]
+        return torch.where(given_B == FREE, drawn_B, given_B)
+
+    def _guided_logits(self, stream: Stream, guidance: float) -> Tensor:
+        logits_RV = self.decoder.head(self.state_RD, stream).float()
+        by_branch = dict(zip(self.branches, logits_RV.chunk(len(self.branches)), strict=True))
+        if len(by_branch) == 1:
+            return logits_RV
+        if guidance in (0, 1):
+            return by_branch["conditional" if guidance else "unconditional"]
+        return guide(by_branch["conditional"], by_branch["unconditional"], guidance)
+
+    def _choose_branches(self) -> list[str]:
+        """Which streams run. A stream that has no weight in any guidance is left out."""
+        guidances = {sampling.guidance for sampling in self.samplings.values()}
+        captions_BT = self.tokens_BT[:, self.layout.text.span]
+        if guidances == {1} or (captions_BT == PAD).all():
+            return ["conditional"]
+        return ["unconditional"] if guidances == {0} else ["conditional", "unconditional"]
+
+    def _given_until(self, position: int) -> int:
+        """The first position from `position` on that is free in some picture."""
+        while position < self.layout.length and self.given_T[position]:
+            position += 1
+        return position
+
+    def _read_prefix(self) -> None:
+        """Reads each distinct prefix once and hands its keys and values to all that share it."""
+        prefix_BT = self.tokens_BT[:, : self.position]
+        by_branch = {
+            "conditional": prefix_BT,
+            "unconditional": self.layout.unconditional(prefix_BT),
+        }
+        prefix_RT = torch.cat([by_branch[branch] for branch in self.branches])
+        distinct: dict[tuple[int, ...], int] = {}
+        sources = [distinct.setdefault(tuple(row), len(distinct)) for row in prefix_RT.tolist()]
+        read_RT = torch.tensor(list(distinct), device=self.decoder.device)
+        shared = self.decoder.new_cache(len(distinct), length=self.position)
+        state_RD = self.decoder.extend(read_RT, cache=shared, start=0)
+        if not state_RD.isfinite().all():
+            raise ValueError("the GPT computes NaN: its weights are broken, train or copy it again")
+        self.cache = self.decoder.new_cache(len(sources))
+        self.cache.copy_rows(shared, sources, length=self.position)
+        self.state_RD = state_RD[sources]
