@@ -1,0 +1,208 @@
+"""Runs a worker over shard jobs, here or on Ray, and knows nothing of what the worker does.
+
+In: jobs, a factory of workers, the output folder. Out: per shard NAME.stats.json, written last, or
+NAME.error.json. Finished shards are passed over, so a run that was cut goes on where it was; a
+shard that fails is tried again, then set aside while the others go on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from preprocess.progress import ProgressBar
+from preprocess.run_folder import ERROR, PROGRESS, RUNNING, STATS, RunFolder, settings_hash
+
+Report = Callable[[int], None]  # a worker tells how many more items it has seen
+
+ATTEMPTS = 3  # a shard that failed so often is set aside
+WAIT_SECONDS = (1.0, 5.0)  # before the second and the third attempt
+OUTPUT_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no shard could be written: stop
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to make."""
+
+    name: str  # of the output, without ending
+    source: Any  # what the worker reads
+    fingerprint: str  # changes when the source does
+
+
+class Worker(Protocol):
+    """Makes one shard, all of it or nothing, and returns its statistics."""
+
+    def __call__(self, job: Job, report: Report) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorConfig:
+    """Where and how wide a run is; has no influence on what it writes."""
+
+    kind: Literal["ray", "serial"] = "ray"  # serial = in this process, one shard after the other
+    workers: int | None = None  # None = one a CPU of the machine or the cluster
+    address: str | None = None  # of a Ray cluster, "auto" = the one this machine is in
+    gpus_per_worker: float = 0.0  # may be a fraction
+    retry_failed: bool = False  # also try shards that were set aside
+
+
+@dataclass
+class Outcome:
+    """What became of one job."""
+
+    name: str
+    stats: dict[str, Any] | None = None
+    error: str = ""
+    fatal: bool = False  # the output takes nothing more
+
+
+@dataclass
+class Summary:
+    """What became of a run."""
+
+    shards: int
+    done: int = 0  # in this run
+    skipped: int = 0  # were done before
+    failed: dict[str, str] = field(default_factory=dict)  # name -> error
+    seen: int = 0  # items the workers of this run have reported
+    seconds: float = 0.0  # in which they were seen
+
+    @property
+    def status(self) -> int:
+        """Exit status of the command."""
+        return 1 if self.failed else 0
+
+
+class Runner:
+    """Takes jobs one by one: marks them as running, tries, writes the evidence. One a process."""
+
+    def __init__(
+        self, factory: Callable[[], Worker], folder: RunFolder, common: Mapping[str, Any]
+    ) -> None:
+        self.worker = factory()
+        self.folder = folder
+        self.common = common  # goes into every stats.json
+
+    def run(self, job: Job, report: Report) -> Outcome:
+        """Never raises for what one shard may be the cause of."""
+        mark = job.name + RUNNING
+        earlier = (self.folder.read(mark) or {}).get("attempt", 0)  # cut short by a killed worker
+        text, trace = f"killed its worker {earlier} times", ""
+        for attempt in range(earlier + 1, ATTEMPTS + 1):
+            try:
+                self.folder.write(mark, _whereabouts(attempt))
+                return self._make(job, report)
+            except Exception as error:  # one bad shard must not end the run
+                plain = isinstance(error, (ValueError, OSError))
+                text, trace = str(error) if plain else repr(error), traceback.format_exc()
+                if isinstance(error, OSError) and error.errno in OUTPUT_FULL:
+                    return Outcome(job.name, error=text, fatal=True)
+                if isinstance(error, ValueError):  # the data; another attempt would see the same
+                    break
+                if attempt < ATTEMPTS:
+                    time.sleep(WAIT_SECONDS[attempt - 1])
+        self.folder.write(job.name + ERROR, {"error": text, "traceback": trace})
+        self.folder.remove(mark)
+        return Outcome(job.name, error=text)
+
+    def _make(self, job: Job, report: Report) -> Outcome:
+        start = time.time()
+        stats = {
+            **self.worker(job, report),
+            **self.common,
+            "input": job.fingerprint,
+            "started": round(start, 3),
+            "finished": round(time.time(), 3),
+        }
+        self.folder.write(job.name + STATS, stats)
+        self.folder.remove(job.name + RUNNING, job.name + ERROR)
+        return Outcome(job.name, stats=stats)
+
+
+def _whereabouts(attempt: int) -> dict[str, Any]:
+    """Who is at a shard, for `mas preprocess-status` and for the next attempt."""
+    host, pid = socket.gethostname(), os.getpid()
+    return {"attempt": attempt, "host": host, "pid": pid, "started": round(time.time(), 3)}
+
+
+def execute(
+    jobs: Sequence[Job],
+    factory: Callable[[], Worker],
+    output: str,
+    *,
+    command: str,
+    settings: Mapping[str, Any],
+    config: ExecutorConfig,
+    unit: str = "photo",
+) -> Summary:
+    """Makes all shards that are not made yet.
+
+    Args:
+        jobs: each with its own name.
+        factory: makes the worker in the process it works in; must pickle.
+        output: folder or URL, created here.
+        command: what writes here, for run.json.
+        settings: everything that decides what is written; must agree with an earlier run's.
+        config: where to run.
+        unit: what a worker reports, for the progress bar.
+
+    Raises:
+        FolderError: the folder holds something else or was made with other settings.
+        ShardError: a finished shard was made from another input.
+        OSError: the output cannot be written to, or is full.
+    """
+    folder = RunFolder(output)
+    folder.prepare(command, settings, shards=len(jobs))
+    summary = Summary(len(jobs))
+    pending = []
+    present = set(folder.list_names())
+    for job in jobs:
+        if job.name + STATS in present and folder.finished(job.name, job.fingerprint):
+            summary.skipped += 1
+        elif job.name + ERROR in present and not config.retry_failed:
+            summary.failed[job.name] = (folder.read(job.name + ERROR) or {}).get("error", "")
+        else:
+            pending.append(job)
+        if job.name + RUNNING in present:  # of a run that was killed
+            folder.remove(job.name + RUNNING)
+    common = {"settings": settings_hash(settings), "python": platform.python_version()}
+    with ProgressBar(folder, len(jobs), unit=unit, failed=len(summary.failed)) as bar:
+        bar.skip(summary.skipped)
+        for outcome in _outcomes(pending, factory, folder, common, config, bar):
+            if outcome.fatal:
+                raise OSError(f"{output}: {outcome.error}; finished shards are kept, run it again")
+            if outcome.error:
+                summary.failed[outcome.name] = outcome.error
+            else:
+                summary.done += 1
+            bar.shard_done(failed=bool(outcome.error))
+    summary.seconds, summary.seen = bar.seconds, bar.items
+    folder.remove(PROGRESS)
+    return summary
+
+
+def _outcomes(
+    jobs: Sequence[Job],
+    factory: Callable[[], Worker],
+    folder: RunFolder,
+    common: Mapping[str, Any],
+    config: ExecutorConfig,
+    bar: ProgressBar,
+) -> Iterator[Outcome]:
+    if not jobs:
+        return
+    if config.kind == "serial" or config.workers == 0:
+        runner = Runner(factory, folder, common)
+        for job in jobs:
+            yield runner.run(job, bar.add)
+        return
+    from preprocess.ray_executor import run_on_ray  # a serial run needs no Ray
+
+    yield from run_on_ray(jobs, factory, folder, common, config, bar)

@@ -1,0 +1,101 @@
+"""`mas preprocess`: photos and captions in, photos with scene maps out, on Ray or in this process.
+
+In: tar shards, a folder of images, or COCO. Out: the folder that preprocess/run_folder.py
+describes, with one scene shard per input shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import Literal
+
+from preprocess.executor import ExecutorConfig, execute
+from preprocess.inputs import find_jobs
+from preprocess.photo import PhotoConfig
+from preprocess.run_folder import SUMMARY, RunFolder
+from preprocess.segment import FaceConfig, HumanConfig, PanopticConfig, check_sources
+from preprocess.status import collect, describe_rejects
+from preprocess.worker import SceneConfig, SceneWorker
+
+PHOTO, PANOPTIC, HUMAN, FACE = PhotoConfig(), PanopticConfig(), HumanConfig(), FaceConfig()
+
+
+def preprocess(
+    *,
+    input: str,
+    output: str,
+    captions: str = "",
+    samples_per_shard: int = 1000,
+    photo: PhotoConfig = PHOTO,
+    panoptic: PanopticConfig = PANOPTIC,
+    human: HumanConfig = HUMAN,
+    face: FaceConfig = FACE,
+    max_caption_bytes: int = 10_000,
+    batch_size: int = 16,
+    threads: int = 0,
+    executor: Literal["ray", "serial"] = "ray",
+    workers: int | None = None,
+    address: str | None = None,
+    gpus_per_worker: float = 0.0,
+    retry_failed: bool = False,
+) -> int:
+    """Turn photos with captions into photos with captions and scene maps.
+
+    A run that was cut goes on where it was when the same command is given again.
+
+    Args:
+        input: tar shards ('DIR/{00000..00099}.tar', a folder of tars, a glob), or a folder of
+            images with a .txt beside each; local path or URL.
+        output: folder or URL for the scene shards.
+        captions: COCO's captions JSON, for a folder of COCO's images.
+        samples_per_shard: how a folder of images is cut into shards.
+        photo: what becomes of the photo.
+        panoptic: where panoptic segments come from.
+        human: where human parts come from.
+        face: where face landmarks come from.
+        max_caption_bytes: samples with a longer caption are rejected.
+        batch_size: photos a call of a network.
+        threads: a worker's helpers, which decode and encode while its networks run; 0 = none.
+        executor: ray, or serial = one shard after the other in this process.
+        workers: at work at once; default one a CPU, 0 = serial.
+        address: of a Ray cluster; auto = the one this machine belongs to; default a local Ray.
+        gpus_per_worker: share of a GPU each worker holds, as in 0.5.
+        retry_failed: also try the shards that failed and were set aside.
+    """
+    if batch_size < 1 or threads < 0 or (workers or 0) < 0 or gpus_per_worker < 0:
+        raise ValueError("batch_size must be at least 1; threads, workers and GPUs at least 0")
+    check_sources(panoptic, human, face)
+    jobs = find_jobs(input, captions=captions, samples_per_shard=samples_per_shard)
+    config = SceneConfig(
+        photo=photo, panoptic=panoptic, human=human, face=face, max_caption_bytes=max_caption_bytes
+    )
+    summary = execute(
+        jobs,
+        partial(SceneWorker, config, output.rstrip("/"), batch_size=batch_size, threads=threads),
+        output,
+        command="preprocess",
+        settings=asdict(config),
+        config=ExecutorConfig(
+            kind=executor,
+            workers=workers,
+            address=address,
+            gpus_per_worker=gpus_per_worker,
+            retry_failed=retry_failed,
+        ),
+    )
+    folder = RunFolder(output)
+    totals = collect(folder)
+    folder.write(SUMMARY, totals)
+    rate = summary.seen / max(summary.seconds, 1e-3)
+    print(
+        f"{summary.done} of {summary.shards} shards done, {summary.skipped} were done before, "
+        f"{len(summary.failed)} failed; {summary.seconds:.1f} s, {rate:.1f} photos/s\n"
+        f"{totals['photos_in']} photos in, {totals['photos_out']} out"
+        + describe_rejects(totals["rejected"])
+    )
+    for name, error in sorted(summary.failed.items()):
+        print(f"failed: {name}: {error}")
+    if summary.failed:
+        print("mend the input, then run the same command with --retry_failed true")
+    return summary.status

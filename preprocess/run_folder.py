@@ -1,0 +1,143 @@
+"""The output folder of a run: what is done, running or failed is read from the files in it.
+
+`run.json` tells what the folder is and how it was made; per shard NAME.running.json while a worker
+is at it, NAME.stats.json when all of it is written, NAME.error.json when it failed;
+`progress.json` is the driver's heartbeat, `summary.json` its last word. Local path or fsspec URL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import fsspec
+
+from mas.shards import ShardError, remove_temporary, write_file
+
+RUN, PROGRESS, SUMMARY = "run.json", "progress.json", "summary.json"
+STATS, ERROR, RUNNING = ".stats.json", ".error.json", ".running.json"
+
+
+class FolderError(ValueError):
+    """An output folder that cannot take this run."""
+
+
+class RunFolder:
+    """Reads and writes the evidence of one run; cheap to pickle."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path.rstrip("/") or path
+
+    def file(self, name: str) -> str:
+        return f"{self.path}/{name}"
+
+    def list_names(self) -> list[str]:
+        """Names of everything in the folder, sorted; empty where there is no folder."""
+        filesystem, inner = fsspec.core.url_to_fs(self.path)
+        filesystem.invalidate_cache(inner)
+        if not filesystem.isdir(inner):
+            return []
+        names = (entry.rstrip("/").rpartition("/")[2] for entry in filesystem.ls(inner, False))
+        return sorted(name for name in names if name)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the folder, None where it is missing.
+
+        Raises:
+            FolderError: it is there and is no JSON object.
+        """
+        try:
+            with fsspec.open(self.file(name), "rb") as file:
+                content = json.loads(file.read())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise FolderError(f"{self.file(name)}: not readable ({error}); remove it") from error
+        if not isinstance(content, dict):
+            raise FolderError(f"{self.file(name)}: not a JSON object; remove it")
+        return content
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        write_file(self.file(name), (text + "\n").encode("utf-8", "backslashreplace"))
+
+    def remove(self, *names: str) -> None:
+        filesystem, inner = fsspec.core.url_to_fs(self.path)
+        for name in names:
+            if filesystem.exists(f"{inner}/{name}"):
+                filesystem.rm_file(f"{inner}/{name}")
+        for name in names:
+            remove_temporary(self.file(name))
+
+    def prepare(self, command: str, settings: Mapping[str, Any], *, shards: int) -> None:
+        """Creates the folder, or makes sure that what is in it was made the same way.
+
+        Args:
+            command: what writes here, as in `preprocess`.
+            settings: everything that decides what is written, JSON-able, nested.
+            shards: how many there will be.
+
+        Raises:
+            FolderError: the folder holds something else, or was made with other settings.
+            OSError: it cannot be written to.
+        """
+        run = self.read(RUN)
+        names = [name for name in self.list_names() if not name.startswith(f".{RUN}.")]
+        if run is None and names:
+            listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            raise FolderError(
+                f"{self.path}: holds something else ({listed}); choose an empty --output folder"
+            )
+        if run is not None:
+            self._compare(run, command, json.loads(json.dumps(settings)))
+        filesystem, inner = fsspec.core.url_to_fs(self.path)
+        filesystem.makedirs(inner, exist_ok=True)
+        content = {"command": command, "settings": settings, "shards": shards}
+        self.write(RUN, {**content, "started": time.time()})
+
+    def _compare(self, run: dict[str, Any], command: str, settings: dict[str, Any]) -> None:
+        if run.get("command") != command:
+            raise FolderError(
+                f"{self.path}: holds what mas {run.get('command')} wrote; choose another --output"
+            )
+        there, here = flatten(run.get("settings", {})), flatten(settings)
+        for key in sorted(there.keys() | here.keys()):
+            if there.get(key) != here.get(key):
+                raise FolderError(
+                    f"{self.path}: was made with other settings: {key} is {there.get(key)!r} there "
+                    f"and {here.get(key)!r} here; choose another --output or the same settings"
+                )
+
+    def finished(self, name: str, fingerprint: str) -> bool:
+        """True when shard `name` is done.
+
+        Raises:
+            ShardError: it was made from another input.
+        """
+        stats = self.read(name + STATS)
+        if stats is not None and stats.get("input") != fingerprint:
+            raise ShardError(
+                f"{self.file(name)}: was made from another input ({stats.get('input')} there, "
+                f"{fingerprint} here); choose another --output"
+            )
+        return stats is not None
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """Sixteen hex digits that change with any setting."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,127 @@
+"""`mas preprocess-status`: how far a run is, from the files in its output folder alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from typing import Any
+
+from mas.scene import CLASS_NAMES
+from preprocess.run_folder import ERROR, PROGRESS, RUN, RUNNING, STATS, RunFolder
+
+ALIVE_SECONDS = 60.0  # a run whose heartbeat is older has stopped
+
+
+def preprocess_status(folder: str, *, as_json: bool = False) -> int:
+    """Tell how far a preprocessing run is; exit status 1 when shards failed.
+
+    Args:
+        folder: output of mas preprocess (or mas tokenize), path or URL.
+        as_json: print one JSON object instead.
+    """
+    run_folder = RunFolder(folder)
+    run = run_folder.read(RUN)
+    if run is None:
+        raise ValueError(f"{folder}: no {RUN}; this is no output of mas preprocess")
+    names = run_folder.list_names()
+    done = sum(name.endswith(STATS) for name in names)
+    failed = [name.removesuffix(ERROR) for name in names if name.endswith(ERROR)]
+    errors = {name: (run_folder.read(name + ERROR) or {}).get("error", "") for name in failed}
+    progress = run_folder.read(PROGRESS) or {}
+    alive = time.time() - progress.get("updated", 0.0) < ALIVE_SECONDS
+    totals = collect(run_folder)
+    shards = max(run.get("shards", 0), done)
+    left = shards - done - len(failed)
+    status = {
+        "shards": shards,
+        "done": done,
+        "running": sum(name.endswith(RUNNING) for name in names) if alive else 0,
+        "failed": errors,
+        "alive": alive,
+        "photos_per_second": _rate(progress) if alive else totals["photos_per_second"],
+        "seconds_left": _seconds_left(progress, left) if alive else None,
+        **{key: totals[key] for key in ("photos_in", "photos_out", "rejected")},
+    }
+    print(json.dumps(status) if as_json else _describe(status, left))
+    return 1 if failed else 0
+
+
+def collect(folder: RunFolder) -> dict[str, Any]:
+    """Sums of all stats.json of a folder: photos, rejects, classes, seconds per stage."""
+    sums: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
+    seconds: Counter[str] = Counter()
+    photos: Counter[str] = Counter()
+    pixels: Counter[str] = Counter()
+    spans: list[tuple[float, float]] = []
+    for name in folder.list_names():
+        if not name.endswith(STATS):
+            continue
+        stats = folder.read(name) or {}
+        sums["shards"] += 1
+        for key in ("photos_in", "photos_out", "people"):
+            sums[key] += stats.get(key, 0)
+        rejected.update(stats.get("rejected", {}))
+        seconds.update(stats.get("seconds", {}))
+        for label, counts in stats.get("classes", {}).items():
+            photos[label] += counts["photos"]
+            pixels[label] += counts["pixels"]
+        spans.append((stats.get("started", 0.0), stats.get("finished", 0.0)))
+    busy = _covered(spans)
+    return {
+        **{key: sums[key] for key in ("shards", "photos_in", "photos_out", "people")},
+        "rejected": dict(rejected.most_common()),
+        "photos_per_second": round(sums["photos_in"] / busy, 1) if busy else 0.0,
+        "seconds": {stage: round(float(value), 3) for stage, value in seconds.items()},
+        "classes": {
+            name: {"photos": photos[name], "pixels": pixels[name]}
+            for name in CLASS_NAMES
+            if name in photos
+        },
+    }
+
+
+def describe_rejects(rejected: dict[str, int]) -> str:
+    """The tail of a sentence: how many samples were dropped, and why."""
+    if not rejected:
+        return ", none rejected"
+    reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
+    return f", {sum(rejected.values())} rejected: {reasons}"
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Seconds in which at least one shard was worked on; pauses between runs do not count."""
+    total, until = 0.0, 0.0
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def _rate(progress: dict[str, Any]) -> float:
+    return round(progress["items"] / max(progress["seconds"], 1e-3), 1)
+
+
+def _seconds_left(progress: dict[str, Any], left: int) -> float | None:
+    """From the shards this run has made; None before the first."""
+    made = progress.get("made", 0)
+    return round(progress["seconds"] / made * left) if made else None
+
+
+def _describe(status: dict[str, Any], left: int) -> str:
+    failed = status["failed"]
+    state = "running" if status["alive"] else "finished" if not left else "stopped"
+    lines = [
+        f"{state}: {status['done']} of {status['shards']} shards done, "
+        f"{status['running']} running, {len(failed)} failed, {left} left",
+        f"{status['photos_in']} photos in, {status['photos_out']} out"
+        + describe_rejects(status["rejected"]),
+        f"{status['photos_per_second']} photos/s",
+    ]
+    if status["seconds_left"] is not None:
+        lines[-1] += f", {status['seconds_left'] / 60:.0f} minutes left"
+    if state == "stopped":
+        lines.append("the run is not at work; give the same command again to go on")
+    lines += [f"failed: {name}: {error}" for name, error in failed.items()]
+    return "\n".join(lines)

@@ -1,0 +1,268 @@
+"""The scene worker: one shard of photos in, one shard of photos with scene maps out.
+
+In: the samples of a shard job. Out: NAME.tar, NAME.rejects.jsonl, and the counts for
+NAME.stats.json, which the executor writes last. A plain callable that knows nothing of Ray; the
+bytes it writes depend on its input and config only. Make-A-Scene, section 3.1.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from mas.scene import PERSON, SceneError, Segments, merge
+from mas.shards import Sample, ShardError, ShardWriter, remove_temporary, write_file
+from preprocess.captions import Texts, read_texts
+from preprocess.executor import Job, Report
+from preprocess.landmarks import draw_faces
+from preprocess.photo import (
+    EXTENSIONS,
+    PhotoConfig,
+    Square,
+    cut_square,
+    decode,
+    encode_jpeg,
+    sample_square,
+)
+from preprocess.rejects import Reject, RejectError
+from preprocess.segment import (
+    FaceConfig,
+    HumanConfig,
+    PanopticConfig,
+    Photo,
+    build_face,
+    build_human,
+    build_panoptic,
+)
+from preprocess.tally import Tally
+
+REJECTS = ".rejects.jsonl"
+NOTHING = Segments(np.empty((0, 0), np.uint8), np.empty((0, 0), np.int32))
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneConfig:
+    """Everything that decides what a scene shard holds."""
+
+    photo: PhotoConfig = field(default_factory=PhotoConfig)
+    panoptic: PanopticConfig = field(default_factory=PanopticConfig)
+    human: HumanConfig = field(default_factory=HumanConfig)
+    face: FaceConfig = field(default_factory=FaceConfig)
+    max_caption_bytes: int = 10_000  # samples with a longer caption are rejected
+
+
+@dataclass
+class _Picture:
+    """A sample on its way through the stages."""
+
+    index: int  # in the shard
+    photo: Photo
+    texts: Texts
+    panoptic: Segments = NOTHING  # as the segmenter gave it
+    square: Segments = NOTHING  # of the square that is written
+    human: np.ndarray | None = None  # as the parser gave it
+    faces: list[np.ndarray] = field(default_factory=list)  # landmarks in pixels of the photo
+
+
+class SceneWorker:
+    """Turns one shard job into one scene shard; holds the segmenters between jobs."""
+
+    def __init__(
+        self, config: SceneConfig, output: str, *, batch_size: int = 16, threads: int = 0
+    ) -> None:
+        """Builds the segmenters.
+
+        Args:
+            config: what is written.
+            output: folder or URL; must exist.
+            batch_size: photos a call of a segmenter.
+            threads: that decode and encode beside the segmenters; 0 = none.
+        """
+        self.config = config
+        self.output = output
+        self.batch_size = batch_size
+        self.threads = threads
+        self.panoptic = build_panoptic(config.panoptic)
+        self.human = build_human(config.human)
+        self.face = build_face(config.face)
+
+    def __call__(self, job: Job, report: Report) -> dict[str, Any]:
+        """Writes the shard and returns its statistics.
+
+        Raises:
+            ShardError: the input shard is broken or holds nothing at all.
+            OSError: input or output cannot be reached.
+        """
+        path, rejects_path = (f"{self.output}/{job.name}{end}" for end in (".tar", REJECTS))
+        remove_temporary(path)
+        remove_temporary(rejects_path)
+        tally = Tally()
+        with ShardWriter(path) as writer, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            samples = tally.counted(job.source.read(on_reject=tally.reject), report)
+            for sample in self._process(samples, tally):
+                with tally.time("write"):
+                    writer.write(sample)
+            if not tally.samples and not tally.rejected:
+                raise ShardError(f"{job.source.name}: the shard is empty")
+            write_file(rejects_path, tally.reject_lines())
+        return tally.stats(photos_out=writer.count)
+
+    def _process(self, samples: Iterable[Sample], tally: Tally) -> Iterator[Sample]:
+        """The stages in a row; order is kept, rejected samples are missing."""
+        with ThreadPoolExecutor(self.threads) if self.threads else nullcontext() as pool:
+            window = self.batch_size + 2 * self.threads  # photos decoded ahead of the segmenters
+            opened = map_ordered(pool, partial(self._open, tally), enumerate(samples), window)
+            segmented = self._segment_all(filter(None, opened), tally)
+            yield from map_ordered(pool, partial(self._finish, tally), segmented, window)
+
+    def _open(self, tally: Tally, numbered: tuple[int, Sample]) -> _Picture | None:
+        """Checks the texts and decodes the photo."""
+        index, sample = numbered
+        try:
+            with tally.time("decode"):
+                texts = read_texts(sample, max_bytes=self.config.max_caption_bytes)
+                content = next((sample.files[e] for e in EXTENSIONS if e in sample.files), None)
+                if content is None:
+                    raise RejectError(Reject.NO_PHOTO, f"no {', '.join(EXTENSIONS)}")
+                image, original = decode(content, self.config.photo)
+        except RejectError as error:
+            tally.reject(sample.key, error.reason, error.detail, index=index)
+            return None
+        return _Picture(index, Photo(sample.key, image, sample, original), texts)
+
+    def _segment_all(self, pictures: Iterable[_Picture], tally: Tally) -> Iterator[_Picture]:
+        pictures = iter(pictures)
+        while batch := list(islice(pictures, self.batch_size)):
+            yield from self._segment(batch, tally)
+
+    def _segment(self, batch: list[_Picture], tally: Tally) -> list[_Picture]:
+        """The cascade: panoptic on all, human parts and faces where a person is in the square."""
+        with tally.time("panoptic"):
+            batch = self._call(lambda photos, _: self.panoptic(photos), batch, "panoptic", tally)
+            for picture in batch:
+                labels, instances = picture.panoptic
+                size = self.config.photo.size
+                picture.square = Segments(
+                    sample_square(labels, size), sample_square(instances, size)
+                )
+        people = [p for p in batch if (p.square.labels == PERSON).any()]
+        for stage, segmenter in (("human", self.human), ("faces", self.face)):
+            if segmenter is not None and people:
+                with tally.time(stage):
+                    kept = self._call(segmenter, people, stage, tally)
+                dropped = {p.index for p in people} - {p.index for p in kept}
+                batch = [p for p in batch if p.index not in dropped]
+                people = kept
+        return batch
+
+    def _call(
+        self, segmenter: Callable[..., list], pictures: list[_Picture], stage: str, tally: Tally
+    ) -> list[_Picture]:
+        """Sets `stage` of the pictures; a photo that cannot be segmented is rejected alone."""
+        try:
+            results = segmenter([p.photo for p in pictures], [p.panoptic for p in pictures])
+            assert len(results) == len(pictures), f"{stage}: {len(results)} of {len(pictures)}"
+            for picture, result in zip(pictures, results, strict=True):
+                if stage != "faces":
+                    _check_aspect(stage, result, picture.photo)
+                setattr(picture, stage, result)
+            return pictures
+        except (RejectError, SceneError) as error:
+            if len(pictures) > 1:
+                singles = (self._call(segmenter, [p], stage, tally) for p in pictures)
+                return list(chain.from_iterable(singles))
+            reject = error if isinstance(error, RejectError) else None
+            reason = reject.reason if reject else Reject.NOT_SEGMENTED
+            detail = reject.detail if reject else str(error)
+            tally.reject(pictures[0].photo.key, reason, detail, index=pictures[0].index)
+            return []
+
+    def _finish(self, tally: Tally, picture: _Picture) -> Sample:
+        """Merges the three segmentations and encodes what is written."""
+        config = self.config.photo
+        with tally.time("merge"):
+            faces = [_to_square(face, picture.photo, config.size) for face in picture.faces]
+            scene = merge(
+                panoptic=picture.square,
+                human=None if picture.human is None else sample_square(picture.human, config.size),
+                face=draw_faces(faces, config.size, min_height=self.config.face.min_height)
+                if faces
+                else None,
+            )
+            labels, instances = picture.square
+            summary = {
+                "classes": scene.histogram(),
+                "void": round(scene.void_fraction(), 4),
+                "people": len(np.unique(instances[labels == PERSON])),
+            }
+            tally.add_scene(summary)
+        with tally.time("photo"):
+            photo = cut_square(picture.photo.image, config.size)
+            jpeg = encode_jpeg(photo, config.quality)
+        with tally.time("encode"):
+            png = io.BytesIO()
+            scene.to_png(png)
+            fields = json.dumps({**picture.texts.fields, "scene": summary})
+        return Sample(
+            picture.photo.key,
+            {
+                "jpg": jpeg,
+                "scene.png": png.getvalue(),
+                "txt": picture.texts.caption.encode(),
+                "json": fields.encode(),
+            },
+        )
+
+
+def map_ordered(
+    pool: ThreadPoolExecutor | None,
+    function: Callable[[In], Out],
+    items: Iterable[In],
+    window: int,
+) -> Iterator[Out]:
+    """`map` through a thread pool with at most `window` items under way; plain `map` without."""
+    if pool is None:
+        yield from map(function, items)
+        return
+    waiting: deque[Future[Out]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > window:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _check_aspect(stage: str, result: Segments | np.ndarray, photo: Photo) -> None:
+    """A map of another shape than the photo belongs to another photo; one pixel is rounding."""
+    map_HW = result.labels if isinstance(result, Segments) else result
+    height, width = map_HW.shape
+    photo_width, photo_height = photo.original or photo.image.shape[1::-1]
+    tolerance = max(photo_width, photo_height)
+    if abs(width * photo_height - height * photo_width) > tolerance:
+        raise RejectError(
+            Reject.BAD_ANNOTATION,
+            f"{stage} map is {width}x{height}, the photo {photo_width}x{photo_height}",
+        )
+
+
+def _to_square(face: np.ndarray, photo: Photo, size: int) -> np.ndarray:
+    """Landmarks from pixels of the photo to pixels of the square that is written."""
+    left, top, side = Square.of(photo.image.shape[1], photo.image.shape[0])
+    return (face - (left, top)) * (size / side)
