@@ -1,0 +1,153 @@
+"""A world of tiny landscapes: scene shards, token shards, and the smallest legal settings."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mas.scene import PALETTE, SceneMap
+from mas.shards import Sample, ShardWriter, write_token_shard
+
+SIZE = 32
+GRASS, SKY, DOG = 125, 119, 16
+PICTURES = 24
+
+
+def make_scene(rng):
+    labels = np.full((SIZE, SIZE), SKY, np.uint8)
+    labels[rng.integers(8, 24) :] = GRASS
+    x, y = rng.integers(0, 20, 2)
+    labels[y : y + 10, x : x + 10] = DOG
+    return SceneMap.from_labels(labels)
+
+
+def encoded(save, **options):
+    buffer = io.BytesIO()
+    save(buffer, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def scene_shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    rng = np.random.default_rng(0)
+    for shard in range(2):
+        with ShardWriter(str(folder / f"{shard:05}.tar")) as writer:
+            for picture in range(PICTURES // 2):
+                scene = make_scene(rng)
+                photo = Image.fromarray(PALETTE[scene.labels])
+                captions = [f"a dog on the grass, picture {picture}", "a dog"]
+                files = {
+                    "jpg": encoded(photo.save, format="JPEG", quality=95),
+                    "scene.png": encoded(scene.to_png),
+                    "txt": captions[0].encode(),
+                    "json": json.dumps({"captions": captions}).encode(),
+                }
+                writer.write(Sample(f"{shard:05}{picture:04}", files))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def token_shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokens")
+    rng = np.random.default_rng(0)
+    row = np.repeat(np.arange(PICTURES, dtype=np.int32), 2)
+    text = rng.integers(1, 300, (len(row), 8)).astype(np.uint16)
+    text[:, 5:] = 0
+    write_token_shard(
+        str(folder),
+        "00000",
+        scene=rng.integers(0, 16, (PICTURES, 4)).astype(np.uint16),
+        image=rng.integers(0, 32, (PICTURES, 16)).astype(np.uint16),
+        text=text,
+        row=row,
+    )
+    manifest = {
+        "format": 1,
+        "text": {"vocabulary": 300, "length": 8, "sha256": "t"},
+        "scene": {"vocabulary": 16, "grid": 2, "sha256": "s"},
+        "image": {"vocabulary": 32, "grid": 4, "sha256": "i"},
+        "shards": [{"name": "00000", "pictures": PICTURES, "captions": len(row)}],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+COMMON = {
+    "data.batch_size": 4,
+    "data.workers": 0,
+    "data.holdout": 6,
+    "model.optimiser.warmup_steps": 2,
+    "model.optimiser.learning_rate": 0.003,
+    "trainer.accelerator": "cpu",
+    "trainer.val_check_interval": 4,
+    "trainer.log_every_n_steps": 1,
+    "ema_decay": 0.9,
+}
+NETWORKS = {
+    "vqseg": {
+        "size": SIZE,
+        "grid": 4,
+        "codes": 16,
+        "code_width": 4,
+        "width": 8,
+        "groups": 4,
+        "patch": 4,
+        "features": 8,
+        "multipliers": [1, 1],
+    },
+    "vqgan": {
+        "size": SIZE,
+        "codes": 32,
+        "code_width": 4,
+        "features": 8,
+        "width": 8,
+        "groups": 4,
+        "multipliers": [1, 1, 1, 1],
+        "blocks": 1,
+        "attention": [],
+    },
+    "gpt": {
+        "layers": 2,
+        "width": 32,
+        "heads": 2,
+        "text_vocabulary": 300,
+        "scene_vocabulary": 16,
+        "image_vocabulary": 32,
+        "text_length": 8,
+        "scene_grid": 2,
+        "image_grid": 4,
+        "dropout": 0.1,
+    },
+}
+EXTRAS = {
+    "vqseg": {},
+    "vqgan": {
+        "model.adversary.start": 2,
+        "model.adversary.warmup_steps": 2,
+        "model.adversary.width": 8,
+        "model.adversary.levels": 1,
+        "model.adversary.learning_rate": 0.5,
+    },
+    "gpt": {"model.caption_dropout.share": 0.3},
+}
+
+
+@pytest.fixture
+def words(scene_shards, token_shards, tmp_path):
+    """words(stage, key=value …): the command line of a tiny run into tmp_path/run."""
+
+    def make(stage, folder="run", **settings):
+        values = {
+            "data.input": token_shards if stage == "gpt" else scene_shards,
+            "trainer.default_root_dir": tmp_path / folder,
+            **COMMON,
+            **{f"model.network.{key}": value for key, value in NETWORKS[stage].items()},
+            **EXTRAS[stage],
+            **{key.replace("__", "."): value for key, value in settings.items()},
+        }
+        return [stage, *(f"--{key}={value}" for key, value in values.items() if value is not None)]
+
+    return make

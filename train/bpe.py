@@ -1,0 +1,55 @@
+"""`mas fit-bpe`: the text tokenizer, fitted on the captions of shards.
+
+In: photo or scene shards. Out: tokenizer.json. Captions are streamed; all captions of a picture
+count.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mas.shards import ShardError, expand_shards, read_captions, read_shard
+from mas.text import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def fit_bpe(
+    *,
+    input: str,
+    output: str,
+    vocab_size: int = 16384,
+    length: int = 64,
+    lowercase: bool = True,
+) -> None:
+    """Fits the text tokenizer on all captions of photo or scene shards.
+
+    Args:
+        input: folder of shards, 'DIR/{00000..00099}.tar' or one tar.
+        output: the tokenizer.json to write.
+        vocab_size: entries of the vocabulary; few captions give fewer.
+        length: tokens a caption is padded or cut to.
+        lowercase: upper and lower case become one.
+    """
+    captions = _captions(expand_shards(input))
+    tokenizer = Tokenizer.fit(captions, vocab_size=vocab_size, length=length, lowercase=lowercase)
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    print(f"{path}: {tokenizer.vocab_size} entries, {tokenizer.length} tokens a caption")
+
+
+def _captions(paths: list[str]) -> Iterator[str]:
+    skipped = 0
+    for path in tqdm(paths, desc="captions", unit="shard", disable=None):
+        for sample in read_shard(path):
+            try:
+                yield from read_captions(sample)
+            except ShardError:
+                skipped += 1
+    if skipped:
+        logger.warning("%d samples have captions that cannot be read; left out", skipped)

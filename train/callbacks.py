@@ -1,0 +1,257 @@
+"""What happens around a training run: checkpoints, averaged weights, progress, picture sheets.
+
+In: the running trainer. Out: the run folder: checkpoints/last.ckpt and best.ckpt, config.json +
+model.safetensors (so that the folder can be used as the network at any time), pictures/*.png.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
+from torch import Tensor
+from tqdm import tqdm
+
+from mas.shard_files import replacing
+from mas.sheet import contact_sheet
+from mas.storage import save_network
+
+logger = logging.getLogger(__name__)
+
+LAST = Path("checkpoints/last.ckpt")
+BEST = Path("checkpoints/best.ckpt")
+UNIMPORTANT = {"ckpt_path", "config"}  # keys that may differ between a run and its resumption
+PREFIX = "network."  # of the network's tensors in a checkpoint
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it: no half-written file is ever found."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(str(path)) as file:
+            torch.save(checkpoint, file)
+
+
+def checkpoint_step(path: str | Path) -> int:
+    """Optimiser steps behind a checkpoint."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+
+
+class StopSignals(Callback):
+    """SIGTERM or SIGINT stops the run after the step at hand, so that it is saved and resumable."""
+
+    def __init__(self) -> None:
+        self.received = 0  # number of the signal, 0 = none
+        self._stepped = 0  # optimiser steps at the end of the last batch
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stepped = trainer.global_step
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._receive)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._stepped:
+            return  # gradients are still being accumulated; they would be in no checkpoint
+        self._stepped = trainer.global_step
+        if trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
+            trainer.should_stop = True
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._restore()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        logger.warning("signal %d: saving after this step; once more stops at once", number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+
+class Checkpoints(Checkpoint):
+    """Saves the run every few steps and at its end, and the network beside it.
+
+    Args:
+        every_n_steps: optimiser steps between two checkpoints.
+        monitor: metric of the validation whose smallest value makes best.ckpt; none for no best.
+    """
+
+    def __init__(self, every_n_steps: int = 1000, monitor: str | None = "validation/loss") -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"checkpoints.every_n_steps is {every_n_steps}, use 1 or more")
+        self.every_n_steps, self.monitor = every_n_steps, monitor
+        self.config = ""  # the run's resolved YAML, kept in every checkpoint
+        self.best = float("inf")
+        self._stepped = 0  # optimiser steps at the end of the last batch
+        self._weights: dict[str, Tensor] = {}  # of the network, as the last checkpoint has them
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stepped = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._stepped:
+            return  # gradients are still being accumulated; they would be in no checkpoint
+        self._stepped = trainer.global_step
+        due = trainer.global_step % self.every_n_steps == 0
+        if due or trainer.should_stop or trainer.global_step >= trainer.max_steps:
+            folder = Path(trainer.default_root_dir)
+            trainer.save_checkpoint(folder / LAST)
+            if trainer.is_global_zero:
+                network: Any = copy.deepcopy(pl_module.network)
+                network.load_state_dict(self._weights)
+                save_network(network, folder)
+            self._weights = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.monitor or "")
+        if trainer.sanity_checking or value is None or float(value) >= self.best:
+            return
+        self.best = float(value)
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / BEST)
+        self._weights = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["config"] = self.config
+        # Checkpoint callbacks come last: with averaging, `state_dict` is the average by now.
+        state = checkpoint["state_dict"]
+        self._weights = {k[len(PREFIX) :]: v for k, v in state.items() if k.startswith(PREFIX)}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        before, now = (_flatten(yaml.safe_load(c)) for c in (checkpoint["config"], self.config))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and key not in UNIMPORTANT:
+                logger.warning(
+                    "%s was %s until this checkpoint, is now %s", key, before.get(key), now.get(key)
+                )
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+class Averaging(WeightAveraging):
+    """Exponential moving average of the weights; used in validation and for the exported network.
+
+    Args:
+        decay: share of the average that a step keeps, reached after a warm-up of about
+            10 / (1 - decay) steps so that short runs are not tied to their beginning.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"averaging.decay is {decay}, use a number between 0 and 1")
+        self.decay = decay
+        # Buffers (codebooks, counters) are moving averages themselves: copied, not averaged.
+        super().__init__(use_buffers=False, avg_fn=self._average)
+
+    def _average(self, average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        warm = (1 + int(count)) / (10 + int(count))
+        return torch.lerp(average, current, 1 - min(self.decay, warm))
+
+
+class Progress(Callback):
+    """One bar over all steps: loss, throughput, time left."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.bar = tqdm(
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            unit="step",
+            desc=pl_module.name,
+            disable=not trainer.is_global_zero,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+            dynamic_ncols=True,
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        done = trainer.global_step - self.bar.n
+        if not done or not self.bar.update(done):
+            return
+        rate = self.bar.format_dict["rate"] or done / max(self.bar.format_dict["elapsed"], 1e-9)
+        pictures = len(batch["number"]) * trainer.world_size * trainer.accumulate_grad_batches
+        loss = trainer.callback_metrics.get("train/loss")
+        self.bar.set_postfix_str(
+            f"loss {loss:.4f}, {rate * pictures * pl_module.per_picture:,.0f} {pl_module.unit}/s",
+            refresh=True,
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+class Pictures(Callback):
+    """Writes a contact sheet of the first validation batch, pictures/STEP.png.
+
+    Args:
+        count: rows of a sheet; 0 writes none.
+        cell: pixels a side of a picture in the sheet.
+    """
+
+    def __init__(self, count: int = 8, cell: int = 128) -> None:
+        self.count, self.cell = count, cell
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx or not self.count or not trainer.is_global_zero:
+            return
+        rows = pl_module.rows({name: values[: self.count] for name, values in batch.items()})
+        if not rows:
+            return
+        folder = Path(trainer.default_root_dir) / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet = contact_sheet(rows, cell=self.cell, header=pl_module.header())
+        sheet.save(folder / f"{trainer.global_step:08d}.png")

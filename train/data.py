@@ -1,0 +1,287 @@
+"""What the three trainings read: pictures and scenes from scene shards, tokens from token shards.
+
+In: folders written by `mas preprocess` and `mas tokenize`. Out: batches (dicts of tensors), by
+`stream`, so that a run resumed in mid-epoch goes on with exactly the next sample. Every
+`holdout`-th picture is kept for validation, counted in shard order, which is the same in scene
+shards and token shards: a picture held out from one stage is held out from all.
+Axes: B batch, C channels, H W pixels, T tokens.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mas.scene import CLASS_NAMES, SceneMap, find_edges
+from mas.shards import ShardIndex, TokenShards, expand_shards
+from train.stream import Fixed, Items, Numbers, Stream, StreamLoader
+
+logger = logging.getLogger(__name__)
+
+
+def _mirrored_ids() -> np.ndarray:
+    """Id → id after a flip: a left arm becomes a right arm."""
+    swapped = {"left-": "right-", "right-": "left-"}
+    table = np.arange(256, dtype=np.uint8)
+    for index, name in enumerate(CLASS_NAMES):
+        for side, other in swapped.items():
+            if name.startswith(side):
+                table[index] = CLASS_NAMES.index(name.replace(side, other))
+    return table
+
+
+MIRRORED = _mirrored_ids()
+
+
+def mirror(scene: SceneMap) -> SceneMap:
+    """The scene with left and right exchanged, body parts included.
+
+    An edge lies on the left one of two pixels, so edges between labels are found anew; those
+    between two instances of one class are mirrored, which moves them by one pixel.
+    """
+    labels = MIRRORED[scene.labels[:, ::-1]]
+    between_instances = scene.edges & ~find_edges(scene.labels)
+    return SceneMap(labels, find_edges(labels) | between_instances[:, ::-1])
+
+
+class Part:
+    """The training or the validation part of `count` items."""
+
+    def __init__(self, count: int, *, holdout: int, part: Literal["train", "validation"]) -> None:
+        if holdout < 2:
+            raise ValueError(f"data.holdout is {holdout}: every n-th picture is held out, n ≥ 2")
+        held = count // holdout
+        self.holdout, self.part = holdout, part
+        self.length = held if part == "validation" else count - held
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, place: int) -> int:
+        if self.part == "validation":
+            return (place + 1) * self.holdout - 1
+        return place + place // (self.holdout - 1)
+
+
+class PictureItems:
+    """Photos and scene maps of scene shards, `size` pixels a side."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        part: Part,
+        *,
+        size: int,
+        flip: bool,
+        photos: bool,
+        scenes: bool,
+    ) -> None:
+        self.index, self.part, self.size = index, part, size
+        self.flip, self.photos, self.scenes = flip, photos, scenes
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def item(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
+        """`key`, and as asked for `image` (uint8 C H W), `labels` (uint8 H W), `edges` (bool H W).
+
+        Raises:
+            ValueError: a picture of another size, or one that cannot be read.
+        """
+        sample = self.index.read(self.part[index])
+        flipped = self.flip and rng is not None and rng.random() < 0.5
+        item: dict[str, Any] = {"key": sample.key}
+        if self.photos:
+            image_HWC = self._read_photo(sample.key, sample.files["jpg"])
+            image_HWC = image_HWC[:, ::-1] if flipped else image_HWC
+            item["image"] = torch.from_numpy(image_HWC.transpose(2, 0, 1).copy())
+        if self.scenes:
+            scene = SceneMap.from_png(io.BytesIO(sample.files["scene.png"]))
+            self._check(sample.key, scene.size)
+            scene = mirror(scene) if flipped else scene
+            item["labels"] = torch.from_numpy(scene.labels.copy())
+            item["edges"] = torch.from_numpy(scene.edges.copy())
+        return item
+
+    def _read_photo(self, key: str, content: bytes) -> np.ndarray:
+        try:
+            with Image.open(io.BytesIO(content), formats=["JPEG", "PNG", "WEBP"]) as photo:
+                self._check(key, photo.size)
+                return np.asarray(photo.convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"photo {key} cannot be read: {error}") from error
+
+    def _check(self, key: str, size: tuple[int, int]) -> None:
+        if size != (self.size, self.size):
+            raise ValueError(
+                f"picture {key} is {size[0]} x {size[1]} pixels, the network takes "
+                f"{self.size} x {self.size}: preprocess with --size {self.size}, "
+                "or set model.network.size"
+            )
+
+
+class TokenItems:
+    """One caption, the scene and the image of a picture, as tokens."""
+
+    def __init__(self, shards: TokenShards, part: Part) -> None:
+        self.shards, self.part = shards, part
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def item(self, index: int, rng: np.random.Generator | None) -> dict[str, Tensor]:
+        """`text`, `scene`, `image`: long T each; a caption at random, without `rng` the first."""
+        text_CT, scene, image = self.shards[self.part[index]]
+        caption = 0 if rng is None else int(rng.integers(len(text_CT)))
+        streams = {"text": text_CT[caption], "scene": scene, "image": image}
+        return {name: torch.from_numpy(np.int64(tokens)) for name, tokens in streams.items()}
+
+
+class StreamData(LightningDataModule):
+    """Training and validation loaders over `items`, one file format per subclass."""
+
+    def __init__(self, *, batch_size: int, workers: int, holdout: int, seed: int) -> None:
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
+            if value < least:
+                raise ValueError(f"data.{name} is {value}, use {least} or more")
+        self.batch_size, self.workers, self.holdout, self.seed = batch_size, workers, holdout, seed
+
+    def open(self) -> int:
+        """Opens the input and returns how many pictures it holds."""
+        raise NotImplementedError
+
+    def items(self, part: Part) -> Items:
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Raises ValueError when there is less data than one batch of all ranks."""
+        count = self.open()
+        self.training = self.items(Part(count, holdout=self.holdout, part="train"))
+        self.validation = self.items(Part(count, holdout=self.holdout, part="validation"))
+        rank, world = self._rank()
+        wanted = self.batch_size * world
+        if len(self.training) < wanted:
+            raise ValueError(
+                f"{count} pictures ({len(self.training)} without those held out) are fewer than "
+                f"one batch of {wanted}: give more data or a smaller data.batch_size"
+            )
+        self.training.item(0, None)  # what is wrong with all of the data shows here, in one line
+        if rank == 0:
+            logger.info(
+                "%d pictures to train on, %d held out", len(self.training), len(self.validation)
+            )
+
+    def train_dataloader(self) -> StreamLoader:
+        rank, world = self._rank()
+        numbers = Numbers(self.batch_size, rank=rank, world=world)
+        return StreamLoader(Stream(self.training, seed=self.seed), numbers, workers=self.workers)
+
+    def val_dataloader(self) -> DataLoader:
+        rank, world = self._rank()
+        return DataLoader(
+            Fixed(self.validation, rank=rank, world=world),
+            batch_size=self.batch_size,
+            num_workers=min(self.workers, 1),
+        )
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+class PictureData(StreamData):
+    """Scene shards for VQ-SEG and VQ-GAN.
+
+    Args:
+        input: folder of scene shards, 'DIR/{00000..00099}.tar' or one tar.
+        batch_size: pictures a step and rank.
+        workers: processes that decode pictures; 0 decodes in the training process.
+        holdout: every n-th picture is kept for validation.
+        flip: mirror half of the training pictures (left and right body parts swap names).
+        seed: of the order and the flips; linked to seed_everything.
+        size: pixels a side; linked to the network.
+    """
+
+    photos = False  # which files of a sample a stage reads
+    scenes = False
+
+    def __init__(
+        self,
+        *,
+        input: str,
+        batch_size: int = 16,
+        workers: int = 2,
+        holdout: int = 50,
+        flip: bool = True,
+        seed: int = 0,
+        size: int = 256,
+    ) -> None:
+        super().__init__(batch_size=batch_size, workers=workers, holdout=holdout, seed=seed)
+        self.input, self.flip, self.size = input, flip, size
+
+    def open(self) -> int:
+        wanted = [name for name, on in (("jpg", self.photos), ("scene.png", self.scenes)) if on]
+        self.index = ShardIndex(expand_shards(self.input), extensions=tuple(wanted))
+        return len(self.index)
+
+    def items(self, part: Part) -> Items:
+        return PictureItems(
+            self.index,
+            part,
+            size=self.size,
+            flip=self.flip,
+            photos=self.photos,
+            scenes=self.scenes,
+        )
+
+
+class SceneData(PictureData):
+    """The scene maps of scene shards; arguments as for PictureData."""
+
+    scenes = True
+
+
+class PhotoData(PictureData):
+    """The photos of scene shards; arguments as for PictureData."""
+
+    photos = True
+
+
+class TokenData(StreamData):
+    """Token shards for the GPT.
+
+    Args:
+        input: folder written by `mas tokenize`.
+        batch_size: pictures a step and rank.
+        workers: processes that read; 0 reads in the training process.
+        holdout: every n-th picture is kept for validation.
+        seed: of the order and the choice of captions; linked to seed_everything.
+    """
+
+    def __init__(
+        self,
+        *,
+        input: str,
+        batch_size: int = 16,
+        workers: int = 0,
+        holdout: int = 50,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, workers=workers, holdout=holdout, seed=seed)
+        self.input = input
+
+    def open(self) -> int:
+        self.shards = TokenShards(Path(self.input))
+        return len(self.shards)
+
+    def items(self, part: Part) -> Items:
+        return TokenItems(self.shards, part)

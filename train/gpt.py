@@ -1,0 +1,144 @@
+"""Training of the GPT on token shards.
+
+In: token shards (text, scene and image tokens of each picture). Out: a run folder that
+`GPT.from_pretrained` reads, with the manifest of the tokens it was trained on. Losses are weighted
+per stream; captions are dropped at random so that guidance has an unconditional model to work with.
+Paper: Make-A-Scene (arXiv 2203.13131) sections 3.1 and 3.5.
+Axes: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mas.gpt import GPT, GPTConfig, StreamLosses
+from mas.sequence import Streams
+from mas.storage import write_json
+from mas.text import PAD
+from train.stage import Optimiser, Rows, Stage
+
+MANIFEST = "tokens.json"  # in the run folder: which tokenizers wrote the training tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamWeights:
+    """What a stream's mean cross-entropy counts in the loss; only the ratios matter."""
+
+    text: float = 1.0  # the paper has 7 image : 1 text
+    scene: float = 7.0  # as the image: both are what the model is for
+    image: float = 7.0
+
+    def __post_init__(self) -> None:
+        if min(vars(self).values()) < 0 or sum(vars(self).values()) == 0:
+            raise ValueError(f"stream weights must not be negative, nor all zero: {self}")
+
+    def mean(self, losses: StreamLosses) -> Tensor:
+        """The weighted mean of the streams' losses."""
+        total = self.text * losses.text + self.scene * losses.scene + self.image * losses.image
+        return total / (self.text + self.scene + self.image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionDropout:
+    """How often a caption is replaced by padding, for classifier-free guidance."""
+
+    share: float = 0.1  # of the captions, 0-1; the paper has 0.2 in a last phase
+    start: int = 0  # optimiser step from which captions are dropped
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1 or self.start < 0:
+            raise ValueError(f"caption dropout needs 0 ≤ share < 1 and start ≥ 0, got {self}")
+
+    def __call__(self, text_BT: Tensor, *, step: int) -> Tensor:
+        if not self.share or step < self.start:
+            return text_BT
+        dropped_B1 = torch.rand(len(text_BT), 1, device=text_BT.device) < self.share
+        return text_BT.masked_fill(dropped_B1, PAD)
+
+
+class GPTTraining(Stage):
+    """GPT with weighted losses.
+
+    Args:
+        network: sizes of the GPT.
+        optimiser: how it is trained.
+        weights: of the streams in the loss.
+        caption_dropout: how often captions are dropped.
+        preview: what is needed to show samples; without it no sheets are written.
+        seed: of the random numbers of a step; linked to seed_everything.
+    """
+
+    name = "gpt"
+    network: GPT
+    unit = "tokens"
+
+    def __init__(
+        self,
+        *,
+        network: GPTConfig,
+        optimiser: Optimiser,
+        weights: StreamWeights,
+        caption_dropout: CaptionDropout,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(GPT(network), optimiser, seed=seed)
+        self.weights = weights
+        self.caption_dropout = caption_dropout
+        self.per_picture = network.layout.length
+
+    def setup(self, stage: str) -> None:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
+        manifest = data.shards.manifest
+        check_manifest(manifest, self.network.config)
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / MANIFEST, {name: manifest[name] for name in Streams._fields})
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        text_BT = self.caption_dropout(batch["text"], step=self.global_step)
+        return self._losses("train", text_BT, batch)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._losses("validation", batch["text"], batch)
+
+    def _losses(self, part: str, text_BT: Tensor, batch: dict[str, Any]) -> Tensor:
+        losses = self.network.losses(text_BT, batch["scene"], batch["image"])
+        loss = self.weights.mean(losses)
+        if part == "train":
+            self.check(loss, batch)
+        self.log_losses(part, {"loss": loss, **losses._asdict()}, count=len(text_BT))
+        return loss
+
+    def header(self) -> list[str]:
+        return []
+
+    def rows(self, batch: dict[str, Any]) -> Rows:
+        return []
+
+
+def check_manifest(manifest: dict[str, Any], config: GPTConfig) -> None:
+    """Refuses tokens that do not fit the network.
+
+    Raises:
+        ValueError: names the stream, the size and both values.
+    """
+    for stream, size, wanted in (
+        ("text", "vocabulary", config.text_vocabulary),
+        ("text", "length", config.text_length),
+        ("scene", "vocabulary", config.scene_vocabulary),
+        ("scene", "grid", config.scene_grid),
+        ("image", "vocabulary", config.image_vocabulary),
+        ("image", "grid", config.image_grid),
+    ):
+        found = manifest[stream][size]
+        if found != wanted:
+            raise ValueError(
+                f"the tokens have {stream} {size} {found}, the network {wanted}: set "
+                f"model.network.{stream}_{size} to {found}, or tokenize with other tokenizers"
+            )

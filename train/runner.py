@@ -1,0 +1,211 @@
+"""LightningCLI for `mas train`: from a parsed config to a trained run folder.
+
+In: stage and arguments (`cli`). Out: the run folder `trainer.default_root_dir`: config.yaml,
+metrics.csv, TensorBoard events, checkpoints/, pictures/, and the network itself (config.json +
+model.safetensors).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from mas.shards import write_file
+from train.callbacks import (
+    LAST,
+    AtomicCheckpointIO,
+    Averaging,
+    Checkpoints,
+    Pictures,
+    Progress,
+    StopSignals,
+    checkpoint_step,
+)
+from train.data import PhotoData, SceneData, TokenData
+from train.gpt import GPTTraining
+from train.metrics_log import MetricsLog
+from train.vqgan import VQGANTraining
+from train.vqseg import VQSEGTraining
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"
+TRAINER_DEFAULTS = {
+    "max_steps": -1,
+    "max_epochs": -1,  # the data stream has no end: training is counted in optimiser steps
+    "val_check_interval": 1000,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 50,
+    "use_distributed_sampler": False,  # the stream gives every rank its own samples
+    "enable_model_summary": False,
+    "enable_progress_bar": False,  # there is one of our own
+}
+
+
+class Job(NamedTuple):
+    """What one `mas train STAGE` trains, and on what."""
+
+    module: type[LightningModule]
+    data: type[LightningDataModule]
+    needs_size: bool  # the data must know the network's picture size
+
+
+JOBS = {
+    "vqseg": Job(VQSEGTraining, SceneData, True),
+    "vqgan": Job(VQGANTraining, PhotoData, True),
+    "gpt": Job(GPTTraining, TokenData, False),
+}
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """Trains stage `name`; 0 when done, 128 + signal when a signal stopped it (saved, resumable).
+
+    Raises:
+        ValueError: data, checkpoint or settings that cannot be used, in one line.
+    """
+    _quieten()
+    try:
+        cli = TrainCLI(name, arguments)
+        cli.run()
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    return 128 + cli.signals.received if cli.signals.received else 0
+
+
+class TrainCLI(LightningCLI):
+    """LightningCLI for one stage, with this project's callbacks, loggers and run folder."""
+
+    def __init__(self, name: str, arguments: list[str]) -> None:
+        self.name = name
+        self.signals = StopSignals()
+        job = JOBS[name]
+        super().__init__(
+            job.module,
+            job.data,
+            args=arguments,
+            run=False,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={
+                "prog": f"mas train {name}",
+                "usage": f"mas train {name} --config FILE.yaml [--ckpt_path last] [--KEY VALUE …]",
+                "description": (job.module.__doc__ or "").partition("Args:")[0].strip(),
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            help="checkpoint to go on from; last: of this run; auto: the same, if there is one",
+        )
+        parser.add_class_arguments(Checkpoints, "checkpoints", skip={"config"})
+        parser.add_class_arguments(Pictures, "pictures")
+        parser.add_argument(
+            "--ema_decay",
+            type=float,
+            default=0.0,
+            help="moving average of the weights, for validation and the exported network; 0 = none",
+        )
+        parser.set_defaults({"trainer.default_root_dir": f"runs/{self.name}"})
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        if JOBS[self.name].needs_size:
+            parser.link_arguments("model.network.size", "data.size")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self.config_init.trainer
+        if settings.max_steps < 1:
+            raise ValueError("set trainer.max_steps: training is counted in optimiser steps")
+        if settings.max_epochs != -1:
+            raise ValueError(
+                "leave trainer.max_epochs alone and set trainer.max_steps: "
+                "the data stream has no epochs that end"
+            )
+        self.folder = Path(settings.default_root_dir)
+        self.checkpoint = find_checkpoint(self.folder, self.config_init.ckpt_path)
+        self.checkpoints = self.config_init.checkpoints
+        self.checkpoints.config = self.parser.dump(self.config)
+        averaging = [Averaging(self.config_init.ema_decay)] if self.config_init.ema_decay else []
+        callbacks = [
+            *(settings.callbacks or []),
+            *averaging,
+            self.config_init.pictures,
+            Progress(),
+            self.signals,
+            self.checkpoints,
+        ]
+        kwargs |= {"callbacks": callbacks, "plugins": [AtomicCheckpointIO()]}
+        if settings.logger in (None, True):
+            kwargs["logger"] = self._loggers()
+        return super().instantiate_trainer(**kwargs)
+
+    def run(self) -> None:
+        """Trains; a finished run is left as it is."""
+        if self.trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_file(str(self.folder / CONFIG), self.checkpoints.config.encode())
+            parameters = sum(p.numel() for p in self.model.network.parameters())
+            logger.info(
+                "%s: %.2fM parameters, run folder %s", self.name, parameters / 1e6, self.folder
+            )
+        self.trainer.fit(self.model, self.datamodule, ckpt_path=self.checkpoint, weights_only=True)
+
+    def _loggers(self) -> list[Logger]:
+        step = checkpoint_step(self.checkpoint) if self.checkpoint else 0
+        loggers: list[Logger] = [MetricsLog(self.folder, resumed_step=step)]
+        if importlib.util.find_spec("tensorboard"):
+            loggers.append(
+                TensorBoardLogger(
+                    str(self.folder), name="", version="tensorboard", purge_step=step or None
+                )
+            )
+        return loggers
+
+
+def find_checkpoint(folder: Path, wanted: str | None) -> str | None:
+    """The checkpoint a run starts from, None for a fresh start.
+
+    Raises:
+        ValueError: the checkpoint is missing, or a fresh run would overwrite one that is there.
+    """
+    last = folder / LAST
+    if wanted is None:
+        if last.exists():
+            raise ValueError(
+                f"{folder} already holds a run: go on with --ckpt_path last, "
+                "or give another --trainer.default_root_dir"
+            )
+        return None
+    if wanted == "auto":
+        return str(last) if last.exists() else None
+    path = last if wanted == "last" else Path(wanted)
+    if not path.is_file():
+        hint = ": start without --ckpt_path" if wanted == "last" else ""
+        raise ValueError(f"there is no checkpoint {path}{hint}")
+    return str(path)
+
+
+def _quieten() -> None:
+    """Silences what Lightning says on every start and what does not apply here."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*args parameter is intended to run from within Python.*",
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*``instantiate_classes`` was deprecated.*",  # LightningCLI calls it
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,116 @@
+"""Which sample comes when: an endless, seeded, shuffled stream that resumes to the sample.
+
+In: anything with a length and items. Out: batches. Samples are numbered 0, 1, 2, … and never again
+from 0: sample n lies in epoch n // N at place n % N of that epoch's permutation, and everything
+random about it follows from (seed, n). So the whole state of data loading is one number, the
+samples consumed; it does not depend on how many workers or ranks there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+ENDLESS = 2**40  # batches; training stops by steps, never because a loader runs dry
+FEISTEL_ROUNDS = 6
+
+
+class Items(Protocol):
+    """A sized collection whose items may draw at random (captions, flips)."""
+
+    def __len__(self) -> int: ...
+
+    def item(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
+        """Item `index`; `rng` is None where nothing may be random (validation)."""
+
+
+def mix(*numbers: int) -> int:
+    """64 well-mixed bits of some non-negative numbers: seeds for independent random draws."""
+    content = b"".join(number.to_bytes(8, "little") for number in numbers)
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def permute(place: int, *, count: int, seed: int) -> int:
+    """Entry `place` of a random permutation of range(count), without holding the permutation.
+
+    A Feistel network permutes the smallest even-bit range that covers `count`; results outside are
+    sent through again (cycle walking), which keeps it a permutation of range(count).
+    """
+    assert 0 <= place < count
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = place >> half, place & mask
+        for turn in range(FEISTEL_ROUNDS):
+            left, right = right, left ^ (mix(seed, turn, right) & mask)
+        place = left << half | right
+        if place < count:
+            return place
+
+
+class Stream(Dataset):
+    """Sample number → item, in a new order every epoch."""
+
+    def __init__(self, items: Items, *, seed: int) -> None:
+        self.items = items
+        self.seed = seed
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        epoch, place = divmod(number, len(self.items))
+        index = permute(place, count=len(self.items), seed=mix(self.seed, epoch))
+        rng = np.random.default_rng([self.seed, number])
+        return {"number": number, **self.items.item(index, rng)}
+
+
+class Numbers(Sampler[list[int]]):
+    """The sample numbers of this rank's batches, from the first sample not yet consumed."""
+
+    def __init__(self, batch_size: int, *, rank: int = 0, world: int = 1) -> None:
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.consumed = 0  # samples, all ranks together
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.consumed + self.rank * self.batch_size
+        while True:
+            yield list(range(start, start + self.batch_size))
+            start += self.batch_size * self.world
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+
+class StreamLoader(DataLoader):
+    """Loads a stream and remembers how much of it was handed out (not: prefetched)."""
+
+    def __init__(self, stream: Stream, numbers: Numbers, *, workers: int) -> None:
+        self.numbers = numbers
+        super().__init__(stream, batch_sampler=numbers, num_workers=workers)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # any iterator will do
+        for batch in super().__iter__():
+            self.numbers.consumed += self.numbers.batch_size * self.numbers.world
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"consumed": self.numbers.consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.numbers.consumed = state["consumed"]
+
+
+class Fixed(Dataset):
+    """Every `world`-th item in order, without chance: validation."""
+
+    def __init__(self, items: Items, *, rank: int = 0, world: int = 1) -> None:
+        self.items = items
+        self.indices = range(rank, len(items), world)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return self.items.item(self.indices[place], None)

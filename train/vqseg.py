@@ -1,0 +1,95 @@
+"""Training of VQ-SEG: scene maps through the network and back.
+
+In: scene shards. Out: a run folder that `VQSEG.from_pretrained` reads. The loss is the network's
+own (mas/vqseg.py). Paper: Make-A-Scene (arXiv 2203.13131) section 3.2.
+Axes: B batch, H W pixels, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mas.scene import VOID, SceneMap
+from mas.vq_codebook import perplexity
+from mas.vqseg import VQSEG, VQSEGConfig
+from train.stage import Optimiser, Rows, Stage
+
+
+class VQSEGTraining(Stage):
+    """VQ-SEG with its loss.
+
+    Args:
+        network: sizes of the VQ-SEG.
+        optimiser: how it is trained.
+        seed: of the random numbers of a step; linked to seed_everything.
+    """
+
+    name = "vqseg"
+    network: VQSEG
+
+    def __init__(
+        self,
+        *,
+        network: VQSEGConfig,
+        optimiser: Optimiser,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(VQSEG(network), optimiser, seed=seed)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        losses = self.network.loss(batch["labels"], batch["edges"])
+        self.check(losses.total, batch)
+        _, used = perplexity(losses.tokens_BT, self.network.config.codes)
+        self.log_losses(
+            "train",
+            {
+                "loss": losses.total,
+                "reconstruction": losses.reconstruction,
+                "codebook": losses.codebook,
+                "perplexity": torch.tensor(used),
+            },
+            count=len(batch["labels"]),
+        )
+        return losses.total
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        labels_BHW, edges_BHW = batch["labels"], batch["edges"]
+        losses = self.network.loss(labels_BHW, edges_BHW)
+        decoded_BHW, decoded_edges_BHW = self.network.decode(losses.tokens_BT)
+        labelled = labels_BHW != VOID
+        right = (decoded_BHW == labels_BHW)[labelled].float()
+        both = (decoded_edges_BHW & edges_BHW).sum()
+        either = decoded_edges_BHW.sum() + edges_BHW.sum()
+        self.log_losses(
+            "validation",
+            {
+                "loss": losses.total,
+                "pixel_accuracy": right.mean() if len(right) else torch.ones(()),
+                "edge_f1": 2 * both / either.clamp(min=1),
+            },
+            count=len(labels_BHW),
+        )
+
+    def header(self) -> list[str]:
+        return ["scene", "reconstruction", "its edges"]
+
+    @torch.no_grad()
+    def rows(self, batch: dict[str, Any]) -> Rows:
+        labels_BHW, edges_BHW = batch["labels"], batch["edges"]
+        decoded = self.network.decode(self.network.encode(labels_BHW, edges_BHW))
+        before = _scenes(labels_BHW, edges_BHW)
+        after = _scenes(*decoded)
+        return [
+            [a.to_rgb(), b.to_rgb(), b.to_rgb(edges=True)]
+            for a, b in zip(before, after, strict=True)
+        ]
+
+
+def _scenes(labels_BHW: Tensor, edges_BHW: Tensor) -> list[SceneMap]:
+    return [
+        SceneMap(labels.cpu().numpy(), edges.cpu().numpy())
+        for labels, edges in zip(labels_BHW, edges_BHW, strict=True)
+    ]
