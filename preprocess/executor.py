@@ -183,7 +183,7 @@ def execute(
             else:
                 summary.done += 1
             bar.shard_done(failed=bool(outcome.error))
-    summary.seconds, summary.seen = bar.seconds, bar.items
+            summary.seconds, summary.seen = bar.seconds, bar.items
     folder.remove(PROGRESS)
     return summary
 

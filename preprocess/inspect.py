@@ -1,0 +1,123 @@
+"""`mas inspect`: what scene shards look like, to the eye and in numbers.
+
+In: a scene shard or a folder of them. Out: a contact sheet with a row a sample (photo, scene,
+overlay, caption) and a printed class histogram.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mas.scene import CLASS_NAMES, SceneError, SceneMap
+from mas.shards import (
+    Sample,
+    ShardError,
+    ShardIndex,
+    expand_shards,
+    read_captions,
+    write_file,
+)
+from mas.sheet import contact_sheet, overlay
+
+MEMBERS = ("jpg", "scene.png", "txt", "json")
+COLUMNS = ("photo", "scene, edges white", "overlay", "key, caption, classes")
+CLASSES_SHOWN = 8  # of each sample, the largest first
+ROWS_PRINTED = 25  # of the histogram
+
+
+def inspect(shards: str, *, output: str, count: int = 16, as_json: bool = False) -> None:
+    """Draw a contact sheet of scene shards and print their class histogram.
+
+    Args:
+        shards: a scene shard, a folder of them, a glob or a brace pattern.
+        output: PNG to write.
+        count: samples on the sheet, spread evenly over the shards.
+        as_json: print one JSON object instead of a table.
+    """
+    if count < 1:
+        raise ValueError(f"--count must be at least 1, got {count}")
+    if Path(output).suffix.lower() != ".png":
+        raise ValueError(f"--output must end in .png, got {output}")
+    paths = expand_shards(shards)
+    rows, photos, pixels = [], Counter[str](), Counter[str]()
+    void, seen = 0.0, 0
+    for sample in choose(paths, count):
+        photo, scene = read_pair(sample)
+        counts = scene.histogram()
+        rows.append((photo, scene.to_rgb(edges=True), overlay(photo, scene), _words(sample, scene)))
+        photos.update(counts.keys())
+        pixels.update({name: n / scene.labels.size for name, n in counts.items()})
+        void, seen = void + scene.void_fraction(), seen + 1
+    if not rows:
+        raise ShardError(f"{shards}: the shards hold no samples")
+    buffer = io.BytesIO()
+    contact_sheet(rows, header=COLUMNS).save(buffer, "PNG")
+    write_file(output, buffer.getvalue())
+    classes = {
+        name: {"photos": photos[name], "share": round(pixels[name] / seen, 4)}
+        for name in sorted(CLASS_NAMES, key=lambda name: -pixels[name])
+        if photos[name]
+    }
+    report = {"samples": seen, "void": round(void / seen, 4), "classes": classes}
+    print(json.dumps(report) if as_json else _describe(report))
+
+
+def choose(paths: Sequence[str], count: int) -> Iterator[Sample]:
+    """`count` samples spread evenly over the shards, or all where there are fewer.
+
+    Raises:
+        ShardError: a sample without photo or scene.
+    """
+    chosen = [paths[i] for i in _evenly(len(paths), count)]
+    try:
+        index = ShardIndex(chosen, extensions=MEMBERS)
+    except ShardError as error:
+        raise ShardError(f"{error}; mas inspect shows what mas preprocess writes") from error
+    for i in _evenly(len(index), count):
+        yield index.read(i)
+
+
+def read_pair(sample: Sample) -> tuple[Image.Image, SceneMap]:
+    """Photo and scene of a sample of a scene shard.
+
+    Raises:
+        ShardError: one cannot be read, or they differ in size.
+    """
+    try:
+        photo = Image.open(io.BytesIO(sample.files["jpg"]), formats=["JPEG"]).convert("RGB")
+        scene = SceneMap.from_png(io.BytesIO(sample.files["scene.png"]))
+    except (OSError, SyntaxError, SceneError) as error:
+        raise ShardError(f"{sample.key}: {error}") from error
+    if photo.size != scene.size:
+        raise ShardError(f"{sample.key}: photo {photo.size} and scene {scene.size} differ in size")
+    return photo, scene
+
+
+def _evenly(length: int, count: int) -> list[int]:
+    return [i * length // min(count, length) for i in range(min(count, length))]
+
+
+def _words(sample: Sample, scene: SceneMap) -> str:
+    largest = sorted(scene.histogram().items(), key=lambda item: -item[1])[:CLASSES_SHOWN]
+    shares = ", ".join(f"{name} {n / scene.labels.size:.0%}" for name, n in largest)
+    caption = (read_captions(sample) or [""])[0]
+    return f"{sample.key}\n\n{caption}\n\n{shares}, void {scene.void_fraction():.0%}"
+
+
+def _describe(report: dict[str, Any]) -> str:
+    classes = report["classes"]
+    lines = [f"{report['samples']} samples, {len(classes)} classes, void {report['void']:.1%}"]
+    width = max(len(name) for name in CLASS_NAMES)
+    for name, counts in list(classes.items())[:ROWS_PRINTED]:
+        bar = "#" * round(40 * counts["share"])
+        lines.append(f"{name:{width}} {counts['photos']:5d} photos {counts['share']:6.1%} {bar}")
+    if len(classes) > ROWS_PRINTED:
+        lines.append(f"… and {len(classes) - ROWS_PRINTED} smaller classes; --json shows all")
+    return "\n".join(lines)
