@@ -21,14 +21,19 @@ from mas.gpt import Cache
 from mas.sequence import FREE, Layout, Stream, Streams
 from mas.text import PAD
 
-Progress = Callable[[int, int, Tensor], None]  # tokens done, tokens in all, sequences B T so far
+Report = Callable[[Tensor, Tensor], None]  # sequences B T as they were given, and so far
 
 
 class Decoder(Protocol):
     """What the loop needs of a network; `mas.gpt.GPT` is one."""
 
     layout: Layout
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def new_cache(self, rows: int, *, length: int | None = None) -> Cache: ...
 
@@ -47,7 +52,7 @@ def generate(
     image_BT: Tensor | None = None,
     scene: Sampling | None = None,
     image: Sampling | None = None,
-    on_progress: Progress | None = None,
+    on_progress: Report | None = None,
 ) -> Streams:
     """Samples every free scene and image token, long B T per stream on the decoder's device.
 
@@ -82,7 +87,7 @@ def generate(
     while not loop.finished:
         loop.step()
         if on_progress is not None:
-            on_progress(loop.position, layout.length, loop.tokens_BT)
+            on_progress(given_BT, loop.tokens_BT)
     return layout.unpack(loop.tokens_BT)
 
 

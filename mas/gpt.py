@@ -262,9 +262,13 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
     def new_cache(self, rows: int, *, length: int | None = None) -> Cache:
         """An empty cache for `rows` sequences of `length` tokens (default: whole ones)."""
-        like = next(self.positions.parameters())
+        like = next(self.parameters())
         return Cache(self.config, rows, like=like, length=length or self.layout.length)
 
     def extend(self, tokens_BT: Tensor, *, cache: Cache, start: int) -> Tensor:

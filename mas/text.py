@@ -20,6 +20,8 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from mas.storage import write_json
+
 logger = logging.getLogger(__name__)
 
 PAD = 0
@@ -141,8 +143,8 @@ class Tokenizer:
             raise TokenizerError(f"{vocab}: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Writes tokenizer.json; the same tokenizer gives the same bytes."""
-        Path(path).write_text(self._tokenizer.to_str(pretty=True), "utf-8")
+        """Writes tokenizer.json atomically; the same tokenizer gives the same bytes."""
+        write_json(path, json.loads(self._tokenizer.to_str()))
 
     def encode(
         self, texts: Sequence[str], *, dropout: float = 0.0, seed: int | None = None

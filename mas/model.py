@@ -1,0 +1,362 @@
+"""`MakeAScene`: tokenizers and GPT together; a caption, and a scene if there is one, to pictures.
+
+In: captions, optionally scenes or pictures of which parts are given. Out: pictures with their
+scenes. A model folder holds everything: model_index.json, tokenizer.json, vqseg/, vqgan/, gpt/,
+README.md; `"park"` is the one that ships with the package.
+Axes: B pictures, T tokens, H W pixels, C colours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from PIL import Image
+from torch import Tensor
+
+from mas.filter import Sampling
+from mas.generate import Decoder, generate
+from mas.gpt import GPT
+from mas.model_folder import (
+    ModelError,
+    check_fit,
+    find_folder,
+    push_folder,
+    read_index,
+    write_folder,
+)
+from mas.precision import Precision, choose_device, make_decoder, pictures_that_fit
+from mas.progress import Decoders, Progress, Reporter
+from mas.scene import SceneMap
+from mas.sequence import FREE, Streams
+from mas.text import Tokenizer
+from mas.vqgan import VQGAN
+from mas.vqseg import VQSEG
+
+LARGEST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Pictures, the scenes they follow, and what made them; one entry a picture in each list."""
+
+    images: list[Image.Image]  # RGB
+    scenes: list[SceneMap]
+    captions: list[str]
+    seeds: list[int]
+    tokens: Streams  # long B T on the CPU
+    settings: dict[str, dict[str, Any]]  # sampling of scene and image
+    seconds: float  # sampling and decoding, without loading the model
+    tokens_per_second: float  # sampled tokens of all pictures
+
+
+class MakeAScene:
+    """Text tokenizer, VQ-SEG, VQ-GAN and GPT whose sizes fit together."""
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        vqseg: VQSEG,
+        vqgan: VQGAN,
+        gpt: GPT,
+        sampling: Sampling | None = None,
+        device: str = "cpu",
+        precision: Precision = "float32",
+    ) -> None:
+        """Takes the parts; `sampling` holds the defaults of `generate`.
+
+        Raises:
+            ModelError: two parts do not fit together, both named.
+        """
+        check_fit(tokenizer=tokenizer, vqseg=vqseg, vqgan=vqgan, gpt=gpt)
+        self.tokenizer = tokenizer
+        self.device = choose_device(device)
+        self.vqseg = vqseg.eval().requires_grad_(False).to(self.device)
+        self.vqgan = vqgan.eval().requires_grad_(False).to(self.device)
+        self.gpt = gpt.eval().requires_grad_(False).to(self.device)
+        self.sampling = sampling or Sampling()
+        self.card: str | None = None
+        self.sha256: str | None = None  # of the folder it was loaded from
+        self.decoder: Decoder = make_decoder(self.gpt, precision)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+    ) -> MakeAScene:
+        """Loads a model folder, a model of the Hugging Face hub, or `"park"`.
+
+        Args:
+            name: folder, hub id (`owner/name`) or `"park"`, the model that ships.
+            device: auto, cpu, cuda, …
+            precision: of the GPT while sampling.
+
+        Raises:
+            ModelError: no such model, a missing part, parts that do not fit or were exchanged.
+        """
+        folder = find_folder(name)
+        index = read_index(folder)
+        model = cls(
+            tokenizer=Tokenizer.from_file(folder / "tokenizer.json"),
+            vqseg=VQSEG.from_pretrained(folder / "vqseg"),
+            vqgan=VQGAN.from_pretrained(folder / "vqgan"),
+            gpt=GPT.from_pretrained(folder / "gpt"),
+            sampling=index.sampling,
+            device=device,
+            precision=precision,
+        )
+        model.sha256 = index.sha256
+        model.card = (folder / "README.md").read_text("utf-8")
+        return model
+
+    def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
+        """Writes a model folder, whole or not at all; an older model there is replaced.
+
+        Args:
+            folder: new, empty or a model folder.
+            card: text of README.md; the one it was loaded with, or a generated one otherwise.
+
+        Raises:
+            ModelError: the folder holds something else.
+        """
+        write_folder(
+            folder,
+            tokenizer=self.tokenizer,
+            networks={"vqseg": self.vqseg, "vqgan": self.vqgan, "gpt": self.gpt},
+            sampling=self.sampling,
+            card=card or self.card,
+        )
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Uploads the model folder to the Hugging Face hub and returns its address."""
+        return push_folder(self.save_pretrained, repo_id, private=private)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        caption: str | Sequence[str] = "",
+        *,
+        scene: SceneMap | None = None,
+        scene_free: np.ndarray | None = None,
+        image: Image.Image | None = None,
+        image_free: np.ndarray | None = None,
+        count: int = 1,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        top_k: float | None = None,
+        top_p: float | None = None,
+        scene_sampling: Mapping[str, float] | None = None,
+        image_sampling: Mapping[str, float] | None = None,
+        seed: int = 0,
+        batch: int = 8,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Generation:
+        """Generates `count` pictures for each caption.
+
+        Picture i of a caption has the seed `seed + i` and depends on nothing else of the call:
+        not on `count`, `batch` or the other captions.
+
+        Args:
+            caption: one or several; empty where a scene or picture alone shall decide.
+            scene: the layout to follow, square, any size; None: the model invents one.
+            scene_free: bool H W like `scene`, True where the model shall choose; a grid cell with
+                any such pixel is predicted.
+            image: a square picture of which part is given, together with `image_free`.
+            image_free: bool H W like `image`, True where the model shall paint.
+            count: pictures a caption.
+            guidance: how much more the caption counts, 1 = as it is (None: the model's default,
+                likewise below).
+            temperature: 0 = always the likeliest token.
+            top_k: keep the k likeliest tokens; below 1 a share of the vocabulary.
+            top_p: keep the likeliest tokens of this total probability.
+            scene_sampling: settings for scene tokens only, by the four names above.
+            image_sampling: settings for image tokens only.
+            seed: of the first picture.
+            batch: pictures sampled at a time.
+            on_progress: called after every step.
+
+        Raises:
+            ValueError: nothing to go by, settings out of their range, a scene or picture that does
+                not fit, or a batch that does not fit the memory.
+        """
+        captions = [caption] if isinstance(caption, str) else list(caption)
+        settings = self._settings(
+            {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p},
+            scene_sampling or {},
+            image_sampling or {},
+        )
+        self._check_request(captions, scene is not None or image is not None, count, seed, batch)
+        start = time.perf_counter()
+        if scene is not None:
+            scene = scene.resized(self.vqseg.config.size)
+        given = Streams(
+            self.tokenizer.encode(captions).repeat_interleave(count, dim=0),
+            self._given_scene(scene, scene_free).repeat(len(captions) * count, 1),
+            self._given_image(image, image_free).repeat(len(captions) * count, 1),
+        )
+        seeds = [seed + i for _ in captions for i in range(count)]
+        tokens = self._sample(given, seeds, settings, batch, on_progress)
+        if scene is not None and scene_free is None:
+            scenes = [scene] * len(seeds)
+        else:
+            scenes = self.decode_scenes(tokens.scene)
+        images = self.decode_images(tokens.image)
+        seconds = time.perf_counter() - start
+        sampled = sum(int((stream == FREE).sum()) for stream in given[1:])
+        return Generation(
+            images=images,
+            scenes=scenes,
+            captions=[text for text in captions for _ in range(count)],
+            seeds=seeds,
+            tokens=tokens,
+            settings={name: asdict(sampling) for name, sampling in settings.items()},
+            seconds=seconds,
+            tokens_per_second=sampled / seconds,
+        )
+
+    def encode_scene(self, scene: SceneMap) -> Tensor:
+        """Scene tokens, long 1 T on the CPU; the scene is resized to the model's size."""
+        scene = scene.resized(self.vqseg.config.size)
+        labels_1HW = torch.from_numpy(scene.labels)[None].to(self.device)
+        edges_1HW = torch.from_numpy(scene.edges)[None].to(self.device)
+        return self.vqseg.encode(labels_1HW, edges_1HW).cpu()
+
+    def encode_image(self, image: Image.Image) -> Tensor:
+        """Image tokens, long 1 T on the CPU; the picture is resized to the model's size."""
+        if image.width != image.height:
+            raise ModelError(f"a picture must be square, this one is {image.width}x{image.height}")
+        size = self.vqgan.config.size
+        resized = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+        pixels_HWC = torch.from_numpy(np.array(resized)).to(self.device)
+        image_1CHW = rearrange(pixels_HWC.float() / 255, "h w c -> 1 c h w")
+        return self.vqgan.encode(image_1CHW).cpu()
+
+    @torch.inference_mode()
+    def decode_scenes(self, tokens_BT: Tensor) -> list[SceneMap]:
+        """Scenes of scene tokens, one at a time so that none depends on the batch around it."""
+        scenes = []
+        for tokens_1T in tokens_BT.to(self.device).split(1):
+            labels_1HW, edges_1HW = self.vqseg.decode(tokens_1T)
+            scenes.append(SceneMap(labels_1HW[0].cpu().numpy(), edges_1HW[0].cpu().numpy()))
+        return scenes
+
+    @torch.inference_mode()
+    def decode_images(self, tokens_BT: Tensor) -> list[Image.Image]:
+        """Pictures of image tokens, one at a time."""
+        images = []
+        for tokens_1T in tokens_BT.to(self.device).split(1):
+            pixels_1CHW = (self.vqgan.decode(tokens_1T) * 255).round().to(torch.uint8)
+            images.append(Image.fromarray(rearrange(pixels_1CHW, "1 c h w -> h w c").cpu().numpy()))
+        return images
+
+    def _sample(
+        self,
+        given: Streams,
+        seeds: list[int],
+        settings: dict[str, Sampling],
+        batch: int,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> Streams:
+        layout = self.gpt.layout
+        free_B = (layout.pack(*given) == FREE).sum(1)
+        parts = []
+        for rows in _batches(len(seeds), batch):
+            part = Streams(*(tokens_BT[rows] for tokens_BT in given))
+            report = on_progress and Reporter(
+                on_progress,
+                layout,
+                Decoders(scenes=self.decode_scenes, images=self.decode_images),
+                first=rows.start,
+                before=int(free_B[: rows.start].sum()),
+                total=int(free_B.sum()),
+            )
+            parts.append(
+                generate(
+                    self.decoder,
+                    part.text,
+                    seeds=seeds[rows],
+                    scene_BT=part.scene,
+                    image_BT=part.image,
+                    scene=settings["scene"],
+                    image=settings["image"],
+                    on_progress=report,
+                )
+            )
+        return Streams(*(torch.cat(streams).cpu() for streams in zip(*parts, strict=True)))
+
+    def _given_scene(self, scene: SceneMap | None, free: np.ndarray | None) -> Tensor:
+        if scene is None:
+            if free is not None:
+                raise ModelError("scene_free says where a given scene is free: give the scene too")
+            return self.gpt.layout.free(self.gpt.layout.scene, 1)
+        return _release(self.encode_scene(scene), free, self.vqseg.config.grid, "scene_free")
+
+    def _given_image(self, image: Image.Image | None, free: np.ndarray | None) -> Tensor:
+        if (image is None) != (free is None):
+            raise ModelError("image and image_free belong together: give both or neither")
+        if image is None:
+            return self.gpt.layout.free(self.gpt.layout.image, 1)
+        return _release(self.encode_image(image), free, self.vqgan.config.grid, "image_free")
+
+    def _settings(
+        self,
+        common: dict[str, float | None],
+        scene: Mapping[str, float],
+        image: Mapping[str, float],
+    ) -> dict[str, Sampling]:
+        base = replace(self.sampling, **{k: v for k, v in common.items() if v is not None})
+        for name, overrides in (("scene_sampling", scene), ("image_sampling", image)):
+            unknown = sorted(set(overrides) - set(common))
+            if unknown:
+                raise ModelError(f"{name} knows {', '.join(common)}, not {', '.join(unknown)}")
+        return {"scene": replace(base, **scene), "image": replace(base, **image)}
+
+    def _check_request(
+        self, captions: list[str], conditioned: bool, count: int, seed: int, batch: int
+    ) -> None:
+        if not captions:
+            raise ModelError("there is no caption")
+        if not conditioned and not all(text.strip() for text in captions):
+            raise ModelError("the caption is empty: say what to paint, or give a scene")
+        for name, value in (("count", count), ("batch", batch)):
+            if value < 1:
+                raise ModelError(f"{name} is {value}, use 1 or more")
+        if not 0 <= seed <= LARGEST_SEED - count:
+            raise ModelError(f"seed is {seed}, use a number from 0 to 2^63 - 1")
+        pictures = min(batch, len(captions) * count)
+        fitting = pictures_that_fit(self.decoder, self.gpt.config)
+        if pictures > fitting:
+            raise ModelError(
+                f"{pictures} pictures at a time do not fit into the memory, {fitting} do: "
+                f"use batch {fitting}"
+                if fitting
+                else "not even one picture fits into the free memory: use a smaller model"
+            )
+
+
+def _batches(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _release(tokens_1T: Tensor, free_HW: np.ndarray | None, grid: int, name: str) -> Tensor:
+    """Sets tokens `FREE` whose grid cell has a free pixel."""
+    if free_HW is None:
+        return tokens_1T
+    if free_HW.dtype != np.bool_ or free_HW.ndim != 2 or free_HW.shape[0] != free_HW.shape[1]:
+        raise ModelError(f"{name} must be a square bool array, got {free_HW.dtype} {free_HW.shape}")
+    if free_HW.shape[0] % grid:
+        raise ModelError(f"{name} must have a multiple of {grid} pixels a side, not {len(free_HW)}")
+    free_hw = reduce(free_HW, "(h p) (w q) -> h w", "max", h=grid, w=grid)
+    free_1T = rearrange(torch.from_numpy(free_hw), "h w -> 1 (h w)")
+    return tokens_1T.masked_fill(free_1T, FREE)

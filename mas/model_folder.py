@@ -1,0 +1,232 @@
+"""The model folder: what lies in it, whether its parts fit, how it is written, found and uploaded.
+
+In: a folder, a hub id or `"park"`; or the parts of a model. Out: the checked index; or the folder.
+
+    model_index.json   format version, sizes, sampling defaults, hashes
+    tokenizer.json     text tokenizer
+    vqseg/ vqgan/ gpt/ config.json + model.safetensors each
+    README.md          model card
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mas.filter import Sampling
+from mas.gpt import GPT
+from mas.storage import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    file_hash,
+    parse_config,
+    read_json,
+    save_network,
+    write_json,
+)
+from mas.text import Tokenizer
+from mas.vqgan import VQGAN
+from mas.vqseg import VQSEG
+
+FORMAT = 1
+INDEX = "model_index.json"
+CARD = "README.md"
+TOKENIZER = "tokenizer.json"
+NETWORKS = ("vqseg", "vqgan", "gpt")
+FILES = (TOKENIZER, *(f"{n}/{f}" for n in NETWORKS for f in (CONFIG_FILE, WEIGHTS_FILE)))
+SHIPPED = Path(__file__).parent / "models"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class ModelError(ValueError):
+    """A model, or a request to one, that cannot be; the message names the mend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """What model_index.json says."""
+
+    sampling: Sampling
+    sha256: str  # of the list of hashes: one name for the whole model
+
+
+def check_fit(*, tokenizer: Tokenizer, vqseg: VQSEG, vqgan: VQGAN, gpt: GPT) -> None:
+    """Checks every size that two parts share.
+
+    Raises:
+        ModelError: names both parts, the size and the two values.
+    """
+    config = gpt.config
+    for part, what, found, expected in (
+        ("tokenizer", "vocabulary", tokenizer.vocab_size, config.text_vocabulary),
+        ("tokenizer", "text length", tokenizer.length, config.text_length),
+        ("VQ-SEG", "number of codes", vqseg.config.codes, config.scene_vocabulary),
+        ("VQ-SEG", "grid", vqseg.config.grid, config.scene_grid),
+        ("VQ-GAN", "number of codes", vqgan.config.codes, config.image_vocabulary),
+        ("VQ-GAN", "grid", vqgan.config.grid, config.image_grid),
+    ):
+        if found != expected:
+            raise ModelError(
+                f"{part} and GPT do not fit together: {what} {found} against {expected}; "
+                "use the parts that were trained together"
+            )
+
+
+def find_folder(name: str | Path) -> Path:
+    """The folder of a shipped model, of a path, or of a hub id (downloaded into its cache).
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    if name == "park":
+        folder = SHIPPED / "park"
+        if not (folder / INDEX).is_file():
+            raise ModelError(
+                "this installation ships no park model; train one (make demo) and give its folder"
+            )
+        return folder
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if not isinstance(name, str) or not HUB_ID.fullmatch(name):
+        raise ModelError(f"{name}: no such model folder; use a folder, a hub id or park")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[INDEX, CARD, *FILES]))
+    except Exception as error:  # the hub client has no common base class for its errors
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{name}: neither a folder nor found on the hub ({reason})") from error
+
+
+def read_index(folder: Path) -> Index:
+    """Reads model_index.json and checks that every file is there and is the one it was saved with.
+
+    Raises:
+        ModelError: a missing or exchanged part, or a format of another version.
+    """
+    if not (folder / INDEX).is_file():
+        raise ModelError(
+            f"{folder}: no model folder, {INDEX} is missing; write one with mas assemble"
+        )
+    content = read_json(folder / INDEX)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ModelError(f"{folder / INDEX}: not format {FORMAT}; assemble the model again")
+    hashes = content.get("sha256")
+    if not isinstance(hashes, dict) or set(hashes) != set(FILES):
+        raise ModelError(f"{folder / INDEX}: its list of hashes is damaged; assemble again")
+    for name in (*FILES, CARD):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder}: the model is incomplete, {name} is missing")
+    for name, expected in hashes.items():
+        if file_hash(folder / name) != expected:
+            raise ModelError(
+                f"{folder / name}: not the file this model was saved with; assemble it again"
+            )
+    sampling = parse_config(Sampling, content.get("sampling"), folder / INDEX)
+    return Index(sampling=sampling, sha256=_hash(hashes))
+
+
+def write_folder(
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer,
+    networks: Mapping[str, nn.Module],
+    sampling: Sampling,
+    card: str | None,
+) -> None:
+    """Writes a model folder beside its place and moves it there when it is complete.
+
+    Raises:
+        ModelError: the place holds something that is no model.
+    """
+    folder = Path(folder)
+    replaceable = not folder.exists() or (folder / INDEX).is_file()
+    if not replaceable and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ModelError(f"{folder}: holds something else than a model; choose a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        tokenizer.save(new / TOKENIZER)
+        for name in NETWORKS:
+            save_network(networks[name], new / name)
+        hashes = {name: file_hash(new / name) for name in FILES}
+        sizes = _sizes(tokenizer, networks)
+        content = {
+            "format": FORMAT,
+            "sizes": sizes,
+            "sampling": asdict(sampling),
+            "sha256": hashes,
+        }
+        write_json(new / INDEX, content)
+        (new / CARD).write_text(card or _write_card(sizes, sampling), "utf-8")
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
+        new.rename(folder)
+
+
+def push_folder(save: Callable[[Path], None], repo_id: str, *, private: bool) -> str:
+    """Saves to a temporary folder, uploads it and returns the address of the repository."""
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        save(folder)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload the model")
+    return str(address)
+
+
+def _sizes(tokenizer: Tokenizer, networks: Mapping[str, nn.Module]) -> dict[str, Any]:
+    vqseg: Any = networks["vqseg"].config
+    vqgan: Any = networks["vqgan"].config
+    parameters = {n: sum(p.numel() for p in networks[n].parameters()) for n in NETWORKS}
+    return {
+        "text": {"vocabulary": tokenizer.vocab_size, "length": tokenizer.length},
+        "scene": {"vocabulary": vqseg.codes, "grid": vqseg.grid, "pixels": vqseg.size},
+        "image": {"vocabulary": vqgan.codes, "grid": vqgan.grid, "pixels": vqgan.size},
+        "parameters": parameters,
+    }
+
+
+def _write_card(sizes: dict[str, Any], sampling: Sampling) -> str:
+    parameters = sizes["parameters"]
+    rows = "\n".join(
+        f"| {stream} | {size['vocabulary']} | {size.get('grid', size.get('length'))} |"
+        for stream, size in sizes.items()
+        if stream != "parameters"
+    )
+    return f"""# A mini Make-A-Scene model
+
+Caption → scene → picture of {sizes["image"]["pixels"]} x {sizes["image"]["pixels"]} pixels.
+
+| stream | vocabulary | length or tokens a side |
+|---|---|---|
+{rows}
+
+Parameters: {", ".join(f"{name} {count:,}" for name, count in parameters.items())}.
+Sampling defaults: `{json.dumps(asdict(sampling))}`.
+
+```python
+from mas import MakeAScene
+
+model = MakeAScene.from_pretrained("this folder")
+model.generate("two dogs in the park", count=4).images[0].show()
+```
+
+Training data, licence, measured numbers and limits: not stated by who saved this model.
+"""
+
+
+def _hash(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,94 @@
+"""What a generation shows while it runs: the scene once it is predicted, the picture row by row.
+
+In: the sequences so far. Out: scenes and partial pictures, decoded only when somebody asks.
+Axes: B pictures, T tokens, H W grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from mas.scene import SceneMap
+from mas.sequence import FREE, Layout
+
+UNPAINTED = "grey"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoders:
+    """Tokens to scenes and pictures."""
+
+    scenes: Callable[[Tensor], list[SceneMap]]
+    images: Callable[[Tensor], list[Image.Image]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """The state of a generation after a step."""
+
+    first: int  # index of the first picture of the batch at work
+    done: int  # tokens sampled, of all pictures
+    total: int  # tokens to sample
+    scene_BT: Tensor  # scene tokens of the batch, FREE where not yet sampled
+    image_BT: Tensor  # likewise image tokens
+    grid: int  # image tokens a side
+    decoders: Decoders
+
+    def scenes(self) -> list[SceneMap] | None:
+        """The scenes of the batch as soon as they are complete."""
+        if (self.scene_BT == FREE).any():
+            return None
+        return self.decoders.scenes(self.scene_BT)
+
+    def images(self) -> list[Image.Image] | None:
+        """The pictures of the batch down to the last complete row of tokens, grey below."""
+        tokens_BHW = rearrange(self.image_BT, "b (h w) -> b h w", h=self.grid)
+        rows = int((tokens_BHW != FREE).all(2).all(0).long().cumprod(0).sum())
+        if rows == 0:
+            return None
+        # The network needs a full grid: the rows to come repeat the last one and are greyed after.
+        filled_BHW = tokens_BHW.clone()
+        filled_BHW[:, rows:] = tokens_BHW[:, rows - 1 : rows]
+        pictures = self.decoders.images(rearrange(filled_BHW, "b h w -> b (h w)"))
+        for picture in pictures:
+            top = rows * picture.height // self.grid
+            picture.paste(UNPAINTED, (0, top, picture.width, picture.height))
+        return pictures
+
+
+class Reporter:
+    """Turns the steps of one batch into `Progress` for the caller."""
+
+    def __init__(
+        self,
+        tell: Callable[[Progress], None],
+        layout: Layout,
+        decoders: Decoders,
+        *,
+        first: int,
+        before: int,
+        total: int,
+    ) -> None:
+        self.tell, self.layout, self.decoders = tell, layout, decoders
+        self.first, self.before, self.total = first, before, total
+
+    def __call__(self, given_BT: Tensor, tokens_BT: Tensor) -> None:
+        _, scene_BT, image_BT = self.layout.unpack(tokens_BT)
+        sampled = int((given_BT == FREE).sum()) - int((tokens_BT == FREE).sum())
+        grid = self.layout.image_grid
+        self.tell(
+            Progress(
+                first=self.first,
+                done=self.before + sampled,
+                total=self.total,
+                scene_BT=scene_BT,
+                image_BT=image_BT,
+                grid=grid,
+                decoders=self.decoders,
+            )
+        )

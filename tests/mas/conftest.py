@@ -1,0 +1,76 @@
+"""A complete model of the smallest legal sizes, with random weights, for tests that sample."""
+
+import pytest
+import torch
+
+from mas.gpt import GPT, GPTConfig
+from mas.model import MakeAScene
+from mas.text import Tokenizer
+from mas.vqgan import VQGAN, VQGANConfig
+from mas.vqseg import VQSEG, VQSEGConfig
+
+CAPTIONS = [
+    "two brown dogs and a woman with a red umbrella on the beach at sunset",
+    "a giraffe in the park",
+    "three sheep behind a red bus",
+]
+
+
+def build_parts():
+    """Tokenizer and networks: 32 px, 4 x 4 scene tokens, 4 x 4 image tokens."""
+    torch.manual_seed(0)
+    gpt = GPT(
+        GPTConfig(
+            layers=2,
+            width=32,
+            heads=4,
+            text_vocabulary=300,
+            scene_vocabulary=24,
+            image_vocabulary=20,
+            text_length=12,
+            scene_grid=4,
+            image_grid=4,
+        )
+    )
+    with torch.no_grad():
+        for head in gpt.heads.values():
+            head.weight *= 4  # strong opinions, so that captions and guidance matter
+    return {
+        "tokenizer": Tokenizer.fit(CAPTIONS * 3, vocab_size=300, length=12),
+        "vqseg": VQSEG(
+            VQSEGConfig(
+                size=32, grid=4, codes=24, code_width=4, patch=4, width=16, features=8, groups=4
+            )
+        ),
+        "vqgan": VQGAN(
+            VQGANConfig(
+                size=32,
+                codes=20,
+                code_width=8,
+                features=16,
+                width=8,
+                multipliers=(1, 1, 2, 2),
+                blocks=1,
+                attention=(),
+                groups=4,
+            )
+        ),
+        "gpt": gpt,
+    }
+
+
+@pytest.fixture
+def parts():
+    return build_parts()
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    return MakeAScene(**build_parts())
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,226 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mas.sample
+from mas.__main__ import main
+from mas.scene import SceneMap
+
+CAPTION = "two dogs on a bench"
+
+
+@pytest.fixture
+def run(tiny_folder, tmp_path, monkeypatch, capsys):
+    """Runs `mas sample` in an empty folder with the tiny model; gives status, output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, model=tiny_folder, device="cpu"):
+        try:
+            status = main(["sample", *arguments, "--model", str(model), "--device", device])
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def scene(size=32, void=False):
+    labels = np.full((size, size), 119, np.uint8)
+    labels[size // 2 :] = 255 if void else 125
+    return SceneMap.from_labels(labels)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_it_writes_pictures_scenes_sheet_and_a_description(run, tmp_path):
+    status, out, err = run(CAPTION, "--count", "3", "--seed", "4", "--output", "out")
+    assert (status, err) == (0, "")
+    assert out.startswith("out: 3 pictures, ")
+    names = {"grid.png", "samples.json"}
+    names |= {f"{i:04}{kind}.png" for i in range(3) for kind in ("", ".scene")}
+    assert set(files(tmp_path / "out")) == names
+    description = json.loads((tmp_path / "out/samples.json").read_text())
+    assert description["caption"] == CAPTION and description["seed"] == 4
+    assert description["settings"]["image"] == {
+        "guidance": 3.0,
+        "temperature": 1.0,
+        "top_k": None,
+        "top_p": None,
+    }
+    assert len(description["model"]["sha256"]) == 64 and description["seconds"] > 0
+    assert [picture["seed"] for picture in description["pictures"]] == [4, 5, 6]
+    for picture in description["pictures"]:
+        assert Image.open(tmp_path / "out" / picture["image"]).size == (32, 32)
+        assert SceneMap.from_png(tmp_path / "out" / picture["scene"]).size == (32, 32)
+
+
+def test_caption_and_settings_stand_in_the_png(run, tmp_path):
+    caption = 'слон 🐘 und \\ "quotes"'
+    assert run(caption, "--count=1", "--guidance=2", "--output", "out")[0] == 0
+    text = Image.open(tmp_path / "out/0000.png").text
+    assert text["caption"] == caption and text["seed"] == "0"
+    assert json.loads(text["settings"])["image"]["guidance"] == 2
+    assert len(json.loads(text["model"])["sha256"]) == 64
+    assert Image.open(tmp_path / "out/grid.png").text["caption"] == caption
+
+
+def test_the_same_command_writes_the_same_pngs_also_over_the_old_ones(run, tmp_path):
+    assert run(CAPTION, "--count=3", "--output", "a")[0] == 0
+    first = files(tmp_path / "a")
+    assert run(CAPTION, "--count=2", "--output", "a")[0] == 0
+    assert run(CAPTION, "--count=2", "--output", "b")[0] == 0
+    again, other = files(tmp_path / "a"), files(tmp_path / "b")
+    assert set(again) == set(other) == set(first) - {"0002.png", "0002.scene.png"}
+    for name in other:
+        if name.endswith(".png"):
+            assert again[name] == other[name]
+    assert first["0001.png"] == again["0001.png"]
+    assert run(CAPTION, "--count=2", "--seed=9", "--output", "b")[0] == 0
+    assert files(tmp_path / "b")["0000.png"] != again["0000.png"]
+
+
+@pytest.mark.parametrize("form", ["la", "grey", "palette"])
+def test_a_scene_in_any_form_and_size_is_followed(run, tmp_path, form):
+    layout = scene(64)
+    if form == "la":
+        layout.to_png("scene.png")
+    elif form == "grey":
+        Image.fromarray(layout.labels).save("scene.png")
+    else:
+        layout.to_rgb().save("scene.png")
+    assert run(CAPTION, "--scene", "scene.png", "--count=1", "--output", "out")[0] == 0
+    written = SceneMap.from_png(tmp_path / "out/0000.scene.png")
+    assert np.array_equal(written.labels, scene(32).labels)
+
+
+def test_a_scene_needs_no_caption_and_its_void_can_be_filled(run, tmp_path):
+    scene(32, void=True).to_png("scene.png")
+    assert run("--scene", "scene.png", "--count=1", "--output", "kept")[0] == 0
+    kept = SceneMap.from_png(tmp_path / "kept/0000.scene.png")
+    assert (kept.labels[16:] == 255).all()
+    flags = ("--scene", "scene.png", "--fill-void", "--count=6", "--output", "filled")
+    assert run(*flags)[0] == 0
+    filled = {(tmp_path / f"filled/{i:04}.scene.png").read_bytes() for i in range(6)}
+    assert len(filled) > 1
+
+
+def test_captions_come_from_a_file_one_a_line(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog\n\n  two cats \n", "utf-8")
+    assert run("--prompts", "prompts.txt", "--count=2", "--output", "out")[0] == 0
+    description = json.loads((tmp_path / "out/samples.json").read_text())
+    assert description["caption"] == ["a dog", "two cats"]
+    assert [p["caption"] for p in description["pictures"]] == ["a dog"] * 2 + ["two cats"] * 2
+    assert run("two cats", "--count=1", "--output", "alone")[0] == 0
+    a, b = (Image.open(tmp_path / n) for n in ("alone/0000.png", "out/0002.png"))
+    assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_settings_for_one_stream_only(run, tmp_path):
+    flags = ("--image_sampling", '{"temperature": 0}', "--scene-sampling.top_p", "0.5")
+    assert run(CAPTION, *flags, "--count=1", "--output", "out")[0] == 0
+    settings = json.loads((tmp_path / "out/samples.json").read_text())["settings"]
+    assert settings["image"]["temperature"] == 0 and settings["scene"]["temperature"] == 1
+    assert settings["scene"]["top_p"] == 0.5 and settings["image"]["top_p"] is None
+
+
+def prepare_bad_input():
+    SceneMap.from_labels(np.zeros((32, 48), np.uint8)).to_png("wide.png")
+    with open("empty.txt", "w") as file:
+        file.write("\n \n")
+    with open("binary.txt", "wb") as file:
+        file.write(b"\xff\xfe\x00")
+    with open("file", "w") as file:
+        file.write("x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "caption is empty"),
+        (["  "], "caption is empty"),
+        ([CAPTION, "--guidance", ".nan"], "guidance is nan"),
+        ([CAPTION, "--guidance", "-1"], "guidance is -1"),
+        ([CAPTION, "--top-p", "0"], "top_p is 0"),
+        ([CAPTION, "--top-k", "0"], "top_k is 0"),
+        ([CAPTION, "--temperature", "-1"], "temperature is -1"),
+        ([CAPTION, "--count", "0"], "count is 0"),
+        ([CAPTION, "--batch", "0"], "batch is 0"),
+        ([CAPTION, "--seed", "-1"], "seed is -1"),
+        ([CAPTION, "--scene", "wide.png"], "wide.png: a scene must be square"),
+        ([CAPTION, "--scene", "none.png"], "none.png: no such file"),
+        ([CAPTION, "--scene", "file"], "not a readable PNG"),
+        ([CAPTION, "--fill-void"], "give one with --scene"),
+        ([CAPTION, "--prompts", "empty.txt"], "not both"),
+        (["--prompts", "empty.txt"], "holds no caption"),
+        (["--prompts", "binary.txt"], "not a UTF-8"),
+        (["--prompts", "none.txt"], "none.txt"),
+        ([CAPTION, "--image_sampling", '{"topp": 1}'], "not topp"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(run, tmp_path, arguments, message):
+    prepare_bad_input()
+    status, out, err = run(*arguments, "--output", "out")
+    assert status == 1 and out == ""
+    assert err.count("\n") == 1 and err.startswith("mas: error: ") and message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unusable_models_and_devices_are_one_line_and_leave_nothing(run, tmp_path, tiny_folder):
+    broken = shutil.copytree(tiny_folder, tmp_path / "broken")
+    (broken / "vqgan/model.safetensors").unlink()
+    for options, message in (
+        ({"model": "nowhere"}, "no such model folder"),
+        ({"model": broken}, "vqgan/model.safetensors is missing"),
+        ({"device": "gpu9"}, "device 'gpu9'"),
+    ):
+        status, _, err = run(CAPTION, "--output", "out", **options)
+        assert status == 1 and err.count("\n") == 1 and message in err
+        assert not (tmp_path / "out").exists()
+
+
+def test_wrong_flags_exit_with_2(run):
+    assert run(CAPTION, "--output", "out", "--precision", "float8")[0] == 2
+    assert run(CAPTION, "--output", "out", "--guidance", "nan")[0] == 2
+    assert run(CAPTION)[0] == 2
+
+
+def test_a_folder_with_something_else_is_left_alone(run, tmp_path):
+    for name in ("0000.png", "thesis.tex"):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).write_text("precious")
+        status, _, err = run(CAPTION, "--output", str(folder))
+        assert status == 1 and f"something else ({name})" in err
+        assert (folder / name).read_text() == "precious" and len(list(folder.iterdir())) == 1
+    (tmp_path / "file").write_text("x")
+    status, _, err = run(CAPTION, "--output", "file")
+    assert status == 1 and "is a file" in err
+
+
+def test_a_failure_keeps_the_older_samples_and_no_half_written_ones(run, tmp_path, monkeypatch):
+    assert run(CAPTION, "--count=1", "--output", "out")[0] == 0
+    before = files(tmp_path / "out")
+
+    def fail(*arguments, **options):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(mas.sample, "contact_sheet", fail)
+    for output in ("out", "new"):
+        status, _, err = run(CAPTION, "--count=2", "--seed=7", "--output", output)
+        assert status == 1 and "No space left" in err
+    assert files(tmp_path / "out") == before and not (tmp_path / "new").exists()
+
+
+def test_an_unwritable_place_is_one_line(run, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "out"))
+
+    monkeypatch.setattr(mas.sample.Path, "mkdir", refuse)
+    status, _, err = run(CAPTION, "--output", "out")
+    assert status == 1 and err == f"mas: error: {tmp_path / 'out'}: Permission denied\n"
