@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mas.storage import check_tensors
+from mas.storage import StorageError, check_tensors
 from mas.vqgan import VQGAN, QuantizerName, VQGANConfig
 
 FormatName = Literal["mindalle", "taming", "taming-gumbel", "llamagen"]
@@ -163,7 +163,10 @@ def load_published(
         for ours in expected
         if ours not in _OWN_BUFFERS
     }
-    check_tensors({names[ours]: expected[ours] for ours in names}, tensors, path)
+    try:
+        check_tensors({names[ours]: expected[ours] for ours in names}, tensors, path)
+    except StorageError as error:
+        raise CheckpointError(str(error)) from error
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise CheckpointError(f"{path}: NaN or infinite values in {_some(broken)}")
@@ -187,7 +190,7 @@ def _load(path: Path, *, md5: str, trust_pickle: bool) -> Any:
     try:
         return torch.load(source, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|Unsupported global:?)\s+(\S+)", str(error))
+        found = re.search(r"(?:GLOBAL|global:? GLOBAL) (\S+) was not", str(error))
         if found is None:
             raise CheckpointError(f"{path}: no PyTorch checkpoint, or a truncated one") from error
         raise CheckpointError(

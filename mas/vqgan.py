@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mas.storage import load_network, save_network
-from mas.vq import Backbone, ConvDecoder, ConvEncoder, check_tokens, shape_text
+from mas.vq import Backbone, ConvDecoder, ConvEncoder, check_tokens, shape_text, start_weights
 from mas.vq_codebook import Codebook, GumbelCodebook
 
 QuantizerName = Literal["nearest", "cosine", "gumbel"]
@@ -101,6 +101,7 @@ class VQGAN(nn.Module):
             )
         self.pre_quant = nn.Conv2d(config.features, config.code_width, 1)
         self.post_quant = nn.Conv2d(config.code_width, config.features, 1)
+        start_weights(self)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> VQGAN:

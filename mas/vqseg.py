@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mas.scene import CHANNELS, CLASSES, EDGE_CHANNEL, VOID
 from mas.storage import load_network, save_network
-from mas.vq import Backbone, ConvDecoder, ConvEncoder, check_tokens, shape_text
+from mas.vq import Backbone, ConvDecoder, ConvEncoder, check_tokens, shape_text, start_weights
 from mas.vq_codebook import Codebook
 from mas.vqseg_loss import decide_labels, positive_weights, scene_loss
 
@@ -50,7 +50,8 @@ class VQSEGConfig:
     width: int = 128  # channels of the finest level
     multipliers: tuple[int, ...] = (1, 2)  # of width, finest level first; halving between
     blocks: int = 1  # residual blocks a level in the encoder; the decoder has one more
-    attention: tuple[int, ...] = ()  # levels with self-attention, 0 = finest; the middle has it too
+    attention: tuple[int, ...] = ()  # levels with self-attention, 0 = finest
+    middle: bool = False  # block, attention, block on the token grid (published layout: True)
     groups: int = 32  # of the group normalisation; divides every width
     commitment: float = 0.25  # weight that holds the features to their codes
     restart: float = 0.03  # codes used less than this share of the average are moved; 0 = never
@@ -87,6 +88,7 @@ class VQSEGConfig:
             blocks=self.blocks,
             attention=self.attention,
             groups=self.groups,
+            middle=self.middle,
         )
 
 
@@ -164,6 +166,7 @@ class VQSEG(nn.Module):
         )
         self.post_quant = nn.Conv2d(config.code_width, deepest, 1)
         self.decoder = ConvDecoder(deepest, channels, config.backbone)
+        start_weights(self)
         start_bias(self.decoder.head if self.head is None else self.head.classifier)
 
     @classmethod

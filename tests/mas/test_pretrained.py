@@ -1,0 +1,199 @@
+"""Published checkpoints: what loads, what is refused, and by which words."""
+
+import hashlib
+import tarfile
+
+import pytest
+import torch
+from published import TINY, published_shapes, rule_state
+
+from mas.__main__ import main
+from mas.pretrained import (
+    MINDALLE_MD5,
+    CheckpointError,
+    import_vqgan,
+    load_published,
+    read_member,
+)
+from mas.vqgan import VQGAN, VQGANConfig
+
+SMALL = dict(size=32, codes=24, code_width=8, features=16, width=32, multipliers=(1, 2))
+CONFIGS = {
+    "mindalle": VQGANConfig(**SMALL, attention=(1,)),
+    "taming": VQGANConfig(**SMALL, attention=(1,), blocks=1),
+    "taming-gumbel": VQGANConfig(**SMALL, attention=(1,), quantizer="gumbel"),
+    "llamagen": VQGANConfig(**SMALL, attention=(1,), quantizer="cosine"),
+}
+
+
+class Callback:
+    """Stands for the training objects that Lightning pickles into its checkpoints."""
+
+
+def state_of(format):
+    return rule_state(published_shapes(CONFIGS[format], format), {})
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    def write(content):
+        torch.save(content, tmp_path / "last.ckpt")
+        return tmp_path / "last.ckpt"
+
+    return write
+
+
+@pytest.mark.parametrize("format", CONFIGS)
+def test_imported_saved_and_loaded_networks_give_equal_pictures(format, checkpoint, tmp_path):
+    container = "model" if format == "llamagen" else "state_dict"
+    path = checkpoint({container: state_of(format)})
+    network, _ = load_published(path, format=format, size=32)
+    assert network.config == CONFIGS[format]
+    import_vqgan(str(path), format=format, output=str(tmp_path / "vqgan"), size=32)
+    again = VQGAN.from_pretrained(tmp_path / "vqgan")
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens = network.encode(pictures)
+    assert tokens.unique().numel() > 3
+    assert torch.equal(tokens, again.encode(pictures))
+    assert torch.equal(network.decode(tokens), again.decode(tokens))
+
+
+def test_training_leftovers_are_listed_and_ignored(checkpoint, tmp_path, capsys):
+    state = state_of("taming")
+    state["loss.discriminator.main.0.weight"] = torch.zeros(3)
+    state["loss.discriminator.main.0.bias"] = torch.zeros(3)
+    path = checkpoint({"state_dict": state, "global_step": 7})
+    import_vqgan(str(path), format="taming", output=str(tmp_path / "out"), size=32)
+    assert "ignored: loss.discriminator (2 tensors)" in capsys.readouterr().out
+
+
+def test_a_prefix_of_an_enclosing_model_is_dropped(checkpoint):
+    state = {f"first_stage_model.{name}": x for name, x in state_of("taming").items()}
+    state["model.diffusion.weight"] = torch.zeros(2)
+    network, ignored = load_published(checkpoint({"state_dict": state}), format="taming", size=32)
+    assert network.config == CONFIGS["taming"] and ignored == ["model.diffusion.weight"]
+
+
+def test_half_precision_weights_become_float32(checkpoint):
+    state = {name: tensor.half() for name, tensor in state_of("llamagen").items()}
+    network, _ = load_published(checkpoint({"ema": state}), format="llamagen", size=32)
+    assert {x.dtype for x in network.state_dict().values()} == {torch.float32}
+
+
+def damaged(change):
+    state = state_of("taming")
+    change(state)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("decoder.conv_out.bias"), "1 missing tensors: decoder.conv_out.bias"),
+        (lambda s: s.pop("encoder.mid.attn_1.q.weight"), "encoder.mid.attn_1.q.weight"),
+        (
+            lambda s: s.update({"quant_conv.bias": torch.zeros(5)}),
+            r"quant_conv.bias \(5,\) instead",
+        ),
+        (lambda s: s.update({"encoder.extra.weight": torch.zeros(5)}), "encoder.extra.weight"),
+        (lambda s: s["decoder.norm_out.bias"].fill_(torch.nan), "NaN.*decoder.norm_out.bias"),
+        (lambda s: s.pop("quantize.embedding.weight"), "missing tensor quantize.embedding.weight"),
+    ],
+)
+def test_damaged_tensors_are_refused_by_name(change, words, checkpoint):
+    path = checkpoint({"state_dict": damaged(change)})
+    with pytest.raises(CheckpointError, match=words):
+        load_published(path, format="taming", size=32)
+
+
+@pytest.mark.parametrize("said", CONFIGS)
+@pytest.mark.parametrize("held", ["taming", "taming-gumbel", "llamagen"])
+def test_another_format_is_named(said, held, checkpoint):
+    if held == said or (said, held) == ("mindalle", "taming"):
+        pytest.skip("the right format")
+    path = checkpoint({"state_dict": state_of(held), "model": state_of(held)})
+    with pytest.raises(CheckpointError, match=f"use --format {held}"):
+        load_published(path, format=said, size=32)
+
+
+def test_a_checkpoint_of_something_else_is_refused(checkpoint):
+    with pytest.raises(CheckpointError, match="keeps its weights in state_dict.*has weights"):
+        load_published(checkpoint({"weights": {}}), format="taming")
+    with pytest.raises(CheckpointError, match=r"no tensor encoder.conv_in.weight.*fc.bias"):
+        load_published(checkpoint({"state_dict": {"fc.bias": torch.zeros(2)}}), format="taming")
+    with pytest.raises(CheckpointError, match="expected a dictionary, found list"):
+        load_published(checkpoint([1, 2]), format="taming")
+
+
+def test_pickled_objects_are_refused_unless_trusted(checkpoint):
+    path = checkpoint({"state_dict": state_of("taming"), "callbacks": Callback()})
+    with pytest.raises(CheckpointError, match=r"Callback.*--trust-pickle"):
+        load_published(path, format="taming", size=32)
+    network, _ = load_published(path, format="taming", size=32, trust_pickle=True)
+    assert network.config == CONFIGS["taming"]
+
+
+@pytest.mark.parametrize("kept", [0, 10, 0.5, 0.98])
+def test_a_truncated_file_is_named(kept, checkpoint):
+    path = checkpoint({"state_dict": state_of("taming")})
+    content = path.read_bytes()
+    path.write_bytes(content[: kept if isinstance(kept, int) else int(len(content) * kept)])
+    with pytest.raises(CheckpointError, match=r"last.ckpt: no PyTorch checkpoint, or a truncated"):
+        load_published(path, format="taming", size=32)
+
+
+def test_a_size_that_the_levels_do_not_divide_is_refused(checkpoint):
+    with pytest.raises(CheckpointError, match="size 33 must be a multiple of 2"):
+        load_published(checkpoint({"state_dict": state_of("taming")}), format="taming", size=33)
+
+
+@pytest.fixture
+def tarball(checkpoint, tmp_path):
+    path = checkpoint({"state_dict": state_of("mindalle")})
+    with tarfile.open(tmp_path / "1.3B.tar.gz", "w:gz") as archive:
+        archive.add(path, "1.3B/stage1_last.ckpt")
+    path.unlink()
+    return tmp_path / "1.3B.tar.gz"
+
+
+def test_the_tarball_is_read_in_place_after_its_md5(tarball):
+    md5 = hashlib.md5(tarball.read_bytes()).hexdigest()
+    network, _ = load_published(tarball, format="mindalle", size=32, md5=md5)
+    assert network.config == CONFIGS["mindalle"]
+    assert list(tarball.parent.iterdir()) == [tarball]
+    with pytest.raises(
+        CheckpointError, match=f"MD5 is {md5}, not 57b008f02ceaa02b779c8b7463143315"
+    ):
+        load_published(tarball, format="mindalle", size=32)
+
+
+def test_a_broken_tarball_is_named(tarball):
+    with pytest.raises(CheckpointError, match="has no member 1.3B/nothing"):
+        read_member(tarball, "1.3B/nothing")
+    tarball.write_bytes(tarball.read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match="broken tarball"):
+        load_published(tarball, format="mindalle", size=32, md5="any")
+
+
+def test_the_command_writes_a_folder_once(checkpoint, tmp_path, capsys):
+    path = checkpoint({"state_dict": state_of("taming")})
+    words = ["import-vqgan", str(path), "--format", "taming", "--output", str(tmp_path / "vqgan")]
+    assert main([*words, "--size", "32"]) == 0
+    assert sorted(x.name for x in (tmp_path / "vqgan").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    assert main([*words, "--size", "32"]) == 1
+    assert "not an empty folder" in capsys.readouterr().err
+    assert main(["import-vqgan", str(tmp_path / "no"), *words[2:-1], str(tmp_path / "b")]) == 1
+    assert "no such file" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_published_sizes_are_the_defaults():
+    config = VQGANConfig()
+    assert (config.codes, config.grid, config.size) == (16384, 16, 256)
+    with torch.device("meta"):
+        parameters = sum(x.numel() for x in VQGAN(config).parameters())
+    assert parameters == 76_073_859
+    assert VQGANConfig(**TINY).grid == 4
