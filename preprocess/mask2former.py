@@ -1,0 +1,152 @@
+"""Panoptic segmentation by Mask2Former, through transformers: a better, slower base than FPN.
+
+In: photos. Out: `Segments`. Paper: arXiv 2112.01527. The COCO panoptic checkpoints number their
+labels like `mas.scene` (0-132); a checkpoint that does not is refused. Needs no torchvision.
+Axes: B batch; C channels; H W pixels; N queries.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mas.scene import PANOPTIC_CLASSES, THINGS, VOID, Segments
+from preprocess.batching import fitted_size, pick_device, plan_batches, resize
+from preprocess.weights import WeightsError, find_weights
+
+if TYPE_CHECKING:
+    from preprocess.segment import Photo
+
+STRIDE = 32  # the backbone's; sides are multiples of it, so that masks align with pixels
+MASK_STRIDE = 4  # pixels a side of one mask cell
+STUFF = set(range(THINGS, len(PANOPTIC_CLASSES)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask2FormerConfig:
+    """How photos are segmented by Mask2Former."""
+
+    weights: str = "mask2former-swin-tiny-coco-panoptic"  # known weights, or a folder of one's own
+    short_side: int = 512  # pixels; photos are resized to it, up or down
+    max_side: int = 1024  # pixels; caps the longer side
+    score: float = 0.8  # 0-1; queries below it are dropped
+    mask: float = 0.5  # 0-1; probability above which a pixel counts as a query's own
+    overlap: float = 0.8  # 0-1; a query that keeps less of its own pixels is dropped
+    batch: int = 4  # photos a forward pass
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+
+
+class Mask2FormerPanoptic:
+    """Segments photos in batches, at the resolution the network saw (`short_side`)."""
+
+    def __init__(self, config: Mask2FormerConfig | None = None, **options: Any) -> None:
+        """Takes a config, or its fields as keywords."""
+        self.config = config or Mask2FormerConfig(**options)
+        self.device = pick_device(self.config.device)
+        self.network, self.processor = load_mask2former(self.config.weights)
+        self.network.to(self.device)
+
+    def __call__(self, photos: Sequence[Photo]) -> list[Segments]:
+        """One `Segments` a photo, at the network's resolution and the photo's aspect."""
+        config = self.config
+        targets = [
+            fitted_size(
+                *photo.image.shape[:2], short_side=config.short_side, max_side=config.max_side
+            )
+            for photo in photos
+        ]
+        inputs = [_multiples(size) for size in targets]
+        segments: dict[int, Segments] = {}
+        for indices in plan_batches(inputs, batch=config.batch):
+            images = [
+                resize(photos[i].image, height=inputs[i][0], width=inputs[i][1]) for i in indices
+            ]
+            found = self._segment(images, [targets[i] for i in indices])
+            segments.update(zip(indices, found, strict=True))
+        return [segments[i] for i in range(len(photos))]
+
+    @torch.inference_mode()
+    def _segment(self, images: list[np.ndarray], targets: list[tuple[int, int]]) -> list[Segments]:
+        features = self.processor(images, do_resize=False, return_tensors="pt")
+        output = self.network(
+            pixel_values=features["pixel_values"].to(self.device),
+            pixel_mask=features["pixel_mask"].to(self.device),
+        )
+        segments = []
+        for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+            # Post-processing stretches the mask grid over the target: the padding is cut off first.
+            height, width = (side // MASK_STRIDE for side in image.shape[:2])
+            own = SimpleNamespace(
+                class_queries_logits=output.class_queries_logits[i : i + 1],
+                masks_queries_logits=output.masks_queries_logits[i : i + 1, :, :height, :width],
+            )
+            (result,) = self.processor.post_process_panoptic_segmentation(
+                own,
+                threshold=self.config.score,
+                mask_threshold=self.config.mask,
+                overlap_mask_area_threshold=self.config.overlap,
+                label_ids_to_fuse=STUFF,
+                target_sizes=[target],
+            )
+            segments.append(from_mask2former(result))
+        return segments
+
+
+def from_mask2former(result: Mapping[str, Any]) -> Segments:
+    """Turns one result of `post_process_panoptic_segmentation` into `Segments`.
+
+    `segmentation` H W holds segment ids, 0 or -1 = nothing; `segments_info` names each id's label.
+    """
+    instances = result["segmentation"].cpu().numpy().astype(np.int32).clip(min=0)
+    classes = np.full(int(instances.max()) + 1, VOID, np.uint8)
+    for segment in result["segments_info"]:
+        if segment["id"] < len(classes):
+            classes[segment["id"]] = segment["label_id"]
+    labels = classes[instances]
+    return Segments(labels, np.where(labels == VOID, 0, instances).astype(np.int32))
+
+
+def load_mask2former(weights: str) -> tuple[Any, Any]:
+    """The frozen network and its processor, from a folder on this machine.
+
+    Raises:
+        WeightsError: transformers or the weights are missing, or the labels are not COCO's.
+    """
+    try:
+        from transformers import Mask2FormerForUniversalSegmentation
+        from transformers.models.mask2former.image_processing_pil_mask2former import (
+            Mask2FormerImageProcessorPil,
+        )
+    except ImportError as error:
+        raise WeightsError(
+            f"panoptic mask2former needs transformers >= 5 ({error}): "
+            "pip install 'mini-make-a-scene[preprocess]'"
+        ) from error
+    folder = find_weights(weights)
+    network = Mask2FormerForUniversalSegmentation.from_pretrained(folder, local_files_only=True)
+    if network.config.num_labels != len(PANOPTIC_CLASSES):
+        raise WeightsError(
+            f"{folder}: has {network.config.num_labels} labels, not COCO panoptic's "
+            f"{len(PANOPTIC_CLASSES)}"
+        )
+    # One line a photo about segments that are not fused would drown everything else.
+    logging.getLogger("transformers.models.mask2former").setLevel(logging.ERROR)
+    described = (folder / "preprocessor_config.json").is_file()
+    processor = (
+        Mask2FormerImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        if described
+        else Mask2FormerImageProcessorPil()
+    )
+    return network.eval().requires_grad_(False), processor
+
+
+def _multiples(size: tuple[int, int]) -> tuple[int, int]:
+    height, width = (math.ceil(side / STRIDE) * STRIDE for side in size)
+    return height, width
