@@ -60,7 +60,7 @@ class Outcome:
     name: str
     stats: dict[str, Any] | None = None
     error: str = ""
-    fatal: bool = False  # the output takes nothing more
+    fatal: bool = False  # the other jobs would fail as well: full disk, missing weights
 
 
 @dataclass
@@ -177,7 +177,7 @@ def execute(
         bar.skip(summary.skipped)
         for outcome in _outcomes(pending, factory, folder, common, config, bar):
             if outcome.fatal:
-                raise OSError(f"{output}: {outcome.error}; finished shards are kept, run it again")
+                raise OSError(f"{outcome.error}; finished shards are kept: mend it and run again")
             if outcome.error:
                 summary.failed[outcome.name] = outcome.error
             else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -38,7 +39,11 @@ class _Counter:
 
 
 class _RayRunner:
-    """A `Runner` in the shape Ray Data wants: a batch of one pickled job in, one outcome out."""
+    """A `Runner` in the shape Ray Data wants: a batch of one pickled job in, one outcome out.
+
+    The worker is made with the first job: an actor that cannot be constructed gives pages of
+    traces, an outcome one line.
+    """
 
     def __init__(
         self,
@@ -47,12 +52,19 @@ class _RayRunner:
         common: Mapping[str, Any],
         counter: Any,
     ) -> None:
-        self.runner = Runner(factory, folder, common)
+        self.make_runner = lambda: Runner(factory, folder, common)
+        self.runner: Runner | None = None
         self.counter = counter
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
         (content,) = batch["job"]
-        outcome = self.runner.run(pickle.loads(content), self.counter.add.remote)
+        job = pickle.loads(content)
+        try:
+            self.runner = self.runner or self.make_runner()
+        except Exception as error:  # missing weights or packages, on this machine
+            outcome = Outcome(job.name, error=f"{socket.gethostname()}: {error}", fatal=True)
+        else:
+            outcome = self.runner.run(job, self.counter.add.remote)
         return {"outcome": [pickle.dumps(outcome)]}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from preprocess.executor import ExecutorConfig, execute
 from preprocess.inputs import find_jobs
@@ -75,7 +75,7 @@ def preprocess(
         partial(SceneWorker, config, output.rstrip("/"), batch_size=batch_size, threads=threads),
         output,
         command="preprocess",
-        settings=asdict(config),
+        settings=_settings(config),
         config=ExecutorConfig(
             kind=executor,
             workers=workers,
@@ -99,3 +99,12 @@ def preprocess(
     if summary.failed:
         print("mend the input, then run the same command with --retry_failed true")
     return summary.status
+
+
+def _settings(config: SceneConfig) -> dict[str, Any]:
+    """What decides the output; where a network runs does not."""
+    settings = asdict(config)
+    for part in ("panoptic", "human", "face"):
+        for key in ("device", "batch"):
+            settings[part]["options"].pop(key, None)
+    return settings

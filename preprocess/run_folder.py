@@ -81,7 +81,7 @@ class RunFolder:
             shards: how many there will be.
 
         Raises:
-            FolderError: the folder holds something else, or was made with other settings.
+            FolderError: the folder holds something else, or shards made with other settings.
             OSError: it cannot be written to.
         """
         run = self.read(RUN)
@@ -91,7 +91,7 @@ class RunFolder:
             raise FolderError(
                 f"{self.path}: holds something else ({listed}); choose an empty --output folder"
             )
-        if run is not None:
+        if run is not None and any(name.endswith(STATS) for name in names):
             self._compare(run, command, json.loads(json.dumps(settings)))
         filesystem, inner = fsspec.core.url_to_fs(self.path)
         filesystem.makedirs(inner, exist_ok=True)

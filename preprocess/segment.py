@@ -7,7 +7,6 @@ behind the same interfaces are in preprocess/panoptic.py, human.py and face.py.
 from __future__ import annotations
 
 import importlib
-import inspect
 import io
 import json
 from collections.abc import Sequence
@@ -82,11 +81,11 @@ class FaceConfig:
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the network's class
 
 
-NETWORKS = {
-    "detectron2": "preprocess.panoptic:Detectron2Panoptic",
-    "mask2former": "preprocess.panoptic:Mask2FormerPanoptic",
-    "schp": "preprocess.human:HumanSegmenter",
-    "face-alignment": "preprocess.face:FaceLandmarks",
+NETWORKS = {  # module, the segmenter's class, the class of its options
+    "detectron2": ("preprocess.panoptic", "Detectron2Panoptic", "Detectron2Config"),
+    "mask2former": ("preprocess.panoptic", "Mask2FormerPanoptic", "Mask2FormerConfig"),
+    "schp": ("preprocess.human", "HumanSegmenter", "HumanConfig"),
+    "face-alignment": ("preprocess.face", "FaceLandmarks", "FaceLandmarksConfig"),
 }
 
 
@@ -96,7 +95,7 @@ def build_panoptic(config: PanopticConfig) -> PanopticSegmenter:
         return ShardPanoptic()
     if config.source == "coco-annotations":
         return CocoPanoptic(config.json, folder=config.folder)
-    return _network_class(config.source)(**config.options)
+    return _build_network(config.source, config.options)
 
 
 def build_human(config: HumanConfig) -> HumanParser | None:
@@ -105,7 +104,7 @@ def build_human(config: HumanConfig) -> HumanParser | None:
         return None
     if config.source == "shard-annotations":
         return ShardHuman()
-    return _network_class(config.source)(**config.options)
+    return _build_network(config.source, config.options)
 
 
 def build_face(config: FaceConfig) -> FaceFinder | None:
@@ -114,7 +113,7 @@ def build_face(config: FaceConfig) -> FaceFinder | None:
         return None
     if config.source == "shard-annotations":
         return ShardFace()
-    return _network_class(config.source)(**config.options)
+    return _build_network(config.source, config.options)
 
 
 class ShardPanoptic:
@@ -278,15 +277,21 @@ def _check_coco(json_path: str, folder: str) -> None:
         raise ValueError(f"--panoptic.json {json_path}: no such file")
 
 
-def _network_class(source: str) -> Any:
-    module_name, _, class_name = NETWORKS[source].partition(":")
+def _build_network(source: str, options: dict[str, Any]) -> Any:
+    segmenter, config = _network_classes(source)
+    return segmenter(config(**options))
+
+
+def _network_classes(source: str) -> tuple[Any, Any]:
+    module_name, segmenter, config = NETWORKS[source]
     try:
-        return getattr(importlib.import_module(module_name), class_name)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise OSError(
             f"{source} needs {error.name!r}: pip install 'mini-make-a-scene[preprocess]'; "
-            "docs/preprocess.md tells what is not on the package index"
+            "docs/segmenters.md tells what is not on the package index"
         ) from error
+    return getattr(module, segmenter), getattr(module, config)
 
 
 def check_sources(panoptic: PanopticConfig, human: HumanConfig, face: FaceConfig) -> None:
@@ -301,7 +306,7 @@ def check_sources(panoptic: PanopticConfig, human: HumanConfig, face: FaceConfig
     for config in (panoptic, human, face):
         if config.source in NETWORKS:
             try:
-                inspect.signature(_network_class(config.source)).bind(**config.options)
+                _network_classes(config.source)[1](**config.options)
             except TypeError as error:
                 raise ValueError(f"options of {config.source}: {error}") from error
         elif config.options:

@@ -1,0 +1,291 @@
+"""`mas tokenize`: scene shards in, token shards out, on the same executors as `mas preprocess`.
+
+In: KEY.jpg, KEY.scene.png and the captions of scene shards; a text tokenizer, a VQ-SEG, a VQ-GAN.
+Out: the arrays of mas/token_shards.py, and manifest.json last.
+Axes: B pictures, T tokens, H W pixels, C colours.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+
+from mas.scene import SceneError, SceneMap
+from mas.shards import (
+    TOKEN_FORMAT,
+    Sample,
+    ShardError,
+    local_path,
+    read_captions,
+    write_token_shard,
+)
+from mas.storage import file_hash
+from mas.text import Tokenizer
+from mas.vqgan import VQGAN
+from mas.vqseg import VQSEG
+from preprocess.executor import ExecutorConfig, Job, Report, execute
+from preprocess.inputs import find_jobs
+from preprocess.run_folder import STATS, RunFolder
+
+MANIFEST = "manifest.json"
+MAX_VOCABULARY = 2**16  # tokens are stored as uint16
+
+
+@dataclass(frozen=True)
+class TokenizerPaths:
+    """The three files or folders that turn a sample into tokens."""
+
+    tokenizer: str  # tokenizer.json
+    vqseg: str  # folder
+    vqgan: str  # folder
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 of what decides the tokens, by stream."""
+        files = {
+            "text": Path(self.tokenizer),
+            "scene": Path(self.vqseg) / "model.safetensors",
+            "image": Path(self.vqgan) / "model.safetensors",
+        }
+        for stream, path in files.items():
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file; it makes the {stream} tokens")
+        return {stream: file_hash(path) for stream, path in files.items()}
+
+
+class Tokenizers(NamedTuple):
+    """All three, loaded."""
+
+    text: Tokenizer
+    scene: VQSEG
+    image: VQGAN
+
+    @classmethod
+    def load(cls, paths: TokenizerPaths) -> Tokenizers:
+        """Loads and checks them.
+
+        Raises:
+            ValueError: a part is missing, broken, or its tokens do not fit into the arrays.
+        """
+        loaded = cls(
+            Tokenizer.from_file(paths.tokenizer),
+            VQSEG.from_pretrained(paths.vqseg),
+            VQGAN.from_pretrained(paths.vqgan),
+        )
+        for stream, part in loaded.describe().items():
+            if part["vocabulary"] > MAX_VOCABULARY:
+                raise ValueError(
+                    f"the {stream} vocabulary has {part['vocabulary']} entries; token shards take "
+                    f"at most {MAX_VOCABULARY}"
+                )
+        return loaded
+
+    def describe(self) -> dict[str, dict[str, int]]:
+        """Vocabulary and length of each stream, as in manifest.json."""
+        return {
+            "text": {"vocabulary": self.text.vocab_size, "length": self.text.length},
+            "scene": {"vocabulary": self.scene.config.codes, "grid": self.scene.config.grid},
+            "image": {"vocabulary": self.image.config.codes, "grid": self.image.config.grid},
+        }
+
+
+class TokenWorker:
+    """Turns one scene shard into one token shard; holds the networks between jobs."""
+
+    def __init__(
+        self, paths: TokenizerPaths, output: str, *, batch_size: int = 16, device: str = "cpu"
+    ) -> None:
+        self.output = output
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.parts = Tokenizers.load(paths)
+        self.parts.scene.to(self.device)
+        self.parts.image.to(self.device)
+
+    def __call__(self, job: Job, report: Report) -> dict[str, Any]:
+        """Writes the arrays of the shard and returns its counts.
+
+        Raises:
+            ShardError: the shard is broken, or a sample is not what mas preprocess writes.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # workers share the CPU, and sums do not depend on their number
+        try:
+            scenes, images, texts, rows = self._encode(job, report)
+        finally:
+            torch.set_num_threads(threads)
+        write_token_shard(self.output, job.name, scene=scenes, image=images, text=texts, row=rows)
+        return {"pictures": len(scenes), "captions": len(rows)}
+
+    def _encode(self, job: Job, report: Report) -> tuple[np.ndarray, ...]:
+        scenes: list[np.ndarray] = []
+        images: list[np.ndarray] = []
+        captions: list[str] = []
+        rows: list[int] = []
+        samples = job.source.read(on_reject=partial(_refuse, job.source.name))
+        while batch := list(islice(samples, self.batch_size)):
+            for number, sample in enumerate(batch, start=self.batch_size * len(scenes)):
+                own = read_captions(sample) or [""]
+                captions += own
+                rows += [number] * len(own)
+            try:
+                scenes.append(self._encode_scenes(batch))
+                images.append(self._encode_images(batch))
+            except (ShardError, SceneError, OSError) as error:
+                raise ShardError(f"{job.source.name}: {error}") from error
+            report(len(batch))
+        described = self.parts.describe()
+        return (
+            _concatenate(scenes, described["scene"]["grid"] ** 2),
+            _concatenate(images, described["image"]["grid"] ** 2),
+            self.parts.text.encode(captions).numpy().astype(np.uint16),
+            np.array(rows, np.int32),
+        )
+
+    @torch.inference_mode()
+    def _encode_scenes(self, batch: Iterable[Sample]) -> np.ndarray:
+        network = self.parts.scene
+        scenes = [_read_scene(sample, network.config.size) for sample in batch]
+        labels_BHW = torch.from_numpy(np.stack([scene.labels for scene in scenes]))
+        edges_BHW = torch.from_numpy(np.stack([scene.edges for scene in scenes]))
+        tokens_BT = network.encode(labels_BHW.to(self.device), edges_BHW.to(self.device))
+        return tokens_BT.cpu().numpy().astype(np.uint16)
+
+    @torch.inference_mode()
+    def _encode_images(self, batch: Iterable[Sample]) -> np.ndarray:
+        network = self.parts.image
+        images = [_read_image(sample, network.config.size) for sample in batch]
+        image_BCHW = rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w")
+        tokens_BT = network.encode(image_BCHW.to(self.device).float() / 255)
+        return tokens_BT.cpu().numpy().astype(np.uint16)
+
+
+def tokenize(
+    *,
+    input: str,
+    output: str,
+    vqseg: str,
+    vqgan: str,
+    tokenizer: str,
+    batch_size: int = 16,
+    device: str = "cpu",
+    executor: Literal["ray", "serial"] = "ray",
+    workers: int | None = None,
+    address: str | None = None,
+    gpus_per_worker: float = 0.0,
+    retry_failed: bool = False,
+) -> int:
+    """Turn scene shards into token shards for training the GPT.
+
+    A run that was cut goes on where it was when the same command is given again.
+
+    Args:
+        input: scene shards: a folder, a glob or 'DIR/{00000..00099}.tar'.
+        output: folder for the token shards.
+        vqseg: folder of the VQ-SEG, as trained or from a model folder.
+        vqgan: folder of the VQ-GAN.
+        tokenizer: the text tokenizer's tokenizer.json.
+        batch_size: pictures a call of a network.
+        device: of the networks: cpu, cuda, cuda:1.
+        executor: ray, or serial = one shard after the other in this process.
+        workers: at work at once; default one a CPU, 0 = serial.
+        address: of a Ray cluster; auto = the one this machine belongs to; default a local Ray.
+        gpus_per_worker: share of a GPU each worker holds, as in 0.5.
+        retry_failed: also try the shards that failed and were set aside.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    if local_path(output) is None:
+        raise ValueError(f"{output}: training maps token shards into memory; name a local folder")
+    paths = TokenizerPaths(tokenizer, vqseg, vqgan)
+    hashes, described = paths.hashes(), Tokenizers.load(paths).describe()
+    streams = {name: {**described[name], "sha256": hashes[name]} for name in hashes}
+    jobs = find_jobs(input)
+    summary = execute(
+        jobs,
+        partial(TokenWorker, paths, output.rstrip("/"), batch_size=batch_size, device=device),
+        output,
+        command="tokenize",
+        settings=streams,
+        config=ExecutorConfig(
+            kind=executor,
+            workers=workers,
+            address=address,
+            gpus_per_worker=gpus_per_worker,
+            retry_failed=retry_failed,
+        ),
+        unit="picture",
+    )
+    folder = RunFolder(output)
+    for name, error in sorted(summary.failed.items()):
+        print(f"failed: {name}: {error}")
+    if summary.failed:
+        print(
+            f"{len(summary.failed)} shards failed, so no {MANIFEST} was written; mend the input, "
+            "then run the same command with --retry-failed"
+        )
+        return summary.status
+    shards = [_describe_shard(folder, job.name) for job in jobs]
+    folder.write(MANIFEST, {"format": TOKEN_FORMAT, **streams, "shards": shards})
+    pictures, captions = (sum(shard[k] for shard in shards) for k in ("pictures", "captions"))
+    print(
+        f"{summary.done} of {summary.shards} shards done, {summary.skipped} were done before; "
+        f"{pictures} pictures, {captions} captions"
+    )
+    return 0
+
+
+def _describe_shard(folder: RunFolder, name: str) -> dict[str, Any]:
+    stats = folder.read(name + STATS) or {}
+    return {"name": name, "pictures": stats["pictures"], "captions": stats["captions"]}
+
+
+def _read_scene(sample: Sample, size: int) -> SceneMap:
+    scene = SceneMap.from_png(io.BytesIO(_member(sample, "scene.png")))
+    _check_size(sample.key, scene.size, size, "VQ-SEG")
+    return scene.resized(size)
+
+
+def _read_image(sample: Sample, size: int) -> np.ndarray:
+    """uint8 H W C; larger photos are reduced with antialiasing."""
+    try:
+        image = Image.open(io.BytesIO(_member(sample, "jpg")), formats=["JPEG"]).convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ShardError(f"{sample.key}.jpg: {error}") from error
+    _check_size(sample.key, image.size, size, "VQ-GAN")
+    if image.width != size:
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return np.array(image)
+
+
+def _check_size(key: str, found: tuple[int, int], size: int, network: str) -> None:
+    if found[0] != found[1] or found[0] < size:
+        raise ShardError(
+            f"{key} has {found[0]}x{found[1]} pixels and the {network} takes {size}x{size}: "
+            f"preprocess with --photo.size {size}"
+        )
+
+
+def _member(sample: Sample, extension: str) -> bytes:
+    if extension not in sample.files:
+        raise ShardError(
+            f"{sample.key} has no {extension}; mas tokenize takes what mas preprocess writes"
+        )
+    return sample.files[extension]
+
+
+def _concatenate(parts: list[np.ndarray], length: int) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros((0, length), np.uint16)
+
+
+def _refuse(path: str, key: str, reason: str, detail: str) -> None:
+    raise ShardError(f"{path}: {key}: {reason} ({detail})")
