@@ -81,7 +81,8 @@ class FaceLandmarks:
             padded_CHW[:, : image.shape[0], : image.shape[1]] = torch.from_numpy(
                 np.ascontiguousarray(image.transpose(2, 0, 1))
             )
-        found = self.alignment.face_detector.detect_from_batch(batch_BCHW)
+        with _cudnn_benchmark_restored():
+            found = self.alignment.face_detector.detect_from_batch(batch_BCHW)
         return [[np.asarray(box, np.float64) for box in boxes] for boxes in found]
 
     def _counts(self, box: np.ndarray, image: np.ndarray, segments: Segments) -> bool:
@@ -126,7 +127,8 @@ def load_face_alignment(config: FaceLandmarksConfig) -> Any:
             "faces need face-alignment >= 1.5: pip install 'mini-make-a-scene[preprocess]' "
             f"(the import said: {error})"
         ) from error
-    with _hub_folder(("2dfan4", *DETECTOR_WEIGHTS[config.detector])):
+    files = ("2dfan4", *DETECTOR_WEIGHTS[config.detector])
+    with _hub_folder(files), _cudnn_benchmark_restored():
         return face_alignment.FaceAlignment(
             face_alignment.LandmarksType.TWO_D,
             device=str(pick_device(config.device)),
@@ -155,6 +157,16 @@ def _hub_folder(names: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         torch.hub.set_dir(before)
+
+
+@contextmanager
+def _cudnn_benchmark_restored() -> Iterator[None]:
+    """The library switches cuDNN's autotuner on for the whole process; results then may vary."""
+    before = torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _detection_size(image: np.ndarray, config: FaceLandmarksConfig) -> tuple[int, int]:

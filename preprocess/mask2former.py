@@ -7,7 +7,6 @@ Axes: B batch; C channels; H W pixels; N queries.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 STRIDE = 32  # the backbone's; sides are multiples of it, so that masks align with pixels
 MASK_STRIDE = 4  # pixels a side of one mask cell
-STUFF = set(range(THINGS, len(PANOPTIC_CLASSES)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +90,9 @@ class Mask2FormerPanoptic:
                 threshold=self.config.score,
                 mask_threshold=self.config.mask,
                 overlap_mask_area_threshold=self.config.overlap,
-                label_ids_to_fuse=STUFF,
+                # Not the stuff: transformers (5.23) gives a segment that follows a fused one an id
+                # that is taken. `from_mask2former` fuses it.
+                label_ids_to_fuse=set(),
                 target_sizes=[target],
             )
             segments.append(from_mask2former(result))
@@ -103,14 +103,20 @@ def from_mask2former(result: Mapping[str, Any]) -> Segments:
     """Turns one result of `post_process_panoptic_segmentation` into `Segments`.
 
     `segmentation` H W holds segment ids, 0 or -1 = nothing; `segments_info` names each id's label.
+    Segments of one kind of stuff become one.
     """
-    instances = result["segmentation"].cpu().numpy().astype(np.int32).clip(min=0)
-    classes = np.full(int(instances.max()) + 1, VOID, np.uint8)
+    ids_HW = result["segmentation"].cpu().numpy().astype(np.int32).clip(min=0)
+    classes = np.full(int(ids_HW.max()) + 1, VOID, np.uint8)
+    instances = np.zeros(len(classes), np.int32)
+    first_of_stuff: dict[int, int] = {}
     for segment in result["segments_info"]:
-        if segment["id"] < len(classes):
-            classes[segment["id"]] = segment["label_id"]
-    labels = classes[instances]
-    return Segments(labels, np.where(labels == VOID, 0, instances).astype(np.int32))
+        number, label = segment["id"], segment["label_id"]
+        if number < len(classes):  # else all its pixels went to others
+            classes[number] = label
+            instances[number] = (
+                first_of_stuff.setdefault(label, number) if label >= THINGS else number
+            )
+    return Segments(classes[ids_HW], instances[ids_HW])
 
 
 def load_mask2former(weights: str) -> tuple[Any, Any]:
@@ -136,8 +142,6 @@ def load_mask2former(weights: str) -> tuple[Any, Any]:
             f"{folder}: has {network.config.num_labels} labels, not COCO panoptic's "
             f"{len(PANOPTIC_CLASSES)}"
         )
-    # One line a photo about segments that are not fused would drown everything else.
-    logging.getLogger("transformers.models.mask2former").setLevel(logging.ERROR)
     described = (folder / "preprocessor_config.json").is_file()
     processor = (
         Mask2FormerImageProcessorPil.from_pretrained(folder, local_files_only=True)

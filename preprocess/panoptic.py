@@ -46,7 +46,9 @@ INSTALL = (
 class Detectron2Config:
     """How photos are segmented by a detectron2 network."""
 
-    config: str = "COCO-PanopticSegmentation/panoptic_fpn_R_50_3x.yaml"  # model zoo name or file
+    config_file: str = (
+        "COCO-PanopticSegmentation/panoptic_fpn_R_50_3x.yaml"  # model zoo name or file
+    )
     weights: str = "panoptic_fpn_R_50_3x"  # known weights, or a .pkl or .pth file of one's own
     short_side: int = 512  # pixels; photos are resized to it, up or down
     max_side: int = 1024  # pixels; caps the longer side
@@ -142,7 +144,7 @@ def load_detectron2(config: Detectron2Config) -> tuple[Any, str]:
         raise WeightsError(f"{INSTALL}; the import said: {error}") from error
 
     weights = find_weights(config.weights)
-    path = config.config
+    path = config.config_file
     cfg = get_cfg()
     try:
         cfg.merge_from_file(path if Path(path).is_file() else model_zoo.get_config_file(path))

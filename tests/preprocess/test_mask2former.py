@@ -111,6 +111,24 @@ def test_padding_a_batch_does_not_shift_a_photos_masks(tiny):
         assert (found.labels[:, half + 2 :] == 119).all()
 
 
+def test_a_thing_after_stuff_that_was_found_twice_keeps_its_own_id(tiny):
+    """Sky, person, sky again, dog in four stripes, in this order of the queries."""
+    segmenter = tiny_segmenter(tiny, overlap=0.5, mask=0.5)
+
+    def stripes(pixel_values, pixel_mask):
+        logits = torch.full((1, 4, 134), -9.0)
+        masks = torch.full((1, 4, 24, 32), -9.0)
+        for query, label in enumerate((119, 0, 119, 16)):
+            logits[0, query, label] = 9.0
+            masks[0, query, :, query * 8 : query * 8 + 8] = 9.0
+        return SimpleNamespace(class_queries_logits=logits, masks_queries_logits=masks)
+
+    segmenter.network = stripes
+    ((labels, instances),) = segmenter(photos(RED))
+    middles = (labels[48, 16::32].tolist(), instances[48, 16::32].tolist())
+    assert middles == ([119, 0, 119, 16], [1, 2, 1, 4])
+
+
 def test_segments_of_mask2former_keep_instances_and_void():
     result = {
         "segmentation": torch.tensor([[1, 1, 2], [3, 0, 0]], dtype=torch.int32),

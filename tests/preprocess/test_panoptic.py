@@ -212,7 +212,8 @@ def test_the_real_network_says_what_our_mapping_expects(zoo_file):
     for category, name in enumerate(metadata.stuff_classes[1:], start=1):
         info = [{"id": 1, "isthing": False, "category_id": category}]
         label = from_detectron2(np.array([[1]]), info).labels[0, 0]
-        assert PANOPTIC_CLASSES[label] == name
+        full = PANOPTIC_CLASSES[label]
+        assert name in (full, full.removesuffix("-merged").removesuffix("-other"))
 
 
 @pytest.mark.detectron2
@@ -242,7 +243,7 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_name(zoo_file, tmp_pa
 @pytest.mark.detectron2
 def test_unknown_configs_are_refused(zoo_file, tmp_path):
     with pytest.raises(WeightsError, match="neither a file nor a config"):
-        Detectron2Panoptic(config="panoptic.yaml", weights=str(zoo_file))
+        Detectron2Panoptic(config_file="panoptic.yaml", weights=str(zoo_file))
     (tmp_path / "mask.yaml").write_text("MODEL:\n  META_ARCHITECTURE: GeneralizedRCNN\n")
     with pytest.raises(WeightsError, match="use a PanopticFPN config"):
-        Detectron2Panoptic(config=str(tmp_path / "mask.yaml"), weights=str(zoo_file))
+        Detectron2Panoptic(config_file=str(tmp_path / "mask.yaml"), weights=str(zoo_file))
