@@ -97,7 +97,7 @@ def preprocess(
     for name, error in sorted(summary.failed.items()):
         print(f"failed: {name}: {error}")
     if summary.failed:
-        print("mend the input, then run the same command with --retry_failed true")
+        print("mend the input, then run the same command with --retry-failed")
     return summary.status
 
 

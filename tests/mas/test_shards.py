@@ -1,0 +1,324 @@
+import io
+import json
+import os
+import pickle
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+
+from mas.shards import (
+    Sample,
+    ShardError,
+    ShardIndex,
+    ShardWriter,
+    TokenShards,
+    expand_shards,
+    read_captions,
+    read_shard,
+    remove_temporary,
+    write_file,
+    write_token_shard,
+)
+
+
+def write_shard(path, samples):
+    with ShardWriter(str(path)) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return str(path)
+
+
+def some_samples(count=4):
+    return [
+        Sample(f"{i:05d}", {"jpg": bytes([i]) * (i * 300), "scene.png": b"s", "txt": b"a dog"})
+        for i in range(count)
+    ]
+
+
+def write_tar(path, members, *, mode="w"):
+    """A tar of (name or TarInfo, content) pairs."""
+    with tarfile.open(path, mode) as tar:
+        for member, content in members:
+            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def special(name, kind):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, "/etc/passwd"
+    return info
+
+
+def collect(path):
+    rejects = []
+    samples = list(read_shard(str(path), on_reject=lambda *reject: rejects.append(reject)))
+    return samples, rejects
+
+
+@pytest.mark.parametrize("root", ["local", "memory"])
+def test_samples_come_back_as_they_were_written(tmp_path, root):
+    path = str(tmp_path / "00000.tar") if root == "local" else "memory://round/00000.tar"
+    write_shard(path, some_samples())
+    assert list(read_shard(path)) == some_samples()
+
+
+def test_the_bytes_of_a_shard_depend_on_its_samples_only(tmp_path, monkeypatch):
+    first = write_shard(tmp_path / "a.tar", some_samples())
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    os.umask(os.umask(0o077))
+    second = write_shard(tmp_path / "b.tar", some_samples())
+    with open(first, "rb") as one, open(second, "rb") as two:
+        assert one.read() == two.read()
+
+
+@pytest.mark.parametrize("root", ["local", "memory"])
+def test_an_error_while_writing_leaves_nothing(tmp_path, root):
+    path = str(tmp_path / "00000.tar") if root == "local" else "memory://broken/00000.tar"
+    with pytest.raises(RuntimeError), ShardWriter(path) as writer:
+        writer.write(some_samples()[1])
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    assert not fsspec.filesystem("memory").exists("/broken/00000.tar")
+
+
+def test_an_error_while_writing_keeps_the_earlier_file(tmp_path):
+    path = tmp_path / "file.json"
+    write_file(str(path), b"old")
+    with pytest.raises(TypeError):
+        write_file(str(path), "not bytes")  # type: ignore[arg-type]
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_leftovers_of_a_killed_writer_are_removed_for_that_file_only(tmp_path):
+    for name in (".00000.tar.0a1b.tmp", ".00001.tar.0a1b.tmp", "00000.tar"):
+        (tmp_path / name).touch()
+    remove_temporary(str(tmp_path / "00000.tar"))
+    assert {p.name for p in tmp_path.iterdir()} == {".00001.tar.0a1b.tmp", "00000.tar"}
+
+
+def test_members_of_a_sample_may_lie_apart(tmp_path):
+    path = write_tar(
+        tmp_path / "x.tar", [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"3"), ("b.txt", b"4")]
+    )
+    samples, rejects = collect(path)
+    assert samples == [
+        Sample("a", {"jpg": b"1", "txt": b"3"}),
+        Sample("b", {"jpg": b"2", "txt": b"4"}),
+    ]
+    assert not rejects
+
+
+def test_keys_end_at_the_first_dot_and_keep_their_folder(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("./d/a.Scene.PNG", b"1"), ("a.JPG", b"2")])
+    samples, _ = collect(path)
+    assert samples == [Sample("d/a", {"scene.png": b"1"}), Sample("a", {"jpg": b"2"})]
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        ("../evil.jpg", "unsafe_name"),
+        ("/etc/evil.jpg", "unsafe_name"),
+        ("a/../../evil.jpg", "unsafe_name"),
+        ("a\\evil.jpg", "unsafe_name"),
+        ("new\nline.jpg", "unsafe_name"),
+        ("._mac.jpg", "unsafe_name"),
+        ("latin-\udce9.jpg", "unsafe_name"),
+        (special("link.jpg", tarfile.SYMTYPE), "not_a_file"),
+        (special("hard.jpg", tarfile.LNKTYPE), "not_a_file"),
+        (special("device.jpg", tarfile.CHRTYPE), "not_a_file"),
+        (special("pipe.jpg", tarfile.FIFOTYPE), "not_a_file"),
+    ],
+)
+def test_unusable_members_are_told_and_the_good_ones_kept(tmp_path, member, reason):
+    path = tmp_path / "x.tar"
+    write_tar(path, [("good.jpg", b"1"), (member, b""), ("also.jpg", b"2")])
+    samples, rejects = collect(path)
+    assert [sample.key for sample in samples] == ["good", "also"]
+    assert [reject[1] for reject in rejects] == [reason]
+
+
+def test_a_key_that_comes_again_is_told_once_and_the_first_kept(tmp_path):
+    path = write_tar(
+        tmp_path / "x.tar",
+        [("a.jpg", b"1"), ("a.txt", b"1"), ("a.jpg", b"2"), ("a.txt", b"2"), ("b.jpg", b"3")],
+    )
+    samples, rejects = collect(path)
+    assert samples[0].files == {"jpg": b"1", "txt": b"1"} and len(samples) == 2
+    assert [(key, reason) for key, reason, _ in rejects] == [("a", "duplicate_key")]
+
+
+def test_a_member_that_would_fill_the_memory_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("mas.shards.MAX_MEMBER_BYTES", 10)
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 11), ("b.jpg", b"2")])
+    samples, rejects = collect(path)
+    assert [s.key for s in samples] == ["b"] and rejects[0][1] == "member_too_large"
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (lambda b: b[: len(b) // 3], "truncated"),  # inside a member
+        (lambda b: b[:1024], "truncated"),  # between two members
+        (lambda b: b[:100], "truncated"),  # inside the first header
+        (lambda b: b"", "empty"),
+        (lambda b: b"<html>not found</html>" * 100, "not a readable tar"),
+        (lambda b: b[:1024] + b"garbage!" * 64 + b[1536:], "broken tar header"),
+    ],
+)
+def test_a_broken_tar_is_named_before_any_sample(tmp_path, damage, word):
+    path = tmp_path / "x.tar"
+    write_tar(path, [("a.jpg", b"1" * 400), ("b.jpg", b"2" * 400), ("c.jpg", b"3" * 9000)])
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    with pytest.raises(ShardError, match=word) as error:
+        next(read_shard(str(path)))
+    assert str(path) in str(error.value)
+
+
+def test_a_compressed_tar_is_refused_with_the_mend(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"1")], mode="w:gz")
+    with pytest.raises(ShardError, match="gunzip"):
+        next(read_shard(path))
+
+
+def test_a_tar_without_members_has_no_samples(tmp_path):
+    assert collect(write_tar(tmp_path / "x.tar", [])) == ([], [])
+
+
+def test_shards_are_found_by_folder_glob_brace_and_name(tmp_path):
+    paths = [write_shard(tmp_path / f"0000{i}.tar", []) for i in range(3)]
+    (tmp_path / "00000.parquet").touch()
+    assert expand_shards(str(tmp_path)) == paths
+    assert expand_shards(f"{tmp_path}/*.tar") == paths
+    assert expand_shards(f"{tmp_path}/{{00000..00001}}.tar") == paths[:2]
+    assert expand_shards(paths[2]) == [paths[2]]
+
+
+def test_shards_are_found_behind_a_url():
+    write_shard("memory://many/00000.tar", [])
+    for pattern in ("memory://many", "memory://many/*.tar", "memory://many/{00000..00000}.tar"):
+        (path,) = expand_shards(pattern)
+        assert path.startswith("memory://") and list(read_shard(path)) == []
+
+
+@pytest.mark.parametrize("pattern", ["nothing", "nothing/*.tar", "empty", "{00000..00002}.tar"])
+def test_missing_shards_are_named(tmp_path, pattern):
+    (tmp_path / "empty").mkdir()
+    write_shard(tmp_path / "00000.tar", [])
+    with pytest.raises(ShardError, match=r"no such|holds no|2 of 3 shards do not exist"):
+        expand_shards(f"{tmp_path}/{pattern}")
+
+
+def test_captions_come_from_the_json_before_the_txt():
+    fields = json.dumps({"captions": [" a dog ", "", "zwei Hunde ü"]}).encode()
+    assert read_captions(Sample("a", {"json": fields, "txt": b"x"})) == ["a dog", "zwei Hunde ü"]
+    assert read_captions(Sample("a", {"json": b'{"captions": []}', "txt": b" x\n"})) == ["x"]
+    assert read_captions(Sample("a", {})) == []
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"txt": b"caf\xe9"},
+        {"json": b"{"},
+        {"json": b"[]"},
+        {"json": b'{"captions": "one"}'},
+        {"json": b'{"captions": [1]}'},
+        {"json": b"[" * 100_000},
+    ],
+)
+def test_unreadable_captions_are_refused_with_the_key(files):
+    with pytest.raises(ShardError, match="key-7"):
+        read_captions(Sample("key-7", files))
+
+
+def test_an_index_reads_any_sample_also_after_pickling(tmp_path):
+    paths = [write_shard(tmp_path / f"{i}.tar", some_samples(3 + i)) for i in range(2)]
+    index = pickle.loads(pickle.dumps(ShardIndex(paths)))
+    assert len(index) == 7
+    assert [index.read(i) for i in (6, 0, 3)] == [
+        some_samples(4)[3],
+        some_samples()[0],
+        some_samples()[0],
+    ]
+
+
+def test_an_index_names_the_sample_that_lacks_a_file(tmp_path):
+    path = write_shard(tmp_path / "0.tar", [Sample("a", {"jpg": b"1"})])
+    with pytest.raises(ShardError, match=r"sample a has no scene\.png"):
+        ShardIndex([path])
+
+
+def write_tokens(folder):
+    scene = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    text = np.arange(20, dtype=np.uint16).reshape(4, 5)
+    row = np.array([0, 1, 1, 2], np.int32)
+    write_token_shard(str(folder), "00000", scene=scene, image=scene + 100, text=text, row=row)
+    empty = np.zeros((0, 4), np.uint16)
+    write_token_shard(str(folder), "00001", scene=empty, image=empty, text=text[:0], row=row[:0])
+    write_token_shard(
+        str(folder), "00002", scene=scene[:1], image=scene[1:2], text=text[3:], row=row[:1]
+    )
+    manifest = {
+        "format": 1,
+        "text": {"vocabulary": 50, "length": 5},
+        "scene": {"vocabulary": 50, "grid": 2},
+        "image": {"vocabulary": 500, "grid": 2},
+        "shards": [
+            {"name": "00000", "pictures": 3, "captions": 4},
+            {"name": "00001", "pictures": 0, "captions": 0},
+            {"name": "00002", "pictures": 1, "captions": 1},
+        ],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return scene, text
+
+
+def test_token_shards_give_every_picture_with_all_its_captions(tmp_path):
+    scene, text = write_tokens(tmp_path)
+    shards = pickle.loads(pickle.dumps(TokenShards(tmp_path)))
+    assert len(shards) == 4 and [len(shards[i][0]) for i in range(4)] == [1, 2, 1, 1]
+    captions, scene_tokens, image_tokens = shards[1]
+    assert np.array_equal(captions, text[1:3])
+    assert np.array_equal(scene_tokens, scene[1]) and np.array_equal(image_tokens, scene[1] + 100)
+    assert np.array_equal(shards[3][2], scene[1])
+    with pytest.raises(IndexError):
+        shards[4]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "00000.image.npy").unlink(),
+        lambda folder: (folder / "00000.image.npy").write_bytes(b"x" * 300),
+        lambda folder: os.truncate(folder / "00000.image.npy", 140),
+        lambda folder: np.save(folder / "00000.image.npy", np.zeros((3, 5), np.uint16)),
+        lambda folder: np.save(folder / "00000.image.npy", np.zeros((3, 4), np.int64)),
+        lambda folder: np.save(folder / "00000.image.npy", np.array([{}] * 3), allow_pickle=True),
+    ],
+)
+def test_a_broken_token_array_is_named(tmp_path, damage):
+    write_tokens(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ShardError, match=r"00000\.image\.npy"):
+        TokenShards(tmp_path)
+
+
+def test_captions_of_pictures_that_do_not_exist_are_refused(tmp_path):
+    write_tokens(tmp_path)
+    np.save(tmp_path / "00000.row.npy", np.array([0, 1, 1, 3], np.int32))
+    with pytest.raises(ShardError, match=r"00000\.row\.npy"):
+        TokenShards(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 2}', '{"format": 1}'])
+def test_an_unfinished_token_folder_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ShardError, match="tokenize"):
+        TokenShards(tmp_path)
