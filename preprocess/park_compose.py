@@ -114,11 +114,13 @@ def _people(rng: Random, place: str, count: int) -> Group:
         style = "woolly hat" if cold else rng.choice(("cap", "sun hat"))
         wears[style] = rng.choice([c for c in BRIGHT if c not in wears.values()])
     group = Group("person", count, None, kind, "normal", rng.choice(SPECIES["person"].poses), wears)
-    if count == 1 and rng.random() < 0.24:
-        group.holds = "umbrella"
-        species = SPECIES["umbrella"]
+    if count == 1 and rng.random() < 0.3:
+        group.holds = "kite" if rng.random() < 0.4 else "umbrella"
+        species = SPECIES[group.holds]
         bright = rng.random() < species.bright
-        group.holds_colour = rng.choice(BRIGHT if bright else species.natural)
+        group.holds_colour = rng.choice(
+            BRIGHT if bright or not species.natural else species.natural
+        )
         if group.pose == "running":
             group.pose = "walking"
     return group

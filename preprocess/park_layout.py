@@ -8,12 +8,13 @@ from __future__ import annotations
 from random import Random
 
 from preprocess.park_colours import COLOURS, Colour
-from preprocess.park_objects import umbrella
+from preprocess.park_objects import kite, umbrella
 from preprocess.park_pen import Figure, Frame
 from preprocess.park_people import DENIM, Outfit, person
 from preprocess.park_scene import NEAREST, Box, Group, Scene, Thing, scale_at
 from preprocess.park_world import KIND_HEIGHTS, NATURAL, SIZES, SPECIES
 
+SMALLEST = 0.13  # longer side of a thing in the picture
 HIDDEN = 0.42  # largest share of a thing's box that nearer things may cover
 
 
@@ -128,7 +129,7 @@ def _try(
         scale = factor * scale_at(scene, y)
     x0, y0, x1, y1 = thing.figure.bounds()
     width, height = (x1 - x0) * scale, (y1 - y0) * scale
-    if width > 0.86 or height > 0.88 or max(width, height) < 0.085:
+    if width > 0.86 or height > 0.88 or max(width, height) < SMALLEST:
         return None
     x = rng.uniform(0.03, 0.97 - width) - (x0 if not thing.frame.mirrored else -x1) * scale
     return Frame(x, y, scale, thing.frame.mirrored)
@@ -152,11 +153,17 @@ def _fits(scene: Scene, thing: Thing, frame: Frame) -> bool:
         return False
     if any(not _apart(thing.name, frame.y, box, other) for other in scene.things):
         return False
-    boxes = [(other.foot, other.box) for other in scene.things] + [(frame.y, box)]
+    boxes = [(_base(scene, other).foot, other.box) for other in scene.things]
+    boxes.append((frame.y, box))
     return all(
         sum(mine.shared(b).area for foot, b in boxes if foot > y) <= HIDDEN * mine.area
         for y, mine in boxes
     )
+
+
+def _base(scene: Scene, thing: Thing) -> Thing:
+    """What carries a thing: its holder, or itself."""
+    return thing if thing.holder is None else scene.things[thing.holder]
 
 
 def _apart(name: str, foot: float, box: Box, other: Thing) -> bool:
@@ -175,29 +182,28 @@ def _depth(scene: Scene, group: Group, thing: Thing) -> str:
 
 
 def _hand_over(scene: Scene, group: Group, holder: Thing, rng: Random) -> bool:
-    """Gives the umbrella to the person who was just placed."""
-    assert group.holds_colour is not None
-    figure = umbrella(rng, _vary(rng, COLOURS[group.holds_colour]), "held")
-    hands = [h for h in ("left hand", "right hand") if h in holder.figure.anchors]
-    top = holder.figure.anchors["head top"][1]
-    hand = max((holder.figure.anchors[h] for h in hands), key=lambda p: p[1])
-    size = (top + 0.02 - hand[1]) / 0.5
-    x = holder.frame.x + hand[0] * holder.frame.scale
-    y = holder.frame.y - hand[1] * holder.frame.scale
-    frame = Frame(x, y, size * holder.frame.scale)
+    """Gives an umbrella or a kite to the person who was just placed; false if there is no room."""
+    assert group.holds and group.holds_colour
+    colour = _vary(rng, COLOURS[group.holds_colour])
+    x, y = holder.hand()
+    if group.holds == "umbrella":
+        figure, pose = umbrella(rng, colour, "held"), "held"
+        head = holder.frame.y - holder.figure.anchors["head top"][1] * holder.frame.scale
+        frame = Frame(x, y, (y - head + 0.02 * holder.frame.scale) / 0.5)
+    else:
+        figure, pose = kite(rng, colour, "still"), "still"
+        high = rng.uniform(0.22, 0.3)
+        frame = Frame(
+            x + rng.choice((-1, 1)) * rng.uniform(0.1, 0.24), high, rng.uniform(0.16, 0.2)
+        )
     box = _box(figure, frame)
     if box.x0 < 0.01 or box.x1 > 0.99 or box.y0 < 0.01:
         return False
-    for other in scene.things[:-1]:
-        shared = box.shared(other.box)
-        if (
-            shared.x1 > shared.x0
-            and shared.y1 > shared.y0
-            and shared.area > 0.05 * min(box.area, other.box.area)
-        ):
-            return False
+    others = scene.things if group.holds == "kite" else scene.things[:-1]
+    if any(box.shared(o.box).area > 0.05 * min(box.area, o.box.area) for o in others):
+        return False
     thing = Thing(
-        "umbrella", holder.group, group.holds_colour, None, "normal", "held", {}, figure, frame
+        group.holds, holder.group, group.holds_colour, None, "normal", pose, {}, figure, frame
     )
     thing.box, thing.depth = box, holder.depth
     thing.holder = len(scene.things) - 1

@@ -139,7 +139,12 @@ def bicycle(rng: Random, colour: Colour, pose: str) -> Figure:
     seat = (-0.26, 0.82)
     for x, y in (back, front):
         f.add(ellipse(x, y, r, r, count=28), RUBBER, relief=0.4)
-        f.add(ellipse(x, y, r * 0.83, r * 0.83, count=24), lighter(STEEL, 0.45), relief=0.2)
+        f.add(ellipse(x, y, r * 0.86, r * 0.86, count=24), colour, relief=0.2)
+        f.add(
+            ellipse(x, y, r * 0.7, r * 0.7, count=24),
+            mix(colour, (236, 236, 240), 0.62),
+            relief=0.2,
+        )
         turn = rng.uniform(0, 0.6)
         for k in range(4):
             angle = turn + k * np.pi / 4
@@ -153,7 +158,7 @@ def bicycle(rng: Random, colour: Colour, pose: str) -> Figure:
         ((-0.22, 0.7), (0.38, 0.74)), (front, (0.37, 0.9)),
     )  # fmt: skip
     for start, end in tubes:
-        f.add(limb([start, end], [0.085, 0.085]), colour, relief=0.8)
+        f.add(limb([start, end], [0.115, 0.115]), colour, relief=0.6)
     f.add(limb([(-0.25, 0.78), seat], [0.05, 0.05]), STEEL)
     f.add(blob((-0.42, 0.86), (-0.28, 0.9), (-0.1, 0.86), (-0.26, 0.8)), (92, 62, 46))
     f.add(
@@ -193,10 +198,10 @@ def boat(rng: Random, colour: Colour, pose: str) -> Figure:
         jib = np.concatenate(
             [curve((-0.02, 0.86), (-0.26 - belly, 0.56), (-0.5, 0.32)), polygon((-0.02, 0.32))],
         )  # fmt: skip
-        f.add(jib, lighter(colour, 0.28))
+        f.add(jib, lighter(colour, 0.16))
         flag = blob((0.02, 1.0), (0.1, 1.02), (0.18, 0.98), (0.1, 0.955), (0.02, 0.94), detail=3)
         f.add(flag, (232, 84, 70) if colour[0] < 180 else (70, 110, 190), relief=0.4)
-        f.add(hull, mix(colour, WOOD, 0.3))
+        f.add(hull, darker(colour, 0.1))
     else:
         hull = (hull - (0, 0)) * (1.25, 1.5)
         f.add(polygon((-0.36, 0.3), (-0.36, 0.62), (0.2, 0.62), (0.26, 0.3)), (246, 240, 228))

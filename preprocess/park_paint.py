@@ -20,11 +20,12 @@ from preprocess.park_scene import Scene, Thing
 from preprocess.park_stage import SKIES, Ledger
 from preprocess.park_world import SPECIES
 
-_TINTS = {
-    "morning": (1.03, 0.98, 0.91),
-    "day": (1.0, 1.0, 1.0),
-    "sunset": (1.04, 0.84, 0.7),
-    "night": (0.42, 0.48, 0.72),
+# Light of the hour on the place and on the things: these stay bright enough to keep their colour.
+TINTS = {
+    "morning": ((1.03, 0.98, 0.91), (1.03, 0.99, 0.94)),
+    "day": ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
+    "sunset": ((1.04, 0.84, 0.7), (1.05, 0.92, 0.82)),
+    "night": ((0.42, 0.48, 0.74), (0.74, 0.76, 0.92)),
 }
 _SHADOWS = {"morning": (0.9, 0.26), "day": (0.4, 0.36), "sunset": (1.15, 0.32), "night": (0.5, 0.3)}
 FACE_SHARE = 0.055  # faces narrower than this share of the picture carry no landmarks
@@ -78,17 +79,18 @@ def _reflect(canvas: Canvas, thing: Thing) -> None:
     """A dark broken patch on the water below a boat."""
     box = thing.box
     patch = ellipse(box.middle, box.y1, (box.x1 - box.x0) * 0.46, 0.016)
-    canvas.shade(patch, (30, 50, 90), 0.5, 0.01)
+    canvas.shade([patch], (30, 50, 90), 0.5, 0.01)
 
 
 def _string(canvas: Canvas, scene: Scene, thing: Thing) -> None:
-    """The kite's string, down to the ground beyond the picture's edge."""
+    """The kite's string, to its holder's hand or out of the picture."""
     x, y = thing.frame.place(polygon(thing.figure.anchors["string"]))[0]
-    side = 0.12 if x < 0.5 else -0.12
-    line = curve(
-        (x, y), (x + side, (y + scene.ground) / 2), (x + side * 1.2, scene.ground + 0.02), detail=8
-    )
-    canvas.stroke(line, (240, 238, 230), 0.002)
+    if thing.holder is None:
+        end = (-0.02 if x < 0.5 else 1.02, scene.horizon + 0.2)
+    else:
+        end = scene.things[thing.holder].hand()
+    line = curve((x, y), ((x + end[0]) / 2, (y + end[1]) / 2 + 0.03), end, detail=8)
+    canvas.stroke(line, (240, 238, 230), 0.003)
 
 
 def _light(canvas: Canvas, scene: Scene, ledger: Ledger) -> Image.Image:
@@ -96,34 +98,37 @@ def _light(canvas: Canvas, scene: Scene, ledger: Ledger) -> Image.Image:
     image = canvas.image.reduce(canvas.factor)
     if scene.time == "day":
         return _flakes(image, scene)
-    size = canvas.size
-    sky_id = ledger.of("sky-other-merged")
-    table = [255 if v == sky_id else 0 for v in range(256)]
-    sky = (
-        np.asarray(canvas.segments.point(table).reduce(canvas.factor), np.float32)[..., None] / 255
-    )
+    sky = _share(canvas, ledger.of("sky-other-merged"), ledger.of("sky-other-merged"))
+    things = _share(canvas, len(ledger.ids) + 1, 255)
     pixels = np.asarray(image, np.float32)
-    tint = np.array(_TINTS[scene.time], np.float32)
-    y = (np.arange(size, dtype=np.float32)[:, None, None] + 0.5) / size
-    lit = pixels * tint
+    place_tint, thing_tint = np.array(TINTS[scene.time], np.float32)
+    lit = pixels * (place_tint + (thing_tint - place_tint) * things)
+    y = (np.arange(canvas.size, dtype=np.float32)[:, None, None] + 0.5) / canvas.size
     haze = np.array(mix(SKIES[scene.time][-1], (255, 255, 255), 0.1), np.float32)
-    near_horizon = np.exp(-np.abs(y - scene.horizon) / 0.12)
-    strength = {"morning": 0.3, "sunset": 0.22, "night": 0.12}[scene.time]
-    lit = lit + (haze - lit) * (near_horizon * strength)
-    out = pixels * sky + lit * (1 - sky)
-    image = Image.fromarray(out.clip(0, 255).astype(np.uint8))
-    if scene.time in ("night", "sunset"):
-        glow = canvas.glow.reduce(canvas.factor)
-        bloom = glow.filter(ImageFilter.BoxBlur(size * 0.03)).filter(
-            ImageFilter.BoxBlur(size * 0.03)
-        )
-        if scene.time == "sunset":
-            glow, bloom = (
-                glow.point([v // 2 for v in range(256)] * 3),
-                bloom.point([v // 2 for v in range(256)] * 3),
-            )
-        image = ImageChops.screen(ImageChops.lighter(image, glow), bloom)
-    return _flakes(image, scene)
+    strength = {"morning": 0.26, "sunset": 0.22, "night": 0.1}[scene.time]
+    veil = np.exp(-np.abs(y - scene.horizon) / 0.12) * strength * (1 - 0.6 * things)
+    lit += (haze - lit) * veil
+    lit += (pixels - lit) * sky
+    image = Image.fromarray(lit.clip(0, 255).astype(np.uint8))
+    return _flakes(_bloom(canvas, image, scene), scene)
+
+
+def _share(canvas: Canvas, first: int, last: int) -> np.ndarray:
+    """Share of each pixel that segments `first` to `last` cover, float H W 1."""
+    table = [255 if first <= v <= last else 0 for v in range(256)]
+    covered = canvas.segments.point(table).reduce(canvas.factor)
+    return np.asarray(covered, np.float32)[..., None] / 255
+
+
+def _bloom(canvas: Canvas, image: Image.Image, scene: Scene) -> Image.Image:
+    """Lamps, windows and headlights shine once the sun is low."""
+    if scene.time not in ("night", "sunset"):
+        return image
+    glow = canvas.glow.reduce(canvas.factor)
+    if scene.time == "sunset":
+        glow = glow.point([v // 2 for v in range(256)] * 3)
+    blur = ImageFilter.BoxBlur(canvas.size * 0.03)
+    return ImageChops.screen(ImageChops.lighter(image, glow), glow.filter(blur).filter(blur))
 
 
 def _flakes(image: Image.Image, scene: Scene) -> Image.Image:

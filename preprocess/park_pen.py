@@ -191,18 +191,26 @@ class Canvas:
         grained = ImageChops.hard_light(area, Image.merge("RGB", [tile] * 3))
         self.image.paste(grained, (x0, y0), mask and mask.crop((x0, y0, x1, y1)))
 
-    def shade(self, points: Outline, colour: Colour, opacity: float, blur: float) -> None:
-        """A soft-edged veil of colour on the picture alone."""
-        pixels = points * self.side
-        margin = blur * self.side * 2 + 1
-        x0, y0 = np.maximum(np.floor(pixels.min(0) - margin), 0).astype(int).tolist()
-        x1, y1 = np.minimum(np.ceil(pixels.max(0) + margin), self.side).astype(int).tolist()
+    def shade(
+        self, outlines: Sequence[Outline], colour: Colour, opacity: float, blur: float
+    ) -> None:
+        """A soft-edged veil of colour over outlines, on the picture alone."""
+        self._veil([o * self.side for o in outlines], colour, opacity, blur * self.side * 0.6)
+
+    def _veil(
+        self, outlines: Sequence[Outline], colour: Colour, opacity: float, blur: float
+    ) -> None:
+        """The same in enlarged pixels."""
+        every = np.concatenate(outlines)
+        x0, y0 = np.maximum(np.floor(every.min(0) - 2 * blur - 1), 0).astype(int).tolist()
+        x1, y1 = np.minimum(np.ceil(every.max(0) + 2 * blur + 1), self.side).astype(int).tolist()
         if x1 <= x0 or y1 <= y0:
             return
         veil = Image.new("L", (x1 - x0, y1 - y0))
-        ImageDraw.Draw(veil).polygon(_flat(pixels - (x0, y0)), fill=round(255 * opacity))
-        veil = veil.filter(ImageFilter.BoxBlur(blur * self.side * 0.6))
-        veil = veil.filter(ImageFilter.BoxBlur(blur * self.side * 0.6))
+        draw = ImageDraw.Draw(veil)
+        for points in outlines:
+            draw.polygon(_flat(points - (x0, y0)), fill=round(255 * opacity))
+        veil = veil.filter(ImageFilter.BoxBlur(blur)).filter(ImageFilter.BoxBlur(blur))
         self.image.paste(colour, (x0, y0, x1, y1), veil)
 
     def cast(self, figure: Figure, frame: Frame, sun: Sun) -> None:
@@ -216,18 +224,8 @@ class Canvas:
                 points[:, 0] += height * lean
                 points[:, 1] = frame.y - height * squash + 0.006
                 outlines.append(points * self.side)
-        every = np.concatenate(outlines)
-        blur = self.side * (0.004 + 0.012 * frame.scale)
-        x0, y0 = np.maximum(np.floor(every.min(0) - 2 * blur), 0).astype(int).tolist()
-        x1, y1 = np.minimum(np.ceil(every.max(0) + 2 * blur), self.side).astype(int).tolist()
-        if x1 <= x0 or y1 <= y0:
-            return
-        veil = Image.new("L", (x1 - x0, y1 - y0))
-        draw = ImageDraw.Draw(veil)
-        for points in outlines:
-            draw.polygon(_flat(points - (x0, y0)), fill=round(255 * sun.shadow))
-        veil = veil.filter(ImageFilter.BoxBlur(blur))
-        self.image.paste((28, 26, 58), (x0, y0, x1, y1), veil)
+        blur = self.side * (0.003 + 0.008 * frame.scale)
+        self._veil(outlines, (28, 26, 58), sun.shadow, blur)
 
     def paint(
         self, figure: Figure, frame: Frame, segment: int, sun: Sun, *, fur: float = 0.0
@@ -262,7 +260,7 @@ class Canvas:
             if not shape.relief:
                 light_draw.polygon(flat, fill=NEUTRAL)
                 continue
-            rim, body = round(NEUTRAL - 50 * shape.relief), round(NEUTRAL + 12 * shape.relief)
+            rim, body = round(NEUTRAL - 45 * shape.relief), round(NEUTRAL + 12 * shape.relief)
             light_draw.polygon(flat, fill=rim)
             light_draw.polygon(_flat(_inset(points, toward)), fill=body)
         blur = max(0.6, 0.011 * frame.scale * self.side)

@@ -66,10 +66,10 @@ class _Body:
 
 
 _BODIES: Mapping[str, _Body] = {
-    "man": _Body(head=0.104, neck=0.79, shoulder=0.122, hip=0.088, crotch=0.43, limb=0.062),
-    "woman": _Body(head=0.106, neck=0.785, shoulder=0.104, hip=0.094, crotch=0.43, limb=0.054),
-    "boy": _Body(head=0.136, neck=0.725, shoulder=0.118, hip=0.098, crotch=0.37, limb=0.068),
-    "girl": _Body(head=0.138, neck=0.72, shoulder=0.112, hip=0.1, crotch=0.37, limb=0.064),
+    "man": _Body(head=0.122, neck=0.755, shoulder=0.122, hip=0.088, crotch=0.43, limb=0.062),
+    "woman": _Body(head=0.124, neck=0.75, shoulder=0.104, hip=0.094, crotch=0.43, limb=0.054),
+    "boy": _Body(head=0.15, neck=0.7, shoulder=0.118, hip=0.098, crotch=0.37, limb=0.068),
+    "girl": _Body(head=0.152, neck=0.695, shoulder=0.112, hip=0.1, crotch=0.37, limb=0.064),
 }
 
 # Arms as (elbow, hand) offsets from the shoulder, x outward, in units of the arm's length.
@@ -259,7 +259,7 @@ def _arm(
 ) -> tuple[float, float]:
     """One arm with sleeve and hand; returns where the hand is."""
     part = LEFT_ARM if left else RIGHT_ARM
-    length = 0.36 if body.head < 0.12 else 0.31
+    length = 0.36 if body.head < 0.13 else 0.31
     x, y = side * body.shoulder * 0.86, body.neck - 0.055
     (ex, ey), (hx, hy) = _ARMS[pose]
     elbow = (x + side * ex * length * bent, y + ey * length)
@@ -343,7 +343,8 @@ def person(
         "long", "bob", "bun", "tails", "curly",
     )  # fmt: skip
     turn = rng.choice((-1, 0, 0, 1)) * rng.uniform(0.4, 1.0)
-    look = _Look(rng.choice(SKINS), rng.choice(HAIRS), rng.choice(styles), turn)
+    hairs = HAIRS if outfit.kind in ("man", "woman") else HAIRS[:-1]
+    look = _Look(rng.choice(SKINS), rng.choice(hairs), rng.choice(styles), turn)
     if not back:
         _back_hair(f, body, look)
     shoe = rng.choice(SHOES)

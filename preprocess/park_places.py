@@ -87,9 +87,9 @@ def _beach(s: Stage) -> None:
     edge = curve(*wave)
     sand: Colour = (236, 210, 158)
     s.canvas.fill(close_edge(edge, 1.02), sand, s.ledger.of("sand"))
-    s.canvas.shade(close_edge(edge, shore + 0.05), (160, 124, 86), 0.3, 0.012)
+    s.canvas.shade([close_edge(edge, shore + 0.05)], (160, 124, 86), 0.3, 0.012)
     s.canvas.stroke(edge - (0, 0.004), (250, 252, 250), 0.012)
-    s.rough(shore + 0.03, fine=0.8, soft=0.5)
+    s.rough(shore + 0.03, fine=0.7, soft=0.3)
     for _ in range(16):
         x, y = rng.random(), rng.uniform(shore + 0.06, 0.99)
         s.canvas.stroke(
@@ -134,7 +134,7 @@ def _street(s: Stage) -> None:
     s.band("pavement-merged", base, top, (stone, lighter(stone, 0.15)))
     s.band("road", top, bottom, ((106, 106, 116), (92, 92, 102)))
     s.band("pavement-merged", bottom, 1, (lighter(stone, 0.1), darker(stone, 0.05)))
-    s.rough(base, fine=0.55, soft=0.4)
+    s.rough(base, fine=0.5, soft=0.22)
     for y in (top - 0.004, bottom):
         s.canvas.fill(
             rectangle(0, y, 1, y + 0.012), (226, 222, 216), s.ledger.of("pavement-merged"),
@@ -180,8 +180,8 @@ def _snow(s: Stage) -> None:
     for _ in range(4):
         y = rng.uniform(h + 0.1, 0.98)
         drift = ellipse(rng.random(), y, rng.uniform(0.16, 0.34), 0.022 + 0.03 * (y - h))
-        s.canvas.shade(drift, (196, 212, 238), 0.55, 0.02)
-    s.rough(h + 0.05, fine=0.25, soft=0.35)
+        s.canvas.shade([drift], (196, 212, 238), 0.55, 0.02)
+    s.rough(h + 0.05, fine=0.2, soft=0.2)
     if rng.random() < 0.4:
         s.stand(
             props.cottage(rng, snowy=True), "house", rng.uniform(0.15, 0.85), h + 0.1,

@@ -208,16 +208,14 @@ def barn(rng: Random) -> Figure:
 
 
 def fence(rng: Random, count: int, *, white: bool) -> Figure:
-    """`count` pickets, one unit apart, one unit high."""
+    """A board fence of `count` pickets, one unit apart, one unit high."""
     f = Figure()
     colour: Colour = (240, 236, 226) if white else (164, 120, 80)
-    for y in (0.34, 0.72):
-        f.add(rectangle(-0.4, y, count - 0.6, y + 0.13), darker(colour, 0.08), relief=0.4)
+    f.add(rectangle(-0.45, 0.08, count - 0.55, 0.84), darker(colour, 0.34), relief=0.2)
     for k in range(count):
-        f.add(
-            polygon((k - 0.14, 0), (k + 0.14, 0), (k + 0.14, 0.9), (k, 1.04), (k - 0.14, 0.9)),
-            colour, relief=0.5,
-        )  # fmt: skip
+        top = 0.98 + rng.uniform(-0.05, 0.05)
+        picket = polygon((k - 0.36, 0), (k + 0.36, 0), (k + 0.36, 0.84), (k, top), (k - 0.36, 0.84))
+        f.add(picket, mix(colour, BARK, rng.uniform(0, 0.15)), relief=0.3)
     return f
 
 

@@ -13,7 +13,7 @@ from preprocess.park_pen import Figure, Frame
 from preprocess.park_world import SPECIES
 
 NEAREST = 0.95  # y of feet that stand right in front of the viewer
-GROWN_UP = 0.52  # height of a grown-up there, in picture sides
+GROWN_UP = 0.56  # height of a grown-up there, in picture sides
 
 
 class Box(NamedTuple):
@@ -64,6 +64,12 @@ class Thing:
     @property
     def foot(self) -> float:
         return self.frame.y
+
+    def hand(self) -> tuple[float, float]:
+        """Where a person's higher hand is in the picture."""
+        hands = [self.figure.anchors[name] for name in ("left hand", "right hand")]
+        x, y = max(hands, key=lambda hand: hand[1])
+        return self.frame.x + x * self.frame.scale, self.frame.y - y * self.frame.scale
 
     @property
     def grounded(self) -> bool:

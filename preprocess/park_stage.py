@@ -10,7 +10,7 @@ import numpy as np
 
 from preprocess import park_props as props
 from preprocess.park_colours import Colour, darker, lighter, mix
-from preprocess.park_curves import Outline, curve, ellipse, polygon
+from preprocess.park_curves import Outline, curve, ellipse, move, polygon, rotate
 from preprocess.park_pen import Canvas, Figure, Frame, Sun
 from preprocess.park_scene import Scene, scale_at
 
@@ -95,53 +95,60 @@ def close_edge(edge: Outline, bottom: float) -> Outline:
 
 
 def paint_sky(s: Stage) -> None:
-    scene, rng, time = s.scene, s.rng, s.scene.time
-    h = scene.horizon
-    s.band("sky-other-merged", 0, h + 0.12, (*SKIES[time], SKIES[time][-1]))
-    sky = s.ledger.of("sky-other-merged")
-    x = 0.5 + 0.36 * scene.sun_side
+    """Gradient of the hour with clouds, and the sun, or moon and stars."""
+    time, rng = s.scene.time, s.rng
+    s.band("sky-other-merged", 0, s.scene.horizon + 0.12, (*SKIES[time], SKIES[time][-1]))
     if time == "night":
-        for _ in range(26):
-            sx, sy, r = rng.random(), rng.uniform(0, h), rng.uniform(0.002, 0.0045)
-            s.canvas.fill(
-                ellipse(sx, sy, r, r, count=6), mix((255, 250, 220), SKIES["night"][1],
-                rng.random() * 0.6), sky,
-            )  # fmt: skip
-        y, r = rng.uniform(0.08, 0.16), 0.055
-        s.canvas.shade(ellipse(x, y, r * 2, r * 2), (190, 196, 230), 0.35, 0.05)
-        s.canvas.fill(ellipse(x, y, r, r, count=32), (250, 244, 214), sky)
-        if rng.random() < 0.6:
-            s.canvas.fill(
-                ellipse(x + 0.024, y - 0.012, r * 0.86, r * 0.86, count=32), mix(SKIES["night"][0],
-                SKIES["night"][1], 0.6), sky,
-            )  # fmt: skip
-        else:
-            for dx, dy, cr in ((-0.015, 0.01, 0.011), (0.018, -0.012, 0.008), (0.01, 0.022, 0.007)):
-                s.canvas.fill(ellipse(x + dx, y + dy, cr, cr), (224, 216, 186), sky)
+        _moon_and_stars(s)
     else:
-        y, r, colour = {
-            "morning": (h - rng.uniform(0.04, 0.09), 0.06, (255, 244, 206)),
-            "day": (rng.uniform(0.07, 0.12), 0.052, (255, 244, 170)),
-            "sunset": (h - rng.uniform(0.0, 0.05), 0.085, (255, 232, 150)),
-        }[time]
-        s.canvas.shade(
-            ellipse(x, y, r * 2.1, r * 2.1), mix(colour, (255, 255, 255), 0.3), 0.55, 0.06,
-        )  # fmt: skip
-        s.canvas.fill(ellipse(x, y, r, r, count=32), colour, sky)
+        _sun(s)
     for _ in range(rng.randint(1, 4)):
-        _cloud(s, rng.random(), rng.uniform(0.04, h * 0.62), rng.uniform(0.06, 0.13), CLOUDS[time])
+        y = rng.uniform(0.09, s.scene.horizon * 0.7)
+        _cloud(s, rng.random(), y, rng.uniform(0.07, 0.14), CLOUDS[time])
+
+
+def _sun(s: Stage) -> None:
+    h, rng = s.scene.horizon, s.rng
+    y, r, colour = {
+        "morning": (h - rng.uniform(0.04, 0.09), 0.06, (255, 244, 206)),
+        "day": (rng.uniform(0.07, 0.12), 0.052, (255, 244, 170)),
+        "sunset": (h - rng.uniform(0.0, 0.05), 0.085, (255, 232, 150)),
+    }[s.scene.time]
+    x = 0.5 + 0.36 * s.scene.sun_side
+    s.canvas.shade([ellipse(x, y, r * 2.1, r * 2.1)], lighter(colour), 0.55, 0.06)
+    s.canvas.fill(ellipse(x, y, r, r, count=32), colour, s.ledger.of("sky-other-merged"))
+
+
+def _moon_and_stars(s: Stage) -> None:
+    rng, sky = s.rng, s.ledger.of("sky-other-merged")
+    for _ in range(26):
+        x, y, r = rng.random(), rng.uniform(0, s.scene.horizon), rng.uniform(0.002, 0.0045)
+        star = mix((255, 250, 220), SKIES["night"][1], rng.random() * 0.6)
+        s.canvas.fill(ellipse(x, y, r, r, count=6), star, sky)
+    x, y, r = 0.5 + 0.36 * s.scene.sun_side, rng.uniform(0.08, 0.16), 0.055
+    s.canvas.shade([ellipse(x, y, r * 2, r * 2)], (190, 196, 230), 0.35, 0.05)
+    if rng.random() < 0.5:
+        outer = curve((0, -1), (-0.7, -0.72), (-1, 0), (-0.7, 0.72), (0, 1))
+        inner = curve((0, 1), (-0.32, 0.66), (-0.46, 0), (-0.32, -0.66), (0, -1))
+        crescent = rotate(np.concatenate([outer, inner]), rng.uniform(-0.5, 0.5))
+        s.canvas.fill(move(crescent * r, x, y), (250, 244, 214), sky)
+        return
+    s.canvas.fill(ellipse(x, y, r, r, count=32), (250, 244, 214), sky)
+    for dx, dy, size in ((-0.015, 0.01, 0.011), (0.018, -0.012, 0.008), (0.01, 0.022, 0.007)):
+        s.canvas.fill(ellipse(x + dx, y + dy, size, size), (224, 216, 186), sky)
 
 
 def _cloud(s: Stage, x: float, y: float, size: float, colour: Colour) -> None:
+    """Round puffs on a flat base, darker below."""
     rng = s.rng
-    puffs = [(k / 2 - 1, rng.uniform(0.0, 0.3), rng.uniform(0.36, 0.6)) for k in range(5)]
-    for lift, tone, opacity in ((0.16, darker(colour, 0.16), 0.7), (0.0, colour, 0.95)):
-        for dx, dy, r in puffs:
-            ring = ellipse(
-                x + dx * size, y - dy * size * 0.6 + lift * size, r * size, r * size * 0.62,
-                count=16,
-            )  # fmt: skip
-            s.canvas.shade(ring, tone, opacity, 0.008)
+    puffs = []
+    for k in range(-2, 3):
+        r = size * (0.62 - 0.15 * abs(k)) * rng.uniform(0.85, 1.1)
+        puffs.append((x + size * (0.52 * k + rng.uniform(-0.1, 0.1)), r))
+    for drop, tone, opacity in ((0.09, darker(colour, 0.13), 0.75), (0.0, colour, 0.95)):
+        base = y + drop * size
+        rings = [ellipse(px, base - r * 0.8, r, r * 0.8, count=16) for px, r in puffs]
+        s.canvas.shade(rings, tone, opacity, 0.006)
 
 
 def tufts(s: Stage, top: float, colour: Colour, count: int) -> None:
@@ -192,12 +199,17 @@ def _glitter(s: Stage, top: float, bottom: float) -> None:
 
 
 def water_band(s: Stage, name: str) -> None:
+    """River or lake between two banks, or the sea; the near bank is uneven."""
     assert s.scene.water is not None
     top, bottom = s.scene.water
     colours = SEA[s.scene.place]
-    s.band(name, top, bottom + 0.02, colours)
-    _waves(s, top, bottom, lighter(colours[-1], 0.5), 22)
-    _glitter(s, top, bottom)
+    s.band(name, top, bottom - 0.01, colours)
+    bank = [(-0.03 + 0.106 * k, bottom + s.rng.uniform(-0.009, 0.009)) for k in range(11)]
+    edge = curve(*bank, detail=4)
+    s.canvas.fill(close_edge(edge, bottom - 0.015), colours[-1], s.ledger.of(name))
+    s.canvas.stroke(edge, (116, 100, 70), 0.007)
+    _waves(s, top, bottom - 0.012, lighter(colours[-1], 0.5), 22)
+    _glitter(s, top, bottom - 0.012)
 
 
 def row_of(
@@ -217,7 +229,7 @@ def row_of(
 
 def meadow(s: Stage, top: float, colour: Colour) -> None:
     s.band("grass-merged", top, 1, (lighter(colour, 0.18), colour, darker(colour, 0.1)))
-    s.rough(top, fine=0.45, soft=0.8)
+    s.rough(top, fine=0.4, soft=0.5)
     tufts(s, top + 0.01, colour, 110)
 
 

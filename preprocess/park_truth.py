@@ -16,7 +16,7 @@ from PIL import Image
 
 from mas.scene import COCO_CATEGORY_IDS, PANOPTIC_CLASSES
 from preprocess.park_compose import compose, find_held_out
-from preprocess.park_paint import Painting, paint
+from preprocess.park_paint import TINTS, Painting, paint
 from preprocess.park_scene import Scene, Thing, relate
 from preprocess.park_words import write_captions
 from preprocess.park_world import HELD_OUT_MODES
@@ -73,6 +73,7 @@ def tell(scene: Scene, painting: Painting) -> dict[str, Any]:
     return {
         "place": scene.place,
         "time": scene.time,
+        "light": list(TINTS[scene.time][1]),
         "horizon": round(scene.horizon, 4),
         "things": things,
         "counts": dict(sorted(Counter(t["class"] for t in things).items())),

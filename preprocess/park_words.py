@@ -211,7 +211,10 @@ class _Speaker:
         if not self.claim(claim):
             return ""
         self.relations.append({"subject": subject, "relation": "holds", "object": subject + 1})
-        return self.rng.choice((" with ", " holding ", " under ")) + _article(words)
+        ways = (" with ", " holding ", " under ")
+        if group.holds == "kite":
+            ways = (" with ", " flying ", " holding ")
+        return self.rng.choice(ways) + _article(words)
 
     def where(self) -> str:
         place = self.scene.place

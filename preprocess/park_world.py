@@ -169,7 +169,7 @@ SPECIES: Mapping[str, Species] = {
     ),
     "bird": Species(
         draw=park_pets.bird,
-        height=0.36,
+        height=0.42,
         places=_everywhere(park=1.5, beach=1.5),
         poses=("standing", "flying"),
         natural=("brown", "black", "grey", "white"),
@@ -244,7 +244,7 @@ SPECIES: Mapping[str, Species] = {
     ),
     "airplane": Species(
         draw=park_objects.airplane,
-        height=0.62,
+        height=0.66,
         places=_everywhere(park=0.6, farm=0.5),
         natural=("white", "grey"),
         bright=0.7,
@@ -265,7 +265,7 @@ SPECIES: Mapping[str, Species] = {
     ),
     "sports ball": Species(
         draw=park_objects.ball,
-        height=0.3,
+        height=0.36,
         places=_everywhere(beach=2, park=2),
         natural=("white", "black"),
         bright=0.88,
