@@ -37,8 +37,8 @@ def draw_faces(faces: Sequence[np.ndarray], size: int, *, min_height: float = 0.
         height = _height(face)
         if height < min_height or not _overlaps(face, size):
             continue
-        # Pillow's coordinates name pixel centres, landmarks the continuous plane.
-        points = [(float(x), float(y)) for x, y in face - 0.5]
+        # Pillow takes the pixel a point lies in, as the continuous plane of landmarks has it.
+        points = [(float(x), float(y)) for x, y in face]
 
         def pick(*numbers: range, points: list[tuple[float, float]] = points) -> list:
             return [points[n] for part in numbers for n in part]

@@ -81,6 +81,7 @@ class FaceConfig:
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the network's class
 
 
+MAX_COORDINATE = 1e5  # pixels; landmarks beyond it are no landmarks
 NETWORKS = {  # module, the segmenter's class, the class of its options
     "detectron2": ("preprocess.panoptic", "Detectron2Panoptic", "Detectron2Config"),
     "mask2former": ("preprocess.panoptic", "Mask2FormerPanoptic", "Mask2FormerConfig"),
@@ -204,6 +205,8 @@ class ShardFace:
         try:
             faces = np.array(json.loads(_member(photo.sample, "landmarks.json")), np.float64)
             faces = faces.reshape(-1, LANDMARKS, 2)
+            if not (np.abs(faces) < MAX_COORDINATE).all():  # also true of NaN
+                raise ValueError("a coordinate is no number or far outside")
         except (ValueError, TypeError, RecursionError) as error:
             raise RejectError(
                 Reject.BAD_ANNOTATION, f"landmarks.json: not {LANDMARKS} pairs a face ({error})"

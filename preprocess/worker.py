@@ -113,6 +113,7 @@ class SceneWorker:
         remove_temporary(rejects_path)
         tally = Tally()
         with ShardWriter(path) as writer, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # of EXIF that cannot be read
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             samples = tally.counted(job.source.read(on_reject=tally.reject), report)
             for sample in self._process(samples, tally):
