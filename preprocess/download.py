@@ -102,8 +102,8 @@ def _receive(url: str, part: Path) -> None:
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing lies beyond what was received
             raise
-        total = (error.headers.get("Content-Range") or "").removeprefix("bytes */")
-        if total != str(start):
+        size = (error.headers.get("Content-Range") or "").removeprefix("bytes */")
+        if size != str(start):
             part.unlink()  # longer than the file: of another version
             _receive(url, part)
         return

@@ -29,16 +29,17 @@ DETECTOR_WEIGHTS = {
     "sfd": ("s3fd",),
     "yunet": ("yunet",),
     "retinaface": ("retinaface",),
-    "scrfd": ("scrfd",),
     "blazeface": ("blazeface", "blazeface-anchors"),
 }
+# face-alignment 1.5 subtracts the blue-green-red means without swapping the channels first.
+FED_BGR = ("retinaface",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaceLandmarksConfig:
     """How faces are found."""
 
-    detector: Literal["sfd", "yunet", "retinaface", "scrfd", "blazeface"] = "sfd"
+    detector: Literal["sfd", "yunet", "retinaface", "blazeface"] = "sfd"
     short_side: int = 512  # pixels; larger photos are shrunk to it before detection
     max_side: int = 1024  # pixels; caps the longer side
     min_side: float = 0.05  # of the photo's shorter side; smaller faces are skipped
@@ -81,6 +82,8 @@ class FaceLandmarks:
             padded_CHW[:, : image.shape[0], : image.shape[1]] = torch.from_numpy(
                 np.ascontiguousarray(image.transpose(2, 0, 1))
             )
+        if self.config.detector in FED_BGR:
+            batch_BCHW = batch_BCHW.flip(1)
         with _cudnn_benchmark_restored():
             found = self.alignment.face_detector.detect_from_batch(batch_BCHW)
         return [[np.asarray(box, np.float64) for box in boxes] for boxes in found]
@@ -120,23 +123,24 @@ def load_face_alignment(config: FaceLandmarksConfig) -> Any:
     """
     if config.detector not in DETECTOR_WEIGHTS:
         raise ValueError(f"detector {config.detector!r}: use one of {', '.join(DETECTOR_WEIGHTS)}")
+    files = ("2dfan4", *DETECTOR_WEIGHTS[config.detector])
     try:
         import face_alignment
+
+        with _hub_folder(files), _cudnn_benchmark_restored():
+            return face_alignment.FaceAlignment(
+                face_alignment.LandmarksType.TWO_D,
+                device=str(pick_device(config.device)),
+                flip_input=False,
+                compile=False,
+                face_detector=config.detector,
+                max_batch_size=config.batch,
+            )
     except ImportError as error:
         raise WeightsError(
-            "faces need face-alignment >= 1.5: pip install 'mini-make-a-scene[preprocess]' "
-            f"(the import said: {error})"
+            f"faces by {config.detector} need face-alignment >= 1.5 (retinaface torchvision too): "
+            f"pip install 'mini-make-a-scene[preprocess]' (the import said: {error})"
         ) from error
-    files = ("2dfan4", *DETECTOR_WEIGHTS[config.detector])
-    with _hub_folder(files), _cudnn_benchmark_restored():
-        return face_alignment.FaceAlignment(
-            face_alignment.LandmarksType.TWO_D,
-            device=str(pick_device(config.device)),
-            flip_input=False,
-            compile=False,
-            face_detector=config.detector,
-            max_batch_size=config.batch,
-        )
 
 
 @contextmanager

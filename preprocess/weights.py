@@ -69,13 +69,13 @@ def _mask2former(size: str) -> Weights:
     )
 
 
-def _face(name: str, url: str, licence: str, *, file: str = "", sha256: str = "") -> Weights:
+def _face(name: str, url: str, licence: str, *, sha256: str | None = None) -> Weights:
     return Weights(
         name=name,
         stage="face",
-        path=f"face/checkpoints/{file or url.rsplit('/', 1)[1].split('?')[0]}",
+        path=f"face/checkpoints/{url.rsplit('/', 1)[1].split('?')[0]}",
         urls=(url,),
-        sha256=sha256 or None,
+        sha256=sha256,
         licence=licence,
         page="https://github.com/1adrianb/face-alignment",
         default=name in ("2dfan4", "s3fd"),
@@ -142,12 +142,6 @@ WEIGHTS = (
         sha256="8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4",
     ),
     _face("retinaface", f"{FAN}/retinaface_mobilenet0.25.pth", "MIT (Pytorch_Retinaface)"),
-    _face(
-        "scrfd",
-        "https://github.com/yakhyo/facial-analysis/releases/download/v0.0.1/det_2.5g.onnx",
-        "not for commercial use (InsightFace models)",
-        file="scrfd_2.5g_bnkps.onnx",
-    ),
     _face(
         "blazeface",
         "https://github.com/hollance/BlazeFace-PyTorch/blob/master/blazeface.pth?raw=true",

@@ -175,6 +175,26 @@ def test_the_real_networks_run_from_the_weights_folder_in_their_colours(random_w
     assert seen["landmarks"][0, :, 128, 128].tolist() == [1, 0, 0]
 
 
+def test_retinaface_gets_blue_green_red_although_the_library_does_not_swap(
+    random_weights, no_cache
+):
+    pytest.importorskip("torchvision")
+    from face_alignment.detection.retinaface.net_retinaface import RetinaFace, cfg_mnet
+
+    folder = no_cache / "hub/checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(RetinaFace(cfg=cfg_mnet).state_dict(), folder / "retinaface_mobilenet0.25.pth")
+    (folder / "2DFAN4-11f355bf06.pth.tar").symlink_to(random_weights / "2DFAN4-11f355bf06.pth.tar")
+    found = FaceLandmarks(device="cpu", detector="retinaface")
+    found.alignment.face_detector.confidence_threshold = 1.0
+    seen = []
+    found.alignment.face_detector.face_detector.register_forward_pre_hook(
+        lambda _, x: seen.append(x[0])
+    )
+    assert found(photos(RED), segments(RED)) == [[]]
+    torch.testing.assert_close(seen[0][0, :, 9, 9], torch.tensor([0.0 - 104, 0 - 117, 255 - 123]))
+
+
 def test_torchs_own_cache_is_used_when_it_holds_the_files(random_weights, no_cache):
     torch.hub.set_dir(str(random_weights.parent))
     FaceLandmarks(device="cpu")
