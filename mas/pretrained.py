@@ -313,6 +313,7 @@ def _read_config(
             for level in range(levels)
             if count(f"encoder.levels.{level}.attentions.{{}}.query.weight")
         ),
+        restart=0.0,  # codes that are rare in a fine-tuning set keep their meaning
     )
 
 

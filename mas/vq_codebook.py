@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 SEARCH_ROWS = 4096  # vectors compared with the whole codebook at once; bounds the memory
 KMEANS_STEPS = 10
-USAGE_DECAY = 0.99  # a step; a code is judged by about its last hundred steps
+MEMORY = 0.97  # what usage and running means keep a step: about the last thirty steps count
 
 
 class Quantized(NamedTuple):
@@ -35,7 +35,9 @@ class Codebook(nn.Module):
 
     A fresh codebook starts as the k-means centres of the first training batch, and a code that is
     used less than `restart` times the average is moved onto a random vector of the current batch,
-    so that all codes stay in play. `usage` all zero means: has seen no batch yet.
+    so that all codes stay in play. `usage` all zero means: has seen no batch yet. With `averaging`
+    a row is the running mean of its vectors (arXiv 1711.00937, appendix A.1) instead of learning by
+    gradient, and the loss is the commitment alone.
     """
 
     usage: Tensor
@@ -48,12 +50,16 @@ class Codebook(nn.Module):
         normalised: bool,
         commitment: float = 0.25,
         restart: float = 0.03,
+        averaging: bool = False,
     ) -> None:
         super().__init__()
         self.normalised = normalised
+        self.averaging = averaging
         self.commitment = commitment
         self.restart = restart
-        self.codebook = nn.Parameter(torch.randn(codes, width) / width**0.5)
+        self.codebook = nn.Parameter(
+            torch.randn(codes, width) / width**0.5, requires_grad=not averaging
+        )
         self.register_buffer("usage", torch.zeros(codes))  # share of the vectors, running mean
 
     def rows(self) -> Tensor:
@@ -79,11 +85,12 @@ class Codebook(nn.Module):
             if self.training:
                 self._revive(self._vectors(z_BCHW))
             tokens_BHW = self.encode(z_BCHW)
-            if self.training:
-                self._count(tokens_BHW)
             rows_BCHW = self.lookup(tokens_BHW)
-            loss = F.mse_loss(rows_BCHW, z_BCHW.detach())
-            loss = loss + self.commitment * F.mse_loss(z_BCHW, rows_BCHW.detach())
+            loss = self.commitment * F.mse_loss(z_BCHW, rows_BCHW.detach())
+            if not self.averaging:
+                loss = loss + F.mse_loss(rows_BCHW, z_BCHW.detach())
+            if self.training:
+                self._count(tokens_BHW.flatten(), self._vectors(z_BCHW))
             return Quantized(z_BCHW + (rows_BCHW - z_BCHW).detach(), tokens_BHW, loss)
 
     def _vectors(self, z_BCHW: Tensor) -> Tensor:
@@ -112,11 +119,26 @@ class Codebook(nn.Module):
             dist.broadcast(self.codebook, 0)  # every process saw other vectors
 
     @torch.no_grad()
-    def _count(self, tokens_BHW: Tensor) -> None:
-        counts_K = torch.bincount(tokens_BHW.flatten(), minlength=len(self.usage)).float()
+    def _count(self, tokens_N: Tensor, vectors_NC: Tensor) -> None:
+        """Updates the usage and, with `averaging`, moves each row towards its vectors.
+
+        A row that always was the running mean of its vectors, weighted like the usage u, follows
+        from itself: with n and s the number and sum of a code's new vectors among N,
+        row += (1 - memory) (s - n row) / (N u).
+        """
+        codes = len(self.usage)
+        counts_K = torch.bincount(tokens_N, minlength=codes).float()
+        sums_KC = vectors_NC.new_zeros(codes, vectors_NC.shape[1])
+        if self.averaging:
+            sums_KC.index_add_(0, tokens_N, vectors_NC)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts_K)
-        self.usage.lerp_(counts_K / counts_K.sum(), 1 - USAGE_DECAY)
+            dist.all_reduce(sums_KC)
+        total = counts_K.sum()
+        self.usage.lerp_(counts_K / total, 1 - MEMORY)
+        if self.averaging:
+            pull_KC = (sums_KC - counts_K[:, None] * self.codebook) / total
+            self.codebook.add_((1 - MEMORY) * pull_KC / self.usage.clamp(min=1e-12)[:, None])
 
 
 class GumbelCodebook(nn.Module):

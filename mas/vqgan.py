@@ -38,6 +38,7 @@ class VQGANConfig:
     attention: tuple[int, ...] = (4,)  # levels with self-attention, 0 = full resolution
     groups: int = 32  # of the group normalisation; divides every width
     commitment: float = 0.25  # weight that holds the features to their codes
+    averaging: bool = False  # codes are running means of their features; False: learnt by gradient
     restart: float = 0.03  # codes used less than this share of the average are moved; 0 = never
 
     def __post_init__(self) -> None:
@@ -98,6 +99,7 @@ class VQGAN(nn.Module):
                 normalised=config.quantizer == "cosine",
                 commitment=config.commitment,
                 restart=config.restart,
+                averaging=config.averaging,
             )
         self.pre_quant = nn.Conv2d(config.features, config.code_width, 1)
         self.post_quant = nn.Conv2d(config.code_width, config.features, 1)

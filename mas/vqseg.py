@@ -42,8 +42,8 @@ class VQSEGConfig:
     size: int = 256  # pixels a side
     grid: int = 16  # tokens a side
     codes: int = 1024  # codebook entries
-    code_width: int = 16  # numbers a codebook entry
-    quantizer: QuantizerName = "cosine"  # nearest | cosine
+    code_width: int = 32  # numbers a codebook entry
+    quantizer: QuantizerName = "nearest"  # nearest | cosine
     embedding: int = 8  # numbers a label is looked up as (default layout)
     patch: int = 8  # pixels a side that the stem folds into channels; 1 in the published layout
     features: int = 32  # numbers a pixel that the logits are computed from (default layout)
@@ -54,6 +54,7 @@ class VQSEGConfig:
     middle: bool = False  # block, attention, block on the token grid (published layout: True)
     groups: int = 32  # of the group normalisation; divides every width
     commitment: float = 0.25  # weight that holds the features to their codes
+    averaging: bool = True  # codes are running means of their features; False: learnt by gradient
     restart: float = 0.03  # codes used less than this share of the average are moved; 0 = never
     codebook_weight: float = 1.0  # of the codebook loss in the total
     face_weight: float = 20.0  # of face parts where they are present
@@ -163,6 +164,7 @@ class VQSEG(nn.Module):
             normalised=config.quantizer == "cosine",
             commitment=config.commitment,
             restart=config.restart,
+            averaging=config.averaging,
         )
         self.post_quant = nn.Conv2d(config.code_width, deepest, 1)
         self.decoder = ConvDecoder(deepest, channels, config.backbone)

@@ -9,7 +9,9 @@ import torch
 from mas.pretrained import _OWN_BUFFERS, _published_name
 from mas.vqgan import VQGAN
 
-TINY = dict(size=64, codes=512, code_width=64, features=64, width=32)  # of vqgan-f16-tiny
+TINY = dict(
+    size=64, codes=512, code_width=64, features=64, width=32, restart=0.0
+)  # of vqgan-f16-tiny
 
 
 def rule_tensor(name, shape, scale=None):

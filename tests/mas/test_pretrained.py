@@ -17,7 +17,9 @@ from mas.pretrained import (
 )
 from mas.vqgan import VQGAN, VQGANConfig
 
-SMALL = dict(size=32, codes=24, code_width=8, features=16, width=32, multipliers=(1, 2))
+SMALL = dict(
+    size=32, codes=24, code_width=8, features=16, width=32, multipliers=(1, 2), restart=0.0
+)
 CONFIGS = {
     "mindalle": VQGANConfig(**SMALL, attention=(1,)),
     "taming": VQGANConfig(**SMALL, attention=(1,), blocks=1),
@@ -117,7 +119,7 @@ def test_another_format_is_named(said, held, checkpoint):
 
 
 def test_a_checkpoint_of_something_else_is_refused(checkpoint):
-    with pytest.raises(CheckpointError, match="keeps its weights in state_dict.*has weights"):
+    with pytest.raises(CheckpointError, match=r"keeps its weights in state_dict.*has weights"):
         load_published(checkpoint({"weights": {}}), format="taming")
     with pytest.raises(CheckpointError, match=r"no tensor encoder.conv_in.weight.*fc.bias"):
         load_published(checkpoint({"state_dict": {"fc.bias": torch.zeros(2)}}), format="taming")
@@ -161,14 +163,12 @@ def test_the_tarball_is_read_in_place_after_its_md5(tarball):
     network, _ = load_published(tarball, format="mindalle", size=32, md5=md5)
     assert network.config == CONFIGS["mindalle"]
     assert list(tarball.parent.iterdir()) == [tarball]
-    with pytest.raises(
-        CheckpointError, match=f"MD5 is {md5}, not 57b008f02ceaa02b779c8b7463143315"
-    ):
+    with pytest.raises(CheckpointError, match=f"MD5 is {md5}, not {MINDALLE_MD5}"):
         load_published(tarball, format="mindalle", size=32)
 
 
 def test_a_broken_tarball_is_named(tarball):
-    with pytest.raises(CheckpointError, match="has no member 1.3B/nothing"):
+    with pytest.raises(CheckpointError, match="has no member 1"):
         read_member(tarball, "1.3B/nothing")
     tarball.write_bytes(tarball.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match="broken tarball"):

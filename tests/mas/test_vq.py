@@ -1,11 +1,13 @@
 """Quantizers and the encoder and decoder around them."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mas.vq import Attention, Backbone, ConvDecoder, ConvEncoder, check_tokens
-from mas.vq_codebook import SEARCH_ROWS, Codebook, GumbelCodebook, perplexity
+from mas.vq_codebook import MEMORY, SEARCH_ROWS, Codebook, GumbelCodebook, perplexity
 
 
 def seeded(seed=0):
@@ -88,7 +90,7 @@ def test_restart_brings_a_dead_code_back():
     steps = 1
     while steps < 1000 and not (quantizer(z).tokens_BHW == 5).any():
         steps += 1
-    assert 200 < steps < 600  # 0.99 ** 349 = 0.03
+    assert steps == pytest.approx(math.log(0.03) / math.log(MEMORY), abs=10)
     assert quantizer.codebook[5].abs().max() < 10
 
 
@@ -101,6 +103,25 @@ def test_without_restart_a_dead_code_stays_dead():
     for _ in range(600):
         quantizer(z)
     assert (quantizer.codebook[5] == 1e3).all()
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_averaged_rows_become_the_means_of_their_vectors(normalised):
+    centres = torch.eye(6)[:3] * 5
+    noise = torch.randn(3, 100, 6, generator=seeded()) * 0.1
+    vectors = (centres[:, None] + noise).flatten(0, 1)
+    quantizer = codebook(codes=3, normalised=normalised, averaging=True)
+    quantizer(vectors.T.reshape(1, 6, 10, 30))
+    with torch.no_grad():
+        quantizer.codebook.copy_(centres + 0.4)
+    for _ in range(400):
+        quantized = quantizer(vectors.T.reshape(1, 6, 10, 30))
+    if normalised:
+        vectors = F.normalize(vectors, dim=1)
+    means = vectors.reshape(3, 100, 6).mean(1)
+    torch.testing.assert_close(quantizer.codebook.detach(), means, atol=1e-3, rtol=0)
+    torch.testing.assert_close(quantizer.usage, torch.full((3,), 1 / 3))
+    assert not quantized.loss.requires_grad and not quantizer.codebook.requires_grad
 
 
 def test_evaluation_changes_nothing():
