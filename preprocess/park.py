@@ -84,6 +84,8 @@ def park(
         workers: processes; default one for each core. Never changes the result.
     """
     config = ParkConfig(count=count, seed=seed, size=size, shard_size=shard_size, held_out=held_out)
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {workers}")
     folder = Path(output)
     _claim(folder, config)
     missing = {n: r for n, r in config.shards().items() if not (folder / n).exists()}

@@ -125,7 +125,7 @@ def elephant(rng: Random, colour: Colour, pose: str) -> Figure:
 def giraffe(rng: Random, colour: Colour, pose: str) -> Figure:
     f = Figure()
     stride = stride_of(rng, pose, 0.08)
-    patch = darker(colour, 0.4)
+    patch = darker(colour, 0.32)
     hoof = darker(colour, 0.55)
     legs = Legs(
         back=(-0.2, 0.42),

@@ -5,6 +5,7 @@ In: (seed, index). Out: a `Scene`, a function of the two alone.
 
 from __future__ import annotations
 
+from itertools import count
 from random import Random
 
 from preprocess.park_colours import BRIGHT
@@ -22,8 +23,8 @@ def compose(seed: int, index: int, *, held_out: str = "exclude") -> Scene:
         held_out: "exclude" avoids the held-out combinations, "only" has one in every scene,
             "include" does not look.
     """
-    rng = Random(f"park/{seed}/{index}/{'only' if held_out == 'only' else 'any'}")
-    while True:
+    for attempt in count():
+        rng = Random(f"park/{seed}/{index}/{held_out == 'only'}/{attempt}")
         wanted = rng.choice(HELD_OUT) if held_out == "only" else None
         scene = _plan(rng, wanted)
         if held_out == "exclude" and find_held_out(scene):
@@ -32,6 +33,7 @@ def compose(seed: int, index: int, *, held_out: str = "exclude") -> Scene:
             continue
         if lay_out(scene, rng):
             return scene
+    raise AssertionError("count() has no end")
 
 
 def find_held_out(scene: Scene) -> list[Combination]:
@@ -56,13 +58,13 @@ def _plan(rng: Random, wanted: Combination | None) -> Scene:
     time = (wanted and wanted.time) or rng.choice(TIMES)
     groups: list[Group] = []
     left = 4
-    for position in range(rng.choices((1, 2, 3), (38, 46, 16))[0]):
+    for position in range(rng.choices((1, 2, 3), (28, 52, 20))[0]):
         if not left:
             break
         name = None
         if position == 0 and wanted:
             name = wanted.name
-        count = min(left, rng.choices((1, 2, 3, 4), (62, 21, 11, 6))[0])
+        count = min(left, rng.choices((1, 2, 3, 4), (68, 18, 9, 5))[0])
         colour = wanted.colour if wanted and position == 0 else None
         group = _group(rng, place, name, count, colour)
         if all(_distinct(group, other) for other in groups):

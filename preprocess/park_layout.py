@@ -5,6 +5,7 @@ In: a planned `Scene` with groups. Out: the same scene with its things, far to n
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from random import Random
 
 from preprocess.park_colours import COLOURS, Colour
@@ -15,30 +16,48 @@ from preprocess.park_scene import NEAREST, Box, Group, Scene, Thing, scale_at
 from preprocess.park_world import KIND_HEIGHTS, NATURAL, SIZES, SPECIES
 
 SMALLEST = 0.13  # longer side of a thing in the picture
+TRIES = 16  # positions tried for a thing
+LAYOUTS = 8  # tries before a picture counts as too full; fewer would favour small and single things
 HIDDEN = 0.42  # largest share of a thing's box that nearer things may cover
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """Where a thing would like to stand."""
+
+    kind: str  # row: at a similar depth; beside: close by; line: behind or in front
+    partner: Thing
 
 
 def lay_out(scene: Scene, rng: Random) -> bool:
     """Finds a place for every thing; false when the picture is too full."""
-    total = sum(g.count for g in scene.groups)
-    for number, group in enumerate(scene.groups):
-        anchor: float | None = None
-        for _ in range(group.count):
-            thing = _make(rng, scene, group, number)
-            for _ in range(36):
-                frame = _try(rng, scene, group, thing, total, anchor)
-                if frame and _fits(scene, thing, frame):
-                    break
-            else:
-                return False
-            thing.frame = frame
-            thing.box = _box(thing.figure, frame)
-            thing.depth = _depth(scene, group, thing)
-            anchor = frame.y if anchor is None else anchor
-            scene.things.append(thing)
-            if group.holds and not _hand_over(scene, group, thing, rng):
-                return False
-    _sort(scene)
+    made = [[_make(rng, scene, g, n) for _ in range(g.count)] for n, g in enumerate(scene.groups)]
+    for _ in range(LAYOUTS):
+        scene.things.clear()
+        if all(_place(scene, rng, g, things) for g, things in zip(scene.groups, made, strict=True)):
+            _sort(scene)
+            return True
+    return False
+
+
+def _place(scene: Scene, rng: Random, group: Group, things: list[Thing]) -> bool:
+    """Puts the things of one group where they fit."""
+    alone = sum(g.count for g in scene.groups) == 1
+    wish = _wish(rng, scene, group)
+    for thing in things:
+        for _ in range(TRIES):
+            frame = _try(rng, scene, group, thing, wish, alone=alone)
+            if frame and _fits(scene, thing, frame):
+                break
+        else:
+            return False
+        thing.frame = frame
+        thing.box = _box(thing.figure, frame)
+        thing.depth = _depth(scene, group, thing)
+        scene.things.append(thing)
+        wish = _Wish("row", thing)
+        if group.holds and not _hand_over(scene, group, thing, rng):
+            return False
     return True
 
 
@@ -103,36 +122,59 @@ def _outfit(rng: Random, group: Group, *, cold: bool) -> Outfit:
     )  # fmt: skip
 
 
+def _wish(rng: Random, scene: Scene, group: Group) -> _Wish | None:
+    """Some groups stand beside, behind or in front of what is there already."""
+    partners = [t for t in scene.things if t.grounded and t.holder is None]
+    if not partners or SPECIES[group.name].layer in ("air", "water") or group.pose == "flying":
+        return None
+    kind = rng.choices(("beside", "line", ""), (30, 22, 48))[0]
+    return _Wish(kind, rng.choice(partners)) if kind else None
+
+
 def _try(
-    rng: Random, scene: Scene, group: Group, thing: Thing, total: int, anchor: float | None
+    rng: Random, scene: Scene, group: Group, thing: Thing, wish: _Wish | None, *, alone: bool
 ) -> Frame | None:
-    """A position at random that suits the kind of thing."""
+    """A position at random that suits the kind of thing and its wish."""
     species = SPECIES[group.name]
     layer = "air" if group.pose == "flying" else species.layer
-    factor = species.height * SIZES[group.size] * (KIND_HEIGHTS[group.kind] if group.kind else 1)
+    size = species.height * SIZES[group.size] * (KIND_HEIGHTS[group.kind] if group.kind else 1)
     if layer == "air":
         y = rng.uniform(0.16, scene.horizon + 0.06)
-        scale = factor * rng.uniform(0.26, 0.44)
+        scale = size * rng.uniform(0.26, 0.44)
     elif layer == "water":
         assert scene.water is not None
         y = rng.uniform(scene.water[0] + 0.035, scene.water[1] - 0.02)
-        scale = factor * scale_at(scene, y) * 1.25
+        scale = size * scale_at(scene, y) * 1.25
     else:
         low, high = scene.ground, 0.965
         if layer == "road" and scene.road:
             low, high = scene.road[0] + 0.06, scene.road[1] - 0.005
-        elif total == 1:
-            low = low + (high - low) * 0.4
+        elif alone:
+            low += (high - low) * 0.4
         y = rng.uniform(low, high)
-        if anchor is not None:
-            y = min(max(anchor + rng.uniform(-0.1, 0.1), low), high)
-        scale = factor * scale_at(scene, y)
+        if wish and wish.kind != "line":
+            reach = 0.1 if wish.kind == "row" else 0.05
+            y = min(max(wish.partner.foot + rng.uniform(-reach, reach), low), high)
+        scale = size * scale_at(scene, y)
     x0, y0, x1, y1 = thing.figure.bounds()
     width, height = (x1 - x0) * scale, (y1 - y0) * scale
     if width > 0.86 or height > 0.88 or max(width, height) < SMALLEST:
         return None
-    x = rng.uniform(0.03, 0.97 - width) - (x0 if not thing.frame.mirrored else -x1) * scale
-    return Frame(x, y, scale, thing.frame.mirrored)
+    left = _left_edge(rng, wish, width)
+    return Frame(
+        left - (-x1 if thing.frame.mirrored else x0) * scale, y, scale, thing.frame.mirrored
+    )
+
+
+def _left_edge(rng: Random, wish: _Wish | None, width: float) -> float:
+    """Where the box of a thing begins, in picture sides."""
+    if wish is None or wish.kind == "row":
+        return rng.uniform(0.03, 0.97 - width)
+    box = wish.partner.box
+    if wish.kind == "line":
+        return box.middle + rng.uniform(-0.35, 0.35) * (box.x1 - box.x0) - width / 2
+    gap = rng.uniform(0.005, 0.07)
+    return box.x1 + gap if rng.random() < 0.5 else box.x0 - gap - width
 
 
 def _box(figure: Figure, frame: Frame) -> Box:
@@ -156,7 +198,7 @@ def _fits(scene: Scene, thing: Thing, frame: Frame) -> bool:
     boxes = [(_base(scene, other).foot, other.box) for other in scene.things]
     boxes.append((frame.y, box))
     return all(
-        sum(mine.shared(b).area for foot, b in boxes if foot > y) <= HIDDEN * mine.area
+        sum(mine.shared(b) for foot, b in boxes if foot > y) <= HIDDEN * mine.area
         for y, mine in boxes
     )
 
@@ -168,10 +210,9 @@ def _base(scene: Scene, thing: Thing) -> Thing:
 
 def _apart(name: str, foot: float, box: Box, other: Thing) -> bool:
     """Whether two things can be told apart: alike or equally near, they hardly overlap."""
-    limit = HIDDEN
-    if other.name == name or abs(other.foot - foot) < 0.035:
-        limit = 0.05
-    return box.shared(other.box).area <= limit * min(box.area, other.box.area)
+    if other.name != name and abs(other.foot - foot) >= 0.035:
+        return True
+    return box.shared(other.box) <= 0.05 * min(box.area, other.box.area)
 
 
 def _depth(scene: Scene, group: Group, thing: Thing) -> str:
@@ -200,7 +241,7 @@ def _hand_over(scene: Scene, group: Group, holder: Thing, rng: Random) -> bool:
     if box.x0 < 0.01 or box.x1 > 0.99 or box.y0 < 0.01:
         return False
     others = scene.things if group.holds == "kite" else scene.things[:-1]
-    if any(box.shared(o.box).area > 0.05 * min(box.area, o.box.area) for o in others):
+    if any(box.shared(o.box) > 0.05 * min(box.area, o.box.area) for o in others):
         return False
     thing = Thing(
         group.holds, holder.group, group.holds_colour, None, "normal", pose, {}, figure, frame

@@ -333,7 +333,7 @@ def umbrella(rng: Random, colour: Colour, pose: str) -> Figure:
         dips.append(curve((x1, low), ((x0 + x1) / 2, low + 0.055), (x0, low), detail=4)[:-1])
     canopy = np.concatenate([arc[:-1], *dips])
     f.add(canopy, colour)
-    pale = lighter(colour, 0.5) if rng.random() < 0.5 else darker(colour, 0.16)
+    pale = lighter(colour, 0.5) if rng.random() < 0.5 else darker(colour, 0.1)
     for k in (1, 3):
         inner = [
             (edge[k - 1][0] * 0.995, low), (edge[k - 1][0] * 0.6, 0.8), (0.0, 0.95),

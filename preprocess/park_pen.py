@@ -40,6 +40,7 @@ class Figure:
     shapes: list[Shape] = field(default_factory=list)
     anchors: dict[str, tuple[float, float]] = field(default_factory=dict)
     landmarks: np.ndarray | None = None  # float 68 2, of a face that looks at the viewer
+    extent: tuple[float, float, float, float] | None = None  # what `bounds` found
 
     def add(
         self,
@@ -54,10 +55,12 @@ class Figure:
         self.shapes.append(Shape(points, colour, part, relief, clip, glow))
 
     def bounds(self) -> tuple[float, float, float, float]:
-        """x0, y0, x1, y1 in the figure's units."""
-        points = np.concatenate([s.points for s in self.shapes if s.clip is None])
-        (x0, y0), (x1, y1) = points.min(0), points.max(0)
-        return float(x0), float(y0), float(x1), float(y1)
+        """x0, y0, x1, y1 of the finished figure in its units."""
+        if self.extent is None:
+            points = np.concatenate([s.points for s in self.shapes if s.clip is None])
+            (x0, y0), (x1, y1) = points.min(0).tolist(), points.max(0).tolist()
+            self.extent = x0, y0, x1, y1
+        return self.extent
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +104,18 @@ def _noise(kind: str, side: int) -> Image.Image:
     return Image.fromarray((values + NEUTRAL).clip(0, 255).astype(np.uint8))
 
 
-_RELIEF_TABLE = [
-    [round(v * 0.94) for v in range(NEUTRAL)] + list(range(NEUTRAL, 256)),
-    [round(v * 0.95) for v in range(NEUTRAL)] + list(range(NEUTRAL, 256)),
-    [round(NEUTRAL - (NEUTRAL - v) * 0.86) for v in range(NEUTRAL)]
-    + [round(NEUTRAL + (v - NEUTRAL) * 0.8) for v in range(NEUTRAL, 256)],
-]
-
-
-def _tinted(relief: Image.Image) -> Image.Image:
+def _relief_palette() -> bytes:
     """Relief as a coloured light: shadows lean to violet, highlights to warm."""
-    return Image.merge("RGB", [relief.point(table) for table in _RELIEF_TABLE])
+    colours = []
+    for value in range(256):
+        dark, light = min(value, NEUTRAL), max(value - NEUTRAL, 0)
+        blue = NEUTRAL - (NEUTRAL - dark) * 0.86 + light * 0.8
+        colours += [round(dark * 0.94) + light, round(dark * 0.95) + light, round(blue)]
+    colours[NEUTRAL * 3 : NEUTRAL * 3 + 3] = [NEUTRAL] * 3
+    return bytes(colours)
+
+
+_RELIEF_PALETTE = _relief_palette()
 
 
 def _flat(points: Outline) -> list[float]:
@@ -186,7 +190,7 @@ class Canvas:
         tile = ImageChops.offset(tile, int(shift[0] * self.side), int(shift[1] * self.side))
         tile = tile.crop((0, 0, x1 - x0, y1 - y0))
         if strength != 1:
-            tile = tile.point([round(NEUTRAL + (v - NEUTRAL) * strength) for v in range(256)])
+            tile = Image.blend(Image.new("L", tile.size, NEUTRAL), tile, strength)
         area = self.image.crop((x0, y0, x1, y1))
         grained = ImageChops.hard_light(area, Image.merge("RGB", [tile] * 3))
         self.image.paste(grained, (x0, y0), mask and mask.crop((x0, y0, x1, y1)))
@@ -268,7 +272,8 @@ class Canvas:
         if fur:
             tile = _noise("fine", self.side).crop((0, 0, *extent))
             light = Image.blend(light, ImageChops.add(light, tile, 1, -NEUTRAL), fur)
-        self.image.paste(ImageChops.hard_light(colours, _tinted(light)), (x0, y0), mask)
+        light.putpalette(_RELIEF_PALETTE)
+        self.image.paste(ImageChops.hard_light(colours, light.convert("RGB")), (x0, y0), mask)
         self.segments.paste(segment, (x0, y0, x1, y1), mask)
         self.parts.paste(parts or 0, (x0, y0, x1, y1), mask)
         self.glow.paste((0, 0, 0), (x0, y0, x1, y1), mask)
@@ -296,11 +301,10 @@ def _paint_clipped(
 
 def _inset(points: Outline, toward: np.ndarray) -> Outline:
     """The outline drawn in a little and moved toward the light: where a round body is bright."""
-    x, y = points[:, 0], points[:, 1]
-    after = np.roll(points, -1, axis=0)
-    area = float((x * after[:, 1] - after[:, 0] * y).sum()) / 2
-    along = after - np.roll(points, 1, axis=0)
-    along /= np.sqrt((along * along).sum(1, keepdims=True)) + 1e-9
+    after = np.concatenate([points[1:], points[:1]])
+    along = after - np.concatenate([points[-1:], points[:-1]])
+    area = float(points[:, 0] @ after[:, 1] - after[:, 0] @ points[:, 1]) / 2
     depth = 0.1 * abs(area) ** 0.5
-    inward = np.stack([-along[:, 1], along[:, 0]], axis=1) * (depth if area > 0 else -depth)
-    return points + inward + toward * depth * 0.8
+    inward = along[:, ::-1] * ((-depth, depth) if area > 0 else (depth, -depth))
+    inward /= np.hypot(along[:, 0], along[:, 1])[:, None] + 1e-9
+    return points + inward + toward * (depth * 0.8)

@@ -24,6 +24,7 @@ from preprocess.park_stage import (
     meadow,
     paint_sky,
     row_of,
+    sea,
     tufts,
     water_band,
     winding_path,
@@ -81,7 +82,7 @@ def _beach(s: Stage) -> None:
             "mountain-merged", h + 0.005, 0.06, mix((120, 140, 170), SKIES[s.scene.time][-1],
             0.35), peaks=2,
         )  # fmt: skip
-    water_band(s, "sea")
+    sea(s)
     shore = s.scene.water[1]
     wave = [(-0.02 + 0.13 * k, shore + rng.uniform(-0.014, 0.014)) for k in range(9)]
     edge = curve(*wave)

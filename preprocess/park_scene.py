@@ -32,13 +32,11 @@ class Box(NamedTuple):
     def middle(self) -> float:
         return (self.x0 + self.x1) / 2
 
-    def shared(self, other: Box) -> Box:
-        return Box(
-            max(self.x0, other.x0),
-            max(self.y0, other.y0),
-            min(self.x1, other.x1),
-            min(self.y1, other.y1),
-        )
+    def shared(self, other: Box) -> float:
+        """Area of the overlap."""
+        width = min(self.x1, other.x1) - max(self.x0, other.x0)
+        height = min(self.y1, other.y1) - max(self.y0, other.y0)
+        return width * height if width > 0 and height > 0 else 0.0
 
 
 NOWHERE = Box(0, 0, 0, 0)

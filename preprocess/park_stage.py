@@ -198,8 +198,18 @@ def _glitter(s: Stage, top: float, bottom: float) -> None:
         s.canvas.stroke(polygon((x + dx - half, y), (x + dx + half, y)), colour, 0.004)
 
 
+def sea(s: Stage) -> None:
+    """The sea from the horizon to a little below the shore, which is painted over it."""
+    assert s.scene.water is not None
+    top, bottom = s.scene.water
+    colours = SEA["beach"]
+    s.band("sea", top, bottom + 0.04, colours)
+    _waves(s, top, bottom, lighter(colours[-1], 0.5), 22)
+    _glitter(s, top, bottom)
+
+
 def water_band(s: Stage, name: str) -> None:
-    """River or lake between two banks, or the sea; the near bank is uneven."""
+    """River or lake between two banks; the near one is uneven."""
     assert s.scene.water is not None
     top, bottom = s.scene.water
     colours = SEA[s.scene.place]

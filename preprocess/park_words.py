@@ -311,7 +311,9 @@ def _relating(s: _Speaker, *, place: bool, time: bool, detail: float) -> Caption
                 found += [(a, b, relation) for relation in sorted(common)]
     if not found:
         return None
-    a, b, relation = rng.choice(found)
+    kinds = sorted({relation for _, _, relation in found})
+    kind = rng.choices(kinds, [3 if k == "next to" else 2 for k in kinds])[0]
+    a, b, relation = rng.choice([f for f in found if f[2] == kind])
     definite = rng.random() < 0.3
     first = s.describe(a, detail=detail, definite=definite)
     subject = 0
@@ -377,7 +379,11 @@ def write_captions(scene: Scene, truth: Sequence[Mapping[str, Any]], rng: Random
         second = _acting(speaker(), everything[:2], place=place, time=time, detail=0.6)
     captions.append(second)
     place, time = rng.random() < 0.6, rng.random() < 0.4
-    third = _placing(speaker(), place=place, time=time, detail=0.5) if rng.random() < 0.45 else None
+    third = None
+    if rng.random() < 0.3:
+        third = _relating(speaker(), place=place, time=time, detail=0.5)
+    elif rng.random() < 0.6:
+        third = _placing(speaker(), place=place, time=time, detail=0.5)
     if third is None:
         some = everything[: rng.randint(1, len(everything))]
         third = (_listing if rng.random() < 0.5 else _acting)(

@@ -38,8 +38,8 @@ class Species:
     verbs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # pose -> how one says it
 
 
-def _everywhere(**changes: float) -> dict[str, float]:
-    weights = dict.fromkeys(PLACES, 1.0) | changes
+def _everywhere(usual: float = 1.0, /, **changes: float) -> dict[str, float]:
+    weights = dict.fromkeys(PLACES, usual) | changes
     return {place: weight for place, weight in weights.items() if weight}
 
 
@@ -64,7 +64,7 @@ SPECIES: Mapping[str, Species] = {
     "person": Species(
         draw=None,
         height=1.0,
-        places=_everywhere(park=5, beach=5, street=5, snow=5, mountains=3, farm=4),
+        places=_everywhere(5, mountains=4),
         poses=("standing", "walking", "walking", "running"),
         fur=0.08,
         verbs=_MOVES,
@@ -73,7 +73,7 @@ SPECIES: Mapping[str, Species] = {
     "elephant": Species(
         draw=park_animals.elephant,
         height=1.3,
-        places=_everywhere(park=1.6, street=0.6, snow=0.7),
+        places=_everywhere(3.2, park=4.5, street=2.2, snow=2.2),
         poses=_WALKERS,
         natural=("grey",),
         bright=0.35,
@@ -84,7 +84,7 @@ SPECIES: Mapping[str, Species] = {
     "giraffe": Species(
         draw=park_animals.giraffe,
         height=1.65,
-        places=_everywhere(street=0.6, snow=0.5),
+        places=_everywhere(2.6, street=2.0, snow=1.8),
         poses=_WALKERS,
         natural=("",),
         bright=0.35,
@@ -95,7 +95,7 @@ SPECIES: Mapping[str, Species] = {
     "zebra": Species(
         draw=park_animals.zebra,
         height=1.0,
-        places=_everywhere(street=0.6, snow=0.5),
+        places=_everywhere(1.8, street=1.3, snow=1.3),
         poses=(*_WALKERS, "grazing", "running"),
         natural=("",),
         verbs=_MOVES,
@@ -104,7 +104,7 @@ SPECIES: Mapping[str, Species] = {
     "horse": Species(
         draw=park_animals.horse,
         height=1.05,
-        places=_everywhere(farm=2.5, street=0.6),
+        places=_everywhere(1.4, farm=2.8),
         poses=(*_WALKERS, "grazing", "running"),
         natural=("brown", "black", "white", "grey"),
         bright=0.25,
@@ -115,7 +115,7 @@ SPECIES: Mapping[str, Species] = {
     "cow": Species(
         draw=park_animals.cow,
         height=0.88,
-        places=_everywhere(farm=2.5, street=0.4, snow=0.5),
+        places=_everywhere(1.4, farm=3),
         poses=(*_WALKERS, "grazing"),
         natural=("brown", "black", "white"),
         bright=0.25,
@@ -126,7 +126,7 @@ SPECIES: Mapping[str, Species] = {
     "sheep": Species(
         draw=park_pets.sheep,
         height=0.66,
-        places=_everywhere(farm=2.5, mountains=1.5, street=0.4),
+        places=_everywhere(0.8, farm=2, mountains=1.3),
         poses=(*_WALKERS, "grazing"),
         natural=("white", "white", "black", "brown", "grey"),
         bright=0.25,
@@ -137,7 +137,7 @@ SPECIES: Mapping[str, Species] = {
     "bear": Species(
         draw=park_pets.bear,
         height=0.95,
-        places=_everywhere(mountains=2, snow=1.6, street=0.4),
+        places=_everywhere(1.0, mountains=1.8, snow=1.6, street=0.7),
         poses=(*_WALKERS, "sitting"),
         natural=("brown", "brown", "black", "white"),
         bright=0.2,
@@ -170,7 +170,7 @@ SPECIES: Mapping[str, Species] = {
     "bird": Species(
         draw=park_pets.bird,
         height=0.42,
-        places=_everywhere(park=1.5, beach=1.5),
+        places=_everywhere(0.8, park=1, beach=1),
         poses=("standing", "flying"),
         natural=("brown", "black", "grey", "white"),
         bright=0.55,
@@ -181,7 +181,7 @@ SPECIES: Mapping[str, Species] = {
     "teddy bear": Species(
         draw=park_pets.teddy_bear,
         height=0.5,
-        places=_everywhere(park=1.2, snow=1.2),
+        places=_everywhere(0.8),
         natural=("brown", "brown", "white", "grey"),
         bright=0.5,
         fur=0.4,
@@ -191,7 +191,7 @@ SPECIES: Mapping[str, Species] = {
     "car": Species(
         draw=park_objects.car,
         height=0.72,
-        places={"street": 6, "park": 0.4, "snow": 1, "mountains": 1, "farm": 0.6, "beach": 0.4},
+        places={"street": 5, "park": 0.6, "snow": 1.6, "mountains": 1.6, "farm": 1.2, "beach": 0.8},
         natural=("black", "white", "grey"),
         bright=0.75,
         layer="road",
@@ -202,7 +202,7 @@ SPECIES: Mapping[str, Species] = {
     "bus": Species(
         draw=park_objects.bus,
         height=1.12,
-        places={"street": 4, "snow": 0.6, "mountains": 0.6, "farm": 0.4},
+        places={"street": 6, "snow": 2, "mountains": 2, "farm": 1.6},
         natural=("white", "grey"),
         bright=0.85,
         layer="road",
@@ -213,7 +213,7 @@ SPECIES: Mapping[str, Species] = {
     "truck": Species(
         draw=park_objects.truck,
         height=1.0,
-        places={"street": 3, "snow": 0.8, "mountains": 0.8, "farm": 1.4},
+        places={"street": 4.5, "snow": 1.6, "mountains": 1.6, "farm": 2.4},
         natural=("white", "grey", "black", "brown"),
         bright=0.75,
         layer="road",
@@ -224,7 +224,7 @@ SPECIES: Mapping[str, Species] = {
     "bicycle": Species(
         draw=park_objects.bicycle,
         height=0.62,
-        places=_everywhere(street=2, park=1.5, snow=0.4, beach=0.6),
+        places=_everywhere(1.5, street=2),
         natural=("black", "white"),
         bright=0.85,
         fur=0.05,
@@ -245,7 +245,7 @@ SPECIES: Mapping[str, Species] = {
     "airplane": Species(
         draw=park_objects.airplane,
         height=0.66,
-        places=_everywhere(park=0.6, farm=0.5),
+        places=_everywhere(0.8),
         natural=("white", "grey"),
         bright=0.7,
         layer="air",
@@ -256,7 +256,7 @@ SPECIES: Mapping[str, Species] = {
     "kite": Species(
         draw=park_objects.kite,
         height=0.5,
-        places=_everywhere(beach=2, park=1.5, street=0.3),
+        places=_everywhere(0.4, beach=0.7, street=0.2),
         bright=1.0,
         layer="air",
         fur=0.08,
@@ -266,7 +266,7 @@ SPECIES: Mapping[str, Species] = {
     "sports ball": Species(
         draw=park_objects.ball,
         height=0.36,
-        places=_everywhere(beach=2, park=2),
+        places=_everywhere(0.7, beach=1.1, park=1.1),
         natural=("white", "black"),
         bright=0.88,
         fur=0.12,
