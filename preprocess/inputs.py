@@ -20,8 +20,8 @@ from mas.shards import OnReject, Sample, ShardError, expand_shards, local_path, 
 from preprocess.executor import Job
 from preprocess.photo import EXTENSIONS
 
-# What may lie beside a photo in a folder, as `stem.ending`.
-COMPANIONS = ("txt", "json", "panoptic.png", "segments.json", "human.png", "landmarks.json")
+# What may lie beside a photo in a folder, as `stem.ending`; the longer endings first.
+COMPANIONS = ("panoptic.png", "segments.json", "human.png", "landmarks.json", "json", "txt")
 
 
 @dataclass(frozen=True)

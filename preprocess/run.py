@@ -75,7 +75,7 @@ def preprocess(
         partial(SceneWorker, config, output.rstrip("/"), batch_size=batch_size, threads=threads),
         output,
         command="preprocess",
-        settings=_settings(config),
+        settings=settings_of(config),
         config=ExecutorConfig(
             kind=executor,
             workers=workers,
@@ -101,7 +101,7 @@ def preprocess(
     return summary.status
 
 
-def _settings(config: SceneConfig) -> dict[str, Any]:
+def settings_of(config: SceneConfig) -> dict[str, Any]:
     """What decides the output; where a network runs does not."""
     settings = asdict(config)
     for part in ("panoptic", "human", "face"):

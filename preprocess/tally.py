@@ -10,6 +10,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import PIL
+
 from mas.scene import CLASS_NAMES
 from mas.shards import Sample
 from preprocess.executor import Report
@@ -84,6 +87,7 @@ class Tally:
             "photos_out": photos_out,
             "rejected": {r.value: self.rejected[r.value] for r in Reject if self.rejected[r.value]},
             "people": self._people,
+            "versions": {"pillow": PIL.__version__, "numpy": np.__version__},
             "void": round(self._void / max(1, photos_out), 4),
             "seconds": {stage: round(seconds, 3) for stage, seconds in self._seconds.items()},
             "classes": {

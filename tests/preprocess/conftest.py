@@ -1,0 +1,17 @@
+import os
+
+import counting_worker
+import pytest
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """One small Ray for all tests of a module."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray = pytest.importorskip("ray")
+    ray.cloudpickle.register_pickle_by_value(counting_worker)  # Ray's processes lack tests/
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20
+    )
+    yield ray
+    ray.shutdown()

@@ -1,0 +1,229 @@
+import errno
+import json
+from functools import partial
+
+import pytest
+from counting_worker import BrokenWorker, CountingWorker
+
+from mas.shards import ShardError
+from preprocess.executor import ExecutorConfig, Job, execute
+from preprocess.run_folder import FolderError, RunFolder
+from preprocess.status import preprocess_status
+
+NAMES = [f"{i:05d}" for i in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr("preprocess.executor.WAIT_SECONDS", (0.0, 0.0))
+
+
+@pytest.fixture(params=["serial", "ray"])
+def kind(request):
+    if request.param == "ray":
+        request.getfixturevalue("local_ray")
+    return request.param
+
+
+class World:
+    """Jobs, an output folder, and trouble to be planned."""
+
+    def __init__(self, folder):
+        self.output, self.trouble = folder / "out", folder / "trouble"
+        self.trouble.mkdir()
+
+    def plan(self, **trouble):
+        for name, kinds in trouble.items():
+            (self.trouble / name.removeprefix("n")).write_text(kinds)
+
+    def run(self, kind="serial", *, jobs=None, settings=None, command="count", **options):
+        return execute(
+            jobs or [Job(name, f"source {name}", fingerprint=name) for name in NAMES],
+            partial(CountingWorker, str(self.output), str(self.trouble)),
+            str(self.output),
+            command=command,
+            settings=settings or {"photo": {"size": 8}},
+            config=ExecutorConfig(kind=kind, workers=2, **options),
+        )
+
+    def results(self):
+        return {path.name: path.read_text() for path in sorted(self.output.glob("*.txt"))}
+
+    def names(self, pattern):
+        return sorted(path.name for path in self.output.glob(pattern))
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+WANTED = {f"{name}.txt": f"made of source {name}" for name in NAMES}
+TIDY = {"run.json", *WANTED, *(f"{name}.stats.json" for name in NAMES)}
+
+
+def test_every_job_is_done_once_and_nothing_else_is_left(world, kind):
+    summary = world.run(kind)
+    assert (summary.done, summary.skipped, summary.failed, summary.status) == (6, 0, {}, 0)
+    assert world.results() == WANTED and set(world.names("*")) == TIDY
+    assert set(world.names(".*")) <= {".", ".."}
+    again = world.run(kind)
+    assert (again.done, again.skipped) == (0, 6)
+
+
+def test_only_what_is_missing_is_made_again(world):
+    world.run()
+    for name in ("00001.stats.json", "00004.stats.json", "00004.txt"):
+        (world.output / name).unlink()
+    (world.output / "00001.txt").write_text("half written")
+    (world.output / "00004.running.json").write_text('{"attempt": 3}')  # its run was killed
+    summary = world.run()
+    assert (summary.done, summary.skipped) == (2, 4)
+    assert world.results() == WANTED and set(world.names("*")) == TIDY
+
+
+def test_bad_data_is_set_aside_and_the_others_go_on(world):
+    world.plan(n00002="data data")
+    summary = world.run()
+    assert summary.failed == {"00002": "the data is bad"} and summary.status == 1
+    assert len(world.results()) == 5
+    assert json.loads((world.output / "00002.error.json").read_text())["traceback"]
+
+    again = world.run()
+    assert again.failed.keys() == {"00002"} and (again.done, again.skipped) == (0, 5)
+
+    world.plan(n00002="")
+    mended = world.run(retry_failed=True)
+    assert mended.status == 0 and world.results() == WANTED and set(world.names("*")) == TIDY
+
+
+def test_passing_trouble_is_tried_again(world):
+    world.plan(n00000="network", n00003="bug network", n00004="bug bug bug")
+    summary = world.run()
+    assert summary.failed == {"00004": "RuntimeError('a bug')"}
+    assert len(world.results()) == 5
+
+
+def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(world):
+    world.plan(n00001="full")
+    with pytest.raises(OSError, match="No space left"):
+        world.run()
+    assert not world.names("*.error.json")
+    summary = world.run()
+    assert summary.status == 0 and world.results() == WANTED and set(world.names("*")) == TIDY
+
+
+def test_killed_workers_are_replaced_and_deadly_shards_set_aside(world, local_ray):
+    world.plan(n00001="kill", n00002="kill kill kill kill kill", n00004="data")
+    summary = world.run("ray")
+    assert summary.failed == {"00002": "killed its worker 3 times", "00004": "the data is bad"}
+    assert world.results().keys() == WANTED.keys() - {"00002.txt", "00004.txt"}
+
+
+def test_a_worker_that_cannot_start_ends_the_run_with_its_reason(world, kind):
+    with pytest.raises(OSError, match="mas fetch-weights"):
+        execute(
+            [Job("00000", "x", fingerprint="1")],
+            BrokenWorker,
+            str(world.output),
+            command="count",
+            settings={},
+            config=ExecutorConfig(kind=kind, workers=1),
+        )
+    assert world.run(settings={"other": 1}).status == 0  # nothing was made, nothing is in the way
+
+
+def test_other_settings_are_refused_by_name(world):
+    world.run()
+    with pytest.raises(FolderError, match=r"photo\.size is 8 there and 9 here"):
+        world.run(settings={"photo": {"size": 9}})
+    with pytest.raises(FolderError, match=r"photo\.new is None there and 1 here"):
+        world.run(settings={"photo": {"size": 8, "new": 1}})
+    with pytest.raises(FolderError, match="mas count"):
+        world.run(command="tokenize")
+
+
+def test_another_input_is_refused(world):
+    world.run()
+    with pytest.raises(ShardError, match="another input"):
+        world.run(jobs=[Job("00001", "x", fingerprint="other")])
+
+
+def test_a_run_may_grow(world):
+    first = [Job(name, f"source {name}", fingerprint=name) for name in NAMES[:2]]
+    assert world.run(jobs=first).done == 2
+    summary = world.run()
+    assert (summary.done, summary.skipped) == (4, 2)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(world):
+    world.output.mkdir()
+    (world.output / "thesis.doc").write_text("x")
+    with pytest.raises(FolderError, match=r"something else \(thesis\.doc\)"):
+        world.run()
+    assert world.names("*") == ["thesis.doc"]
+
+
+def test_an_output_that_cannot_be_written_is_an_error_and_leaves_nothing(world, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mas.shard_files.os.replace", refuse)
+        with pytest.raises(PermissionError):
+            world.run()
+    assert not [p for p in world.output.rglob("*") if p.is_file()]
+    world.output.rmdir()
+    world.output.write_text("a file where the folder should be")
+    with pytest.raises(OSError, match="out"):
+        world.run()
+
+
+def status_of(world, capsys):
+    code = preprocess_status(str(world.output), as_json=True)
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_status_tells_done_failed_and_rejected(world, capsys):
+    world.plan(n00002="data")
+    world.run()
+    code, status = status_of(world, capsys)
+    assert code == 1 and status["failed"] == {"00002": "the data is bad"}
+    assert (status["shards"], status["done"], status["running"]) == (6, 5, 0)
+    assert status["rejected"] == {"no_caption": 5} and not status["alive"]
+    assert (status["photos_in"], status["photos_out"]) == (15, 10)
+
+
+def test_the_status_of_a_run_at_work_comes_from_its_files(world, capsys):
+    class Peek(CountingWorker):
+        def __call__(self, job, report):
+            report(1)
+            if job.name == "00003":
+                seen.append(status_of(world, capsys))
+            return super().__call__(job, report)
+
+    seen = []
+    execute(
+        [Job(name, f"source {name}", fingerprint=name) for name in NAMES],
+        partial(Peek, str(world.output), str(world.trouble)),
+        str(world.output),
+        command="count",
+        settings={},
+        config=ExecutorConfig(kind="serial"),
+    )
+    ((code, status),) = seen
+    assert code == 0 and status["alive"] and status["running"] == 1 and status["done"] == 3
+    assert preprocess_status(str(world.output)) == 0
+    assert "finished: 6 of 6 shards done" in capsys.readouterr().out
+
+
+def test_the_status_of_a_strange_folder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"no run\.json"):
+        preprocess_status(str(tmp_path))
+
+
+def test_a_broken_evidence_file_is_named(world):
+    world.run()
+    (world.output / "run.json").write_text("{")
+    with pytest.raises(FolderError, match=r"run\.json"):
+        RunFolder(str(world.output)).read("run.json")

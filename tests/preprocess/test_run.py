@@ -1,0 +1,257 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from photo_world import (
+    blocks,
+    colour_of,
+    encode,
+    make_shards,
+    panoptic_files,
+    photo_sample,
+    tar_bytes,
+    write_photos,
+)
+from PIL import Image
+
+from mas.shards import read_shard
+from preprocess.inputs import find_jobs
+from preprocess.photo import PhotoConfig
+from preprocess.run import preprocess
+from preprocess.segment import FaceConfig, HumanConfig, PanopticConfig
+
+SETTINGS = {
+    "photo": PhotoConfig(size=48, min_side=16),
+    "human": HumanConfig(source="none"),
+    "face": FaceConfig(source="none"),
+}
+
+
+def run(input, output, **options):
+    settings = {**SETTINGS, "executor": "serial", **options}
+    return preprocess(input=str(input), output=str(output), **settings)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("photos") / "shards", shards=4, photos=6)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory):
+    """The tars of a run that nothing happened to."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert run(shards, output) == 0
+    return tar_bytes(output)
+
+
+def leftovers(folder):
+    return [p.name for p in folder.iterdir() if p.name.endswith(".tmp") or ".running." in p.name]
+
+
+@pytest.mark.parametrize("executor", ["serial", "ray"])
+def test_the_executor_does_not_change_a_byte(shards, undisturbed, tmp_path, executor, request):
+    if executor == "ray":
+        request.getfixturevalue("local_ray")
+    output = tmp_path / "out"
+    assert run(shards, output, executor=executor, workers=2, batch_size=5, threads=2) == 0
+    assert tar_bytes(output) == undisturbed and not leftovers(output)
+    for name in undisturbed:
+        keys = [sample.key for sample in read_shard(str(output / name))]
+        assert keys == [sample.key for sample in read_shard(str(shards / name))]
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path):
+    photos = make_shards(tmp_path / "photos", shards=5, photos=40, width=480, height=320)
+    output, whole = tmp_path / "out", tmp_path / "whole"
+    command = [sys.executable, "-m", "mas", "preprocess", "--executor", "serial"]
+    command += ["--photo.size", "48", "--photo.min-side", "16"]
+    command += ["--human.source", "none", "--face.source", "none"]
+    command += ["--input", str(photos), "--output"]
+    process = subprocess.Popen([*command, str(output)], stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not (output / "00001.running.json").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = {path.name for path in output.glob("*.stats.json")}
+    assert "00000.stats.json" in done and len(done) < 5 and leftovers(output)
+
+    subprocess.run([*command, str(output)], check=True, capture_output=True)
+    assert run(photos, whole) == 0
+    assert tar_bytes(output) == tar_bytes(whole) and not leftovers(output)
+
+
+def test_a_truncated_tar_fails_alone_and_can_be_mended(shards, undisturbed, tmp_path, capsys):
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for path in shards.iterdir():
+        (photos / path.name).write_bytes(path.read_bytes())
+    os.truncate(photos / "00002.tar", 5000)
+    assert run(photos, output) == 1
+    printed = capsys.readouterr().out
+    assert "00002.tar: truncated" in printed and "--retry-failed" in printed
+    assert tar_bytes(output).keys() == undisturbed.keys() - {"00002.tar"}
+    assert not leftovers(output)
+    (photos / "00002.tar").write_bytes((shards / "00002.tar").read_bytes())
+    assert run(photos, output, retry_failed=True) == 0
+    assert tar_bytes(output) == undisturbed
+
+
+def test_the_summary_counts_photos_rejects_and_classes(tmp_path, capsys):
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    samples = [photo_sample("a"), photo_sample("b", jpg=b""), photo_sample("c", txt=None)]
+    write_photos(photos / "00000.tar", samples)
+    assert run(photos, output) == 0
+    printed = capsys.readouterr().out
+    assert "3 photos in, 1 out, 2 rejected: " in printed
+    assert "unknown_format 1" in printed and "no_caption 1" in printed
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["classes"]["sky-other-merged"]["photos"] == 1
+    stats = json.loads((output / "00000.stats.json").read_text())
+    assert stats["photos_in"] == 3 and stats["settings"] and stats["versions"]["pillow"]
+
+
+def test_urls_are_read_and_written(shards, undisturbed):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{shards}/", "/cloud/in/", recursive=True)
+    assert run("memory://cloud/in", "memory://cloud/out") == 0
+    assert run("memory://cloud/in", "memory://cloud/out") == 0  # nothing to do
+    written = {n.rpartition("/")[2]: memory.cat(n) for n in memory.glob("/cloud/out/*.tar")}
+    assert written == undisturbed
+    assert not [n for n in memory.ls("/cloud/out", False) if "running" in n]
+
+
+def test_other_settings_are_refused_by_name(shards, tmp_path):
+    run(shards, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"photo\.quality is 95 there and 80 here"):
+        run(shards, tmp_path / "out", photo=PhotoConfig(size=48, min_side=16, quality=80))
+
+
+def test_where_a_network_runs_is_no_setting():
+    from preprocess.run import settings_of
+    from preprocess.worker import SceneConfig
+
+    here, there = (
+        settings_of(
+            SceneConfig(panoptic=PanopticConfig(source="mask2former", options={"device": device}))
+        )
+        for device in ("cpu", "cuda")
+    )
+    assert here == there
+
+
+@pytest.mark.parametrize("input", ["nothing-here", "empty", "{00000..00009}.tar"])
+def test_a_missing_input_leaves_no_output(tmp_path, input):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=input.partition(".")[0].replace("{", r"\{")):
+        run(tmp_path / input, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_shard_fails(tmp_path, capsys):
+    write_photos(tmp_path / "00000.tar", [])
+    assert run(tmp_path / "00000.tar", tmp_path / "out") == 1
+    assert "the shard is empty" in capsys.readouterr().out
+    assert not tar_bytes(tmp_path / "out")
+
+
+def test_the_input_folder_is_never_written_to(shards, undisturbed):
+    before = tar_bytes(shards)
+    with pytest.raises(ValueError, match="something else"):
+        run(shards, shards)
+    assert tar_bytes(shards) == before
+
+
+def write_folder(folder, names):
+    for number, name in enumerate(names):
+        ids, categories = blocks(96, 64, seed=number)
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        format = {"jpg": "JPEG", "JPG": "JPEG", "png": "PNG", "webp": "WEBP"}[path.suffix[1:]]
+        path.write_bytes(encode(Image.fromarray(colour_of(ids)), format))
+        path.with_suffix(".txt").write_text(f"picture {name}")
+        for ending, content in panoptic_files(ids, categories).items():
+            path.with_suffix(f".{ending}").write_bytes(content)
+
+
+def test_a_folder_of_images_becomes_shards(tmp_path):
+    names = ["b.jpg", "a.png", "sub/c.webp", "sub/d.JPG", "v1.5 final.jpg"]
+    write_folder(tmp_path / "images", names)
+    (tmp_path / "images" / "notes.txt").write_text("no picture of this name")
+    assert run(tmp_path / "images", tmp_path / "out", samples_per_shard=2) == 0
+    keys = [
+        [sample.key for sample in read_shard(str(path))]
+        for path in sorted((tmp_path / "out").glob("*.tar"))
+    ]
+    assert keys == [["a", "b"], ["sub/c", "sub/d"], ["v1_5 final"]]
+    first = next(read_shard(str(tmp_path / "out" / "00000.tar")))
+    assert first.files["txt"] == b"picture a.png"
+    with pytest.raises(ValueError, match="another input"):  # a new file moves the others
+        write_folder(tmp_path / "images", ["0.jpg"])
+        run(tmp_path / "images", tmp_path / "out", samples_per_shard=2)
+
+
+def test_images_that_would_share_a_key_are_refused(tmp_path):
+    write_folder(tmp_path / "images", ["a.b.jpg", "a_b.jpg"])
+    with pytest.raises(ValueError, match="share the key a_b"):
+        find_jobs(str(tmp_path / "images"))
+
+
+def test_coco_as_it_is_downloaded_becomes_shards(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "panoptic").mkdir()
+    images, sentences, annotations = [], [], []
+    for number in (7, 3, 5):
+        sample = photo_sample(f"{number:012d}", seed=number)
+        name = f"{number:012d}"
+        if number != 5:  # one photo was not downloaded
+            (tmp_path / "images" / f"{name}.jpg").write_bytes(sample.files["jpg"])
+        (tmp_path / "panoptic" / f"{name}.png").write_bytes(sample.files["panoptic.png"])
+        images.append({"id": number, "file_name": f"{name}.jpg", "width": 96, "license": 4})
+        info = json.loads(sample.files["segments.json"])["segments_info"]
+        annotations.append({"image_id": number, "file_name": f"{name}.png", "segments_info": info})
+        for i in (1, 0):
+            caption = f"caption {i} of {number} "
+            sentences.append({"id": 10 * number + i, "image_id": number, "caption": caption})
+    captions, panoptic = tmp_path / "captions.json", tmp_path / "panoptic.json"
+    captions.write_text(json.dumps({"images": images, "annotations": sentences}))
+    panoptic.write_text(json.dumps({"annotations": annotations}))
+    status = run(
+        tmp_path / "images",
+        tmp_path / "out",
+        captions=str(captions),
+        panoptic=PanopticConfig(
+            source="coco-annotations", json=str(panoptic), folder=str(tmp_path / "panoptic")
+        ),
+    )
+    assert status == 0
+    three, seven = read_shard(str(tmp_path / "out" / "00000.tar"))
+    fields = json.loads(three.files["json"])
+    assert fields["captions"] == ["caption 0 of 3", "caption 1 of 3"]
+    assert (fields["image_id"], fields["license"]) == (3, 4)
+    assert three.files["txt"] == b"caption 0 of 3" and seven.key == "000000000007"
+    reject = json.loads((tmp_path / "out" / "00000.rejects.jsonl").read_text())
+    assert (reject["key"], reject["reason"]) == ("000000000005", "no_photo")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"images": []}', '{"images": [{}]}'])
+def test_what_is_no_captions_json_is_named(tmp_path, content):
+    (tmp_path / "captions.json").write_text(content)
+    with pytest.raises(ValueError, match=r"captions\.json: not COCO"):
+        find_jobs(str(tmp_path), captions=str(tmp_path / "captions.json"))
+
+
+def test_two_shards_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        make_shards(tmp_path / folder, shards=1, photos=1)
+    with pytest.raises(ValueError, match=r"several shards are called 00000\.tar"):
+        find_jobs(f"{tmp_path}/*/*.tar")
