@@ -25,13 +25,12 @@ from mas.scene import CHANNELS, CLASSES, EDGE_CHANNEL, VOID
 from mas.storage import load_network, save_network
 from mas.vq import Backbone, ConvDecoder, ConvEncoder, check_tokens, shape_text, start_weights
 from mas.vq_codebook import Codebook
-from mas.vqseg_loss import decide_labels, positive_weights, scene_loss
+from mas.vqseg_loss import PIXELS_AT_ONCE, decide, positive_weights, scene_loss
 
 Layout = Literal["default", "published"]
 QuantizerName = Literal["nearest", "cosine"]
 CLASS_BIAS = -math.log(CLASSES)  # logits start at the share of an average class …
 EDGE_BIAS = -2.0  # … and of an edge, or the first steps would only learn that most is absent
-DECODE_MAPS = 4  # maps whose 158 logits a pixel exist at once while decoding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,21 +199,20 @@ class VQSEG(nn.Module):
     def decode(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Labels (uint8 B H W) and edges (bool B H W) of tokens.
 
-        A pixel takes the most probable label, void included (`decide_labels`); an edge is where
-        the edge channel's probability exceeds one half.
+        A pixel takes its most probable label, void included; an edge is where the edge channel's
+        probability exceeds one half (see `decide`).
 
         Raises:
             ValueError: T is not `config.grid`², or a token is not below `config.codes`.
         """
-        parts = []
-        for part_BT in tokens_BT.split(DECODE_MAPS):
-            logits_BCHW = self.decode_logits(part_BT)
-            pixels_PC = rearrange(logits_BCHW, "b c h w -> (b h w) c")
-            labels_P, edges_P = decide_labels(pixels_PC), pixels_PC[:, EDGE_CHANNEL] > 0
-            size = dict(h=self.config.size, w=self.config.size)
-            parts.append([rearrange(x, "(b h w) -> b h w", **size) for x in (labels_P, edges_P)])
-        labels, edges = zip(*parts, strict=True)
-        return torch.cat(labels), torch.cat(edges)
+        grid = self._decode_grid(tokens_BT)
+        features_PD = self._pixels(grid)
+        decided = [
+            decide(features if self.head is None else self.head.classifier(features))
+            for features in features_PD.split(PIXELS_AT_ONCE)
+        ]
+        labels, edges = (torch.cat(parts) for parts in zip(*decided, strict=True))
+        return self._unfold(labels, grid), self._unfold(edges, grid)
 
     def decode_logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits of the 158 channels, B C H W.
@@ -222,20 +220,11 @@ class VQSEG(nn.Module):
         Raises:
             ValueError: as `decode`.
         """
-        check_tokens(tokens_BT, grid=self.config.grid, codes=self.config.codes)
-        tokens_BHW = rearrange(tokens_BT, "b (h w) -> b h w", h=self.config.grid)
-        hidden = self.decoder(self.post_quant(self.quantizer.lookup(tokens_BHW)))
+        grid = self._decode_grid(tokens_BT)
         if self.head is None:
-            return hidden
-        logits_PC = self.head.classifier(self.head(hidden))
-        return rearrange(
-            logits_PC,
-            "(b h w p q) c -> b c (h p) (w q)",
-            p=self.head.patch,
-            q=self.head.patch,
-            h=hidden.shape[2],
-            w=hidden.shape[3],
-        )
+            return grid
+        logits_PC = self.head.classifier(self._pixels(grid))
+        return rearrange(self._unfold(logits_PC, grid), "b h w c -> b c h w")
 
     def loss(self, labels_BHW: Tensor, edges_BHW: Tensor) -> VQSEGLosses:
         """Loss of one batch; arguments and errors as `encode`."""
@@ -251,8 +240,8 @@ class VQSEG(nn.Module):
                     features_PD.float(),
                     classifier.weight,
                     classifier.bias,
-                    labels_P=fold_patches(labels_BHW, self.head.patch).flatten(),
-                    edges_P=fold_patches(edges_BHW, self.head.patch).flatten(),
+                    labels_P=fold_patches(labels_BHW, self.config.patch).flatten(),
+                    edges_P=fold_patches(edges_BHW, self.config.patch).flatten(),
                     face_weight=self.config.face_weight,
                 )
         total = reconstruction + self.config.codebook_weight * quantized.loss
@@ -262,6 +251,29 @@ class VQSEG(nn.Module):
     def forward(self, labels_BHW: Tensor, edges_BHW: Tensor) -> VQSEGLosses:
         """The training step, for wrappers that call the module (DDP, compile)."""
         return self.loss(labels_BHW, edges_BHW)
+
+    def _decode_grid(self, tokens_BT: Tensor) -> Tensor:
+        """The decoder's output: a cell a patch, or (published) a cell a pixel; B D H W."""
+        check_tokens(tokens_BT, grid=self.config.grid, codes=self.config.codes)
+        tokens_BHW = rearrange(tokens_BT, "b (h w) -> b h w", h=self.config.grid)
+        return self.decoder(self.post_quant(self.quantizer.lookup(tokens_BHW)))
+
+    def _pixels(self, grid_BDHW: Tensor) -> Tensor:
+        """Features (published: logits) of the pixels, patch by patch, P D."""
+        if self.head is None:
+            return rearrange(grid_BDHW, "b d h w -> (b h w) d")
+        return self.head(grid_BDHW)
+
+    def _unfold(self, x_P: Tensor, grid_BDHW: Tensor) -> Tensor:
+        """Puts pixels that stand patch by patch back in their places, B H W and the rest."""
+        return rearrange(
+            x_P,
+            "(b h w p q) ... -> b (h p) (w q) ...",
+            h=grid_BDHW.shape[2],
+            w=grid_BDHW.shape[3],
+            p=self.config.patch,
+            q=self.config.patch,
+        )
 
     def _features(self, labels_BHW: Tensor, edges_BHW: Tensor) -> Tensor:
         return self.pre_quant(self.encoder(self.stem(labels_BHW, edges_BHW)))

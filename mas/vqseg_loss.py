@@ -124,13 +124,13 @@ class _SceneLoss(torch.autograd.Function):
         return d_features_PD * scale, d_weight_CD * d_loss, d_bias_C * d_loss, *[None] * 5
 
 
-def decide_labels(logits_PC: Tensor) -> Tensor:
-    """The most probable label of each pixel, uint8 P, void included.
+def decide(logits_PC: Tensor) -> tuple[Tensor, Tensor]:
+    """The most probable label of each pixel, uint8 P, void included; and its edge, bool P.
 
-    The channels are marginals of a choice that excludes all others, so void has the probability
-    1 - Σ p, and wins where that exceeds the largest p.
+    The class channels are marginals of a choice in which each excludes all others, so void has the
+    probability 1 - Σ p, and wins where that exceeds the largest p.
     """
     shares_PC = logits_PC[:, :CLASSES].sigmoid()
     best_P, labels_P = shares_PC.max(dim=1)
-    labels_P = labels_P.to(torch.uint8)
-    return labels_P.masked_fill_(1 - shares_PC.sum(dim=1) > best_P, VOID)
+    void_P = 1 - shares_PC.sum(dim=1) > best_P
+    return labels_P.to(torch.uint8).masked_fill_(void_P, VOID), logits_PC[:, EDGE_CHANNEL] > 0

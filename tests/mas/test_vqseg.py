@@ -10,7 +10,7 @@ from torch import nn
 from mas.scene import CHANNELS, CLASSES, EDGE_CHANNEL, FACE_IDS, VOID
 from mas.storage import StorageError
 from mas.vqseg import VQSEG, VQSEGConfig, fold_patches, one_hot
-from mas.vqseg_loss import decide_labels, positive_weights, scene_loss
+from mas.vqseg_loss import decide, positive_weights, scene_loss
 
 TINY = dict(size=16, grid=4, codes=16, code_width=4, patch=2, width=16, groups=4)
 PUBLISHED = dict(layout="published", patch=1, multipliers=(1, 1, 2), middle=True)
@@ -172,8 +172,10 @@ def test_labels_are_the_most_probable_choice_void_included():
     logits[0, 7] = 2.0  # certain enough
     logits[2, [3, 9]] = torch.logit(torch.tensor([0.45, 0.40]))  # divided, yet surely something
     logits[3, [3, 9]] = torch.logit(torch.tensor([0.30, 0.25]))  # most probably nothing
-    logits[:, EDGE_CHANNEL] = 30.0  # an edge is no label
-    assert decide_labels(logits).tolist() == [7, VOID, 3, VOID]
+    logits[:2, EDGE_CHANNEL] = 30.0  # an edge is no label
+    labels, edges = decide(logits)
+    assert labels.tolist() == [7, VOID, 3, VOID]
+    assert edges.tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize("changes", [{}, {"quantizer": "nearest"}, PUBLISHED])
@@ -186,7 +188,11 @@ def test_tokens_and_scenes_have_the_promised_form(changes):
     assert back_labels.shape == labels.shape and back_labels.dtype == torch.uint8
     assert back_edges.shape == edges.shape and back_edges.dtype == torch.bool
     assert ((back_labels < CLASSES) | (back_labels == VOID)).all()
-    assert vqseg.decode_logits(tokens).shape == (5, CHANNELS, 16, 16)
+    logits = vqseg.decode_logits(tokens)
+    assert logits.shape == (5, CHANNELS, 16, 16)
+    flat_labels, flat_edges = decide(logits.permute(0, 2, 3, 1).reshape(-1, CHANNELS))
+    assert torch.equal(flat_labels.reshape(labels.shape), back_labels)
+    assert torch.equal(flat_edges.reshape(edges.shape), back_edges)
 
 
 def test_training_reaches_every_parameter():
