@@ -118,10 +118,14 @@ class Positions(nn.Module):
             self.rows = nn.Parameter(torch.empty(stream.grid, width))
             self.columns = nn.Parameter(torch.empty(stream.grid, width))
 
-    def forward(self) -> Tensor:
+    def forward(self, first: int, last: int) -> Tensor:
+        """Vectors of positions `first` … `last` - 1 of the stream, T D."""
         if self.grid is None:
-            return self.sequence
-        return rearrange(self.rows[:, None] + self.columns[None], "h w d -> (h w) d")
+            return self.sequence[first:last]
+        if last - first == 1:  # one token while decoding: not worth the whole table
+            return (self.rows[first // self.grid] + self.columns[first % self.grid])[None]
+        table_HWD = self.rows[:, None] + self.columns[None]
+        return rearrange(table_HWD, "h w d -> (h w) d")[first:last]
 
 
 class Attention(nn.Module):
@@ -290,11 +294,9 @@ class GPT(nn.Module):
         for stream in self.layout.streams:
             first, last = max(start, stream.start), min(stop, stream.stop)
             if first < last:
-                local = tokens_BT[:, first - start : last - start]
-                positions = self.positions[stream.name]()[
-                    first - stream.start : last - stream.start
-                ]
-                pieces.append(self.embeddings[stream.name](local) + positions)
+                positions = self.positions[stream.name]
+                x_BTD = self.embeddings[stream.name](tokens_BT[:, first - start : last - start])
+                pieces.append(x_BTD + positions(first - stream.start, last - stream.start))
         return torch.cat(pieces, dim=1)
 
     def save_pretrained(self, folder: str | Path) -> None:

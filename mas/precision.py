@@ -14,6 +14,7 @@ import torch
 
 from mas.generate import Decoder
 from mas.gpt import GPT, GPTConfig
+from mas.quantize import Bfloat16Linear, Int8Linear, with_linears
 
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
 MEMORY_INFO = Path("/proc/meminfo")
@@ -47,11 +48,16 @@ def make_decoder(gpt: GPT, precision: Precision) -> Decoder:
     """
     if precision not in get_args(Precision):
         raise ValueError(f"precision is {precision!r}, use one of {', '.join(get_args(Precision))}")
+    on_cpu = gpt.device.type == "cpu"
     if precision == "auto":
-        precision = "bfloat16" if gpt.device.type == "cuda" else "float32"
-    if precision == "bfloat16":
-        return copy.deepcopy(gpt).to(torch.bfloat16)
-    return gpt
+        precision = "float32" if on_cpu else "bfloat16"
+    if precision == "float32":
+        return gpt
+    if on_cpu:
+        return with_linears(gpt, Int8Linear if precision == "int8" else Bfloat16Linear)
+    if precision == "int8":
+        raise ValueError(f"int8 runs on the CPU only, not on {gpt.device}; use bfloat16 there")
+    return copy.deepcopy(gpt).to(torch.bfloat16)
 
 
 def pictures_that_fit(decoder: Decoder, config: GPTConfig) -> int:

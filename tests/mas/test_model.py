@@ -164,9 +164,12 @@ def test_progress_shows_the_scene_first_then_the_picture_row_by_row(tiny_model):
     assert np.array_equal(np.asarray(last[0].images()[0]), pixels(out)[0])
 
 
-def test_bfloat16_samples_and_leaves_the_network_in_float32(tiny_folder):
-    model = MakeAScene.from_pretrained(tiny_folder, device="cpu", precision="bfloat16")
-    assert model.decoder.dtype == torch.bfloat16 and model.gpt.dtype == torch.float32
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_smaller_weights_sample_and_leave_the_network_in_float32(tiny_folder, precision):
+    model = MakeAScene.from_pretrained(tiny_folder, device="cpu", precision=precision)
+    dtypes = {tensor.dtype for tensor in model.decoder.state_dict().values()}
+    assert {"bfloat16": torch.bfloat16, "int8": torch.int8}[precision] in dtypes
+    assert model.gpt.dtype == torch.float32
     assert len(model.generate(CAPTION, count=2).images) == 2
 
 
