@@ -103,7 +103,7 @@ def cut_square(image: np.ndarray, size: int) -> Image.Image:
     left, top, side = Square.of(image.shape[1], image.shape[0])
     return Image.fromarray(image).resize(
         (size, size),
-        Image.Resampling.LANCZOS,
+        Image.Resampling.BICUBIC,  # antialiased in Pillow; a third cheaper than Lanczos
         box=(left, top, left + side, top + side),
         reducing_gap=3.0,
     )

@@ -224,11 +224,12 @@ def decode_panoptic(png: bytes, segments_info: Sequence[dict[str, Any]]) -> Segm
     Raises:
         RejectError: not a PNG, or ids and categories that do not fit.
     """
-    image = _open_png(png, "panoptic PNG").convert("RGB")
-    pixels = np.asarray(image.convert("RGBA")).view(np.uint32).ravel()  # one number a pixel
+    image = _open_png(png, "panoptic PNG")
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32)  # one number a pixel
     starts = np.flatnonzero(np.concatenate(([True], pixels[1:] != pixels[:-1])))
     lengths = np.diff(starts, append=pixels.size)
-    colours = np.asarray(image).reshape(-1, 3)[starts]
+    colours = pixels[starts].view(np.uint8).reshape(-1, 4)[:, :3]
     try:
         runs = from_coco(colours[None], segments_info)
     except (SceneError, KeyError, TypeError) as error:

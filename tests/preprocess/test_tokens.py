@@ -1,0 +1,152 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from photo_world import make_shards, photo_sample, write_photos
+from PIL import Image
+
+from mas.shards import ShardError, TokenShards, read_captions, read_shard
+from mas.text import Tokenizer
+from mas.vqgan import VQGAN, VQGANConfig
+from mas.vqseg import VQSEG, VQSEGConfig
+from preprocess.inspect import read_pair
+from preprocess.photo import PhotoConfig
+from preprocess.run import preprocess
+from preprocess.segment import FaceConfig, HumanConfig
+from preprocess.tokens import tokenize
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Scene shards of 48 pixels and tiny tokenizers of 32; one photo has three captions."""
+    folder = tmp_path_factory.mktemp("tokens")
+    photos = make_shards(folder / "photos", shards=2, photos=3)
+    captions = json.dumps({"captions": ["one dog", "a dog", "grass and sky"]}).encode()
+    samples = [photo_sample("a"), photo_sample("b", seed=4, json=captions), photo_sample("c")]
+    write_photos(photos / "00001.tar", samples)
+    preprocess(
+        input=str(photos),
+        output=str(folder / "scenes"),
+        photo=PhotoConfig(size=48, min_side=16),
+        human=HumanConfig(source="none"),
+        face=FaceConfig(source="none"),
+        executor="serial",
+    )
+    torch.manual_seed(0)
+    VQSEG(VQSEGConfig(size=SIZE, grid=4, codes=16, width=32, groups=4, patch=4)).save_pretrained(
+        folder / "vqseg"
+    )
+    VQGAN(
+        VQGANConfig(
+            size=SIZE,
+            codes=300,
+            code_width=8,
+            features=32,
+            width=32,
+            multipliers=(1, 1, 1),
+            blocks=1,
+            attention=(),
+            groups=4,
+        )
+    ).save_pretrained(folder / "vqgan")
+    Tokenizer.fit(["a dog on grass", "picture one"], vocab_size=280, length=6).save(
+        folder / "tokenizer.json"
+    )
+    return folder
+
+
+def run(world, output, **options):
+    paths = {name: str(world / name) for name in ("vqseg", "vqgan")}
+    settings = {
+        "input": str(world / "scenes"),
+        "tokenizer": str(world / "tokenizer.json"),
+        "executor": "serial",
+        **paths,
+        **options,
+    }
+    return tokenize(output=str(output), **settings)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.npy"))}
+
+
+def test_tokens_are_those_of_the_networks_and_captions_those_of_the_shards(world, tmp_path):
+    assert run(world, tmp_path / "out", batch_size=2) == 0
+    shards = TokenShards(tmp_path / "out")
+    vqseg, vqgan = VQSEG.from_pretrained(world / "vqseg"), VQGAN.from_pretrained(world / "vqgan")
+    tokenizer = Tokenizer.from_file(world / "tokenizer.json")
+    samples = [s for i in range(2) for s in read_shard(str(world / "scenes" / f"0000{i}.tar"))]
+    assert len(shards) == len(samples) == 6
+    for (text, scene_tokens, image_tokens), sample in zip(shards, samples, strict=True):
+        photo, scene = read_pair(sample)
+        scene = scene.resized(SIZE)
+        pixels = np.array(photo.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+        wanted = vqseg.encode(torch.tensor(scene.labels)[None], torch.tensor(scene.edges)[None])
+        assert np.array_equal(scene_tokens, wanted[0])
+        wanted = vqgan.encode(torch.tensor(pixels).permute(2, 0, 1)[None] / 255)
+        assert np.array_equal(image_tokens, wanted[0])
+        assert np.array_equal(text, tokenizer.encode(read_captions(sample)))
+    assert [len(shards[i][0]) for i in range(6)] == [1, 1, 1, 1, 3, 1]
+
+
+def test_executors_and_batches_do_not_change_a_byte(world, tmp_path):
+    run(world, tmp_path / "one", batch_size=1)
+    run(world, tmp_path / "many", batch_size=16)
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
+
+
+def test_the_manifest_tells_sizes_counts_and_hashes(world, tmp_path):
+    run(world, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["text"].keys() == {"vocabulary", "length", "sha256"}
+    assert (manifest["scene"]["vocabulary"], manifest["scene"]["grid"]) == (16, 4)
+    assert (manifest["image"]["vocabulary"], manifest["image"]["grid"]) == (300, 8)
+    assert manifest["shards"] == [
+        {"name": "00000", "pictures": 3, "captions": 3},
+        {"name": "00001", "pictures": 3, "captions": 5},
+    ]
+
+
+def test_a_second_run_has_nothing_to_do_and_other_tokenizers_are_refused(world, tmp_path, capsys):
+    run(world, tmp_path / "out")
+    capsys.readouterr()
+    assert run(world, tmp_path / "out") == 0
+    assert "0 of 2 shards done, 2 were done before" in capsys.readouterr().out
+    torch.manual_seed(1)
+    VQSEG(VQSEGConfig(size=SIZE, grid=4, codes=16, width=32, groups=4, patch=4)).save_pretrained(
+        tmp_path / "other"
+    )
+    with pytest.raises(ValueError, match=r"scene\.sha256"):
+        run(world, tmp_path / "out", vqseg=str(tmp_path / "other"))
+
+
+def test_what_is_no_scene_shard_fails_without_a_manifest(world, tmp_path, capsys):
+    path = write_photos(tmp_path / "0.tar", [photo_sample("x")])
+    assert run(world, tmp_path / "out", input=path) == 1
+    assert "no scene.png" in capsys.readouterr().out
+    with pytest.raises(ShardError, match="manifest"):
+        TokenShards(tmp_path / "out")
+
+
+def test_photos_smaller_than_the_networks_are_refused_with_the_mend(world, tmp_path, capsys):
+    preprocess(
+        input=str(world / "photos"),
+        output=str(tmp_path / "small"),
+        photo=PhotoConfig(size=16, min_side=16),
+        human=HumanConfig(source="none"),
+        face=FaceConfig(source="none"),
+        executor="serial",
+    )
+    assert run(world, tmp_path / "out", input=str(tmp_path / "small")) == 1
+    assert "preprocess with --photo.size 32" in capsys.readouterr().out
+
+
+def test_a_missing_part_is_named(world, tmp_path):
+    for part in ("vqseg", "vqgan", "tokenizer"):
+        with pytest.raises(ValueError, match="nowhere"):
+            run(world, tmp_path / "out", **{part: str(tmp_path / "nowhere")})
+    assert not (tmp_path / "out").exists()
