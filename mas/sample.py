@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import PngImagePlugin
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import mas
@@ -102,7 +102,7 @@ def sample(
                 batch=batch,
                 on_progress=lambda progress: advance(bar, progress),
             )
-        write_result(folder, result, {"model": {"name": model, "sha256": network.sha256}})
+        write_result(folder, result, model={"name": model, "sha256": network.sha256})
     speed = f"{result.seconds:.1f} s, {result.tokens_per_second:.0f} tokens/s"
     print(f"{output}: {len(result.images)} pictures, {speed}")
 
@@ -193,26 +193,25 @@ def writing(output: Path) -> Iterator[Path]:
         raise
 
 
-def write_result(folder: Path, result: Generation, extra: dict[str, Any]) -> None:
+def write_result(folder: Path, result: Generation, *, model: dict[str, Any]) -> None:
     """Writes pictures, scenes, contact sheet and samples.json."""
+    origin = {"settings": result.settings, "model": model["sha256"]}
     pictures = []
     for i, (image, scene) in enumerate(zip(result.images, result.scenes, strict=True)):
         about = {"caption": result.captions[i], "seed": result.seeds[i]}
-        chunks = png_text({**about, "settings": result.settings, **extra})
-        image.save(folder / f"{i:04}.png", pnginfo=chunks)
+        image.save(folder / f"{i:04}.png", pnginfo=png_text(about | origin))
         scene.to_png(folder / f"{i:04}.scene.png")
         pictures.append({"image": f"{i:04}.png", "scene": f"{i:04}.scene.png", **about})
-    sheet = draw_sheet(result)
     captions = list(dict.fromkeys(result.captions))
     about = {"caption": "; ".join(captions), "seed": result.seeds[0]}
-    sheet.save(folder / SHEET, pnginfo=png_text({**about, "settings": result.settings, **extra}))
+    draw_sheet(result).save(folder / SHEET, pnginfo=png_text(about | origin))
     write_json(
         folder / SAMPLES,
         {
             "caption": captions[0] if len(captions) == 1 else captions,
             "seed": result.seeds[0],
             "settings": result.settings,
-            **extra,
+            "model": model,
             "version": mas.__version__,
             "seconds": round(result.seconds, 3),
             "tokens_per_second": round(result.tokens_per_second, 1),
@@ -221,7 +220,7 @@ def write_result(folder: Path, result: Generation, extra: dict[str, Any]) -> Non
     )
 
 
-def draw_sheet(result: Generation) -> Any:
+def draw_sheet(result: Generation) -> Image.Image:
     """One row a picture: caption, scene in palette colours with edges, picture."""
     cell = min(max(result.images[0].width, SMALLEST_CELL), LARGEST_CELL)
     rows = [
@@ -234,7 +233,7 @@ def draw_sheet(result: Generation) -> Any:
 
 
 def png_text(content: dict[str, Any]) -> PngImagePlugin.PngInfo:
-    """Text chunks: the caption as it is, everything else as JSON; nothing that varies by run."""
+    """Text chunks: texts as they are, everything else as JSON; nothing that varies by run."""
     chunks = PngImagePlugin.PngInfo()
     for key, value in content.items():
         text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
