@@ -199,8 +199,7 @@ class VQSEG(nn.Module):
     def decode(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Labels (uint8 B H W) and edges (bool B H W) of tokens.
 
-        A pixel takes its most probable label, void included; an edge is where the edge channel's
-        probability exceeds one half (see `decide`).
+        What becomes void and what an edge says `decide`.
 
         Raises:
             ValueError: T is not `config.grid`², or a token is not below `config.codes`.

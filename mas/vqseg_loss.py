@@ -125,12 +125,12 @@ class _SceneLoss(torch.autograd.Function):
 
 
 def decide(logits_PC: Tensor) -> tuple[Tensor, Tensor]:
-    """The most probable label of each pixel, uint8 P, void included; and its edge, bool P.
+    """The label of each pixel, uint8 P, and whether it is an edge, bool P.
 
-    The class channels are marginals of a choice in which each excludes all others, so void has the
-    probability 1 - Σ p, and wins where that exceeds the largest p.
+    A pixel holds at most one class, so Σ p is the probability that it holds any: below one half it
+    is void, else it is the most probable class.
     """
     shares_PC = logits_PC[:, :CLASSES].sigmoid()
-    best_P, labels_P = shares_PC.max(dim=1)
-    void_P = 1 - shares_PC.sum(dim=1) > best_P
-    return labels_P.to(torch.uint8).masked_fill_(void_P, VOID), logits_PC[:, EDGE_CHANNEL] > 0
+    void_P = shares_PC.sum(dim=1) < 0.5
+    labels_P = shares_PC.argmax(dim=1).to(torch.uint8)
+    return labels_P.masked_fill_(void_P, VOID), logits_PC[:, EDGE_CHANNEL] > 0

@@ -167,11 +167,11 @@ def test_a_pixel_sees_its_own_label_at_its_own_place():
     assert hidden.grad.abs().sum(1)[0].nonzero().tolist() == [[2, 4]]
 
 
-def test_labels_are_the_most_probable_choice_void_included():
+def test_a_pixel_is_void_where_that_is_more_probable_than_all_classes_together():
     logits = torch.full((4, CHANNELS), -20.0)
     logits[0, 7] = 2.0  # certain enough
-    logits[2, [3, 9]] = torch.logit(torch.tensor([0.45, 0.40]))  # divided, yet surely something
-    logits[3, [3, 9]] = torch.logit(torch.tensor([0.30, 0.25]))  # most probably nothing
+    logits[2, [3, 9]] = torch.logit(torch.tensor([0.30, 0.25]))  # divided, yet surely something
+    logits[3, [3, 9]] = torch.logit(torch.tensor([0.25, 0.20]))  # most probably nothing
     logits[:2, EDGE_CHANNEL] = 30.0  # an edge is no label
     labels, edges = decide(logits)
     assert labels.tolist() == [7, VOID, 3, VOID]
