@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FIRST_SORT = 512  # tokens sorted first by top-p
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -43,8 +45,8 @@ def guide(conditional_BV: Tensor, unconditional_BV: Tensor, guidance: float) -> 
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities after temperature, top-k and top-p, in this order; float64 B V.
 
-    Each row sums to 1 and keeps at least one token. Equal logits at the limit of top-k are kept in
-    the order of `torch.topk`, so exactly k remain.
+    Each row sums to 1, keeps at least one token and depends on its own logits only. Of equal
+    logits at the limit some stay and some go, so that top-k keeps exactly k.
     """
     logits_BV = logits_BV.double()
     if sampling.temperature == 0:
@@ -52,18 +54,48 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
         return torch.zeros_like(logits_BV).scatter_(-1, best_B1, 1.0)
     # Against the largest logit, so that a tiny temperature cannot divide into infinity.
     logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature
-    vocabulary = logits_BV.shape[-1]
-    kept = count_kept(sampling.top_k, vocabulary)
-    if kept == vocabulary and sampling.top_p is None:
-        return logits_BV.softmax(-1)
-    sorted_BK, indices_BK = logits_BV.topk(kept, dim=-1)
-    sorted_BK = sorted_BK.softmax(-1)
+    result_BV = logits_BV.softmax(-1)
+    kept = count_kept(sampling.top_k, logits_BV.shape[-1])
+    if kept < logits_BV.shape[-1]:
+        result_BV = keep_k(result_BV, kept)
     if sampling.top_p is not None:
-        before_BK = sorted_BK.cumsum(-1) - sorted_BK
-        # The first token always stays: nothing comes before it.
-        sorted_BK = sorted_BK.masked_fill(before_BK >= sampling.top_p, 0.0)
-        sorted_BK = sorted_BK / sorted_BK.sum(-1, keepdim=True)
-    return torch.zeros_like(logits_BV).scatter_(-1, indices_BK, sorted_BK)
+        result_BV = torch.cat(
+            [keep_p(row_1V, sampling.top_p, kept) for row_1V in result_BV.split(1)]
+        )
+    return result_BV
+
+
+def keep_k(probabilities_BV: Tensor, count: int) -> Tensor:
+    """Sets all but the `count` largest to zero and makes rows sum to 1 again."""
+    # Only k of one is sorted, where a tie must fall as in argmax; sorting thousands takes long.
+    if count == 1:
+        values_BK, indices_BK = probabilities_BV.max(-1, keepdim=True)
+    else:
+        values_BK, indices_BK = probabilities_BV.topk(count, dim=-1, sorted=False)
+    values_BK = values_BK / values_BK.sum(-1, keepdim=True)
+    return torch.zeros_like(probabilities_BV).scatter_(-1, indices_BK, values_BK)
+
+
+def keep_p(probabilities_1V: Tensor, top_p: float, largest: int) -> Tensor:
+    """Keeps the likeliest tokens of a row until they have `top_p` together; at least one.
+
+    Args:
+        probabilities_1V: sums to 1.
+        top_p: 0 < p ≤ 1.
+        largest: how many tokens have a probability above 0 at most.
+    """
+    # Mostly few tokens suffice, so a short list is sorted first and a longer one when it did not.
+    size = FIRST_SORT if probabilities_1V.device.type == "cpu" else largest
+    while True:
+        sorted_1K, indices_1K = probabilities_1V.topk(min(size, largest), dim=-1)
+        cumulative_1K = sorted_1K.cumsum(-1)
+        if size >= largest or cumulative_1K[0, -1] >= top_p:
+            break
+        size *= 8
+    # The first token always stays: nothing comes before it.
+    sorted_1K = sorted_1K.masked_fill(cumulative_1K - sorted_1K >= top_p, 0.0)
+    sorted_1K = sorted_1K / sorted_1K.sum(-1, keepdim=True)
+    return torch.zeros_like(probabilities_1V).scatter_(-1, indices_1K, sorted_1K)
 
 
 def count_kept(top_k: float | None, vocabulary: int) -> int:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import mas.filter
 from mas.filter import Sampling, count_kept, draw, guide, probabilities, uniforms
 
 LOGITS_BV = torch.randn(5, 50, generator=torch.Generator().manual_seed(0)) * 3
@@ -45,6 +46,16 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
     result = probabilities(logits, Sampling(top_p=0.6))
     expected = torch.tensor([[0.625, 0.375, 0.0, 0.0]]).double()
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_top_p_does_not_depend_on_how_much_is_sorted_at_once(monkeypatch):
+    logits = torch.randn(4, 2000, generator=torch.Generator().manual_seed(1))
+    for sampling in (Sampling(top_p=0.9), Sampling(top_p=0.3, top_k=1500), Sampling(top_p=1.0)):
+        results = []
+        for size in (1, 7, 512, 2000):
+            monkeypatch.setattr(mas.filter, "FIRST_SORT", size)
+            results.append(probabilities(logits, sampling))
+        assert all(torch.equal(results[0], result) for result in results[1:])
 
 
 def test_top_k_of_one_and_temperature_zero_are_greedy():
