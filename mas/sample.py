@@ -30,6 +30,7 @@ from mas.storage import write_json
 
 SAMPLES = "samples.json"
 SHEET = "grid.png"
+WRITING = ".writing."  # prefix of the hidden folder that a run fills first
 OWN_FILE = re.compile(r"\d{4,}(\.scene)?\.png|grid\.png|samples\.json")
 SMALLEST_CELL, LARGEST_CELL = 128, 256  # pixels of a picture in the contact sheet
 
@@ -175,14 +176,18 @@ def writing(output: Path) -> Iterator[Path]:
     if existed and not output.is_dir():
         raise ModelError(f"{output}: is a file; choose a folder")
     old = sorted(output.iterdir()) if existed else []
+    killed = [path for path in old if path.name.startswith(WRITING)]  # left by a run that was
+    old = [path for path in old if path not in killed]
     foreign = [path.name for path in old if not OWN_FILE.fullmatch(path.name)]
-    if foreign or (old and not (output / SAMPLES).is_file()):
+    if foreign or (old and not killed and not (output / SAMPLES).is_file()):
         name = foreign[0] if foreign else old[0].name
         raise ModelError(f"{output}: holds something else ({name}); choose a new folder")
     output.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=output, prefix=".writing.") as temporary:
+        with tempfile.TemporaryDirectory(dir=output, prefix=WRITING) as temporary:
             yield Path(temporary)
+            for path in killed:
+                shutil.rmtree(path)
             for path in old:
                 path.unlink()
             for path in sorted(Path(temporary).iterdir()):

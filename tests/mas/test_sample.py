@@ -217,6 +217,15 @@ def test_a_failure_keeps_the_older_samples_and_no_half_written_ones(run, tmp_pat
     assert files(tmp_path / "out") == before and not (tmp_path / "new").exists()
 
 
+def test_what_a_killed_run_left_is_cleared_away(run, tmp_path):
+    (tmp_path / "out/.writing.abc").mkdir(parents=True)
+    for name in (".writing.abc/0000.png", "0007.png"):
+        (tmp_path / "out" / name).write_text("half")
+    assert run(CAPTION, "--count=1", "--output", "out")[0] == 0
+    names = {"0000.png", "0000.scene.png", "grid.png", "samples.json"}
+    assert set(files(tmp_path / "out")) == names
+
+
 def test_an_unwritable_place_is_one_line(run, tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise PermissionError(13, "Permission denied", str(tmp_path / "out"))
