@@ -40,6 +40,21 @@ class PhotoConfig:
     min_side: int = 32  # pixels; photos with a shorter side are rejected
     max_aspect: float = 6.0  # long side / short side; longer photos are rejected
 
+    def __post_init__(self) -> None:
+        if self.size < 8:
+            raise ValueError(f"photo.size must be at least 8 pixels, got {self.size}")
+        if not 1 <= self.quality <= 95:
+            raise ValueError(f"photo.quality must be 1-95, got {self.quality}")
+        if min(self.decode_side, self.min_side, self.max_megapixels) <= 0 or self.max_aspect < 1:
+            raise ValueError(
+                "photo: decode_side, min_side, max_megapixels must be above 0, max_aspect at least 1"
+            )
+
+    @property
+    def reduced_side(self) -> int:
+        """Short side below which no photo is reduced before it is cut, in pixels."""
+        return max(self.decode_side, self.size)
+
 
 class Decoded(NamedTuple):
     """A photo as a person sees it, maybe reduced."""
@@ -52,7 +67,7 @@ def decode(content: bytes, config: PhotoConfig) -> Decoded:
     """Decodes one photo: first frame, upright by EXIF, RGB, alpha over white.
 
     Large photos come back reduced by a whole factor, with a short side of at least
-    `config.decode_side`. Callers turn Pillow's DecompressionBombWarning into an error.
+    `config.reduced_side`. Callers turn Pillow's DecompressionBombWarning into an error.
 
     Raises:
         RejectError: unknown format, too large, too small, too elongated, broken.
@@ -70,14 +85,14 @@ def decode(content: bytes, config: PhotoConfig) -> Decoded:
     _check_size(image.size, config)
     original = image.size
     try:
-        side = config.decode_side / min(original)
+        side = config.reduced_side / min(original)
         image.draft(None, (round(original[0] * side), round(original[1] * side)))
         image.load()
         orientation = _orientation(image)
         image = _to_rgb(image)
     except Exception as error:  # the same
         raise RejectError(Reject.BROKEN_PHOTO, _describe(error)) from error
-    image = image.reduce(max(1, min(image.size) // config.decode_side))
+    image = image.reduce(max(1, min(image.size) // config.reduced_side))
     if orientation in ORIENTATIONS:
         image = image.transpose(ORIENTATIONS[orientation])
         if orientation >= 5:  # these four exchange width and height

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from types import TracebackType
 
@@ -69,6 +71,8 @@ class ProgressBar:
                 PROGRESS,
                 {
                     "updated": self._beat,
+                    "host": socket.gethostname(),
+                    "pid": os.getpid(),
                     "items": self.items,
                     "made": self.made,
                     "seconds": round(self.seconds, 1),

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +21,10 @@ from mas.shards import ShardError, remove_temporary, write_file
 
 RUN, PROGRESS, SUMMARY = "run.json", "progress.json", "summary.json"
 STATS, ERROR, RUNNING = ".stats.json", ".error.json", ".running.json"
+
+
+ALIVE_SECONDS = 60.0  # a run whose heartbeat is older has stopped
+FOREIGN_SECONDS = 20.0  # the same where its process cannot be looked up: on another machine
 
 
 class FolderError(ValueError):
@@ -81,7 +87,8 @@ class RunFolder:
             shards: how many there will be.
 
         Raises:
-            FolderError: the folder holds something else, or shards made with other settings.
+            FolderError: the folder holds something else, shards made with other settings, or
+                another run is at work on it.
             OSError: it cannot be written to.
         """
         run = self.read(RUN)
@@ -91,12 +98,27 @@ class RunFolder:
             raise FolderError(
                 f"{self.path}: holds something else ({listed}); choose an empty --output folder"
             )
+        self._check_alone()
         if run is not None and any(name.endswith(STATS) for name in names):
             self._compare(run, command, json.loads(json.dumps(settings)))
         filesystem, inner = fsspec.core.url_to_fs(self.path)
         filesystem.makedirs(inner, exist_ok=True)
         content = {"command": command, "settings": settings, "shards": shards}
         self.write(RUN, {**content, "started": time.time()})
+
+    def _check_alone(self) -> None:
+        """Two runs on one folder would remove each other's temporary files."""
+        progress = self.read(PROGRESS) or {}
+        age, host = time.time() - progress.get("updated", 0.0), progress.get("host", "")
+        if host == socket.gethostname():
+            at_work = age < ALIVE_SECONDS and _is_alive(progress["pid"])
+        else:
+            at_work = age < FOREIGN_SECONDS
+        if at_work:
+            raise FolderError(
+                f"{self.path}: another run is at work on it "
+                f"({host}, process {progress.get('pid')}, heard of {age:.0f} s ago); stop that one, or wait for it"
+            )
 
     def _compare(self, run: dict[str, Any], command: str, settings: dict[str, Any]) -> None:
         if run.get("command") != command:
@@ -124,6 +146,16 @@ class RunFolder:
                 f"{fingerprint} here); choose another --output"
             )
         return stats is not None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,9 +8,7 @@ from collections import Counter
 from typing import Any
 
 from mas.scene import CLASS_NAMES
-from preprocess.run_folder import ERROR, PROGRESS, RUN, RUNNING, STATS, RunFolder
-
-ALIVE_SECONDS = 60.0  # a run whose heartbeat is older has stopped
+from preprocess.run_folder import ALIVE_SECONDS, ERROR, PROGRESS, RUN, RUNNING, STATS, RunFolder
 
 
 def preprocess_status(folder: str, *, as_json: bool = False) -> int:

@@ -4,9 +4,9 @@ import counting_worker
 import pytest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def local_ray():
-    """One small Ray for all tests of a module."""
+    """One small Ray for all tests; it is up in a few seconds, once."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray = pytest.importorskip("ray")
     ray.cloudpickle.register_pickle_by_value(counting_worker)  # Ray's processes lack tests/

@@ -1,5 +1,9 @@
 import errno
 import json
+import os
+import socket
+import subprocess
+import time
 from functools import partial
 
 import pytest
@@ -220,6 +224,23 @@ def test_the_status_of_a_run_at_work_comes_from_its_files(world, capsys):
 def test_the_status_of_a_strange_folder_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"no run\.json"):
         preprocess_status(str(tmp_path))
+
+
+def test_two_runs_at_once_on_one_folder_are_refused(world):
+    world.output.mkdir()
+    beat = {"updated": time.time(), "host": socket.gethostname(), "pid": os.getppid()}
+    folder = RunFolder(str(world.output))
+    folder.write("run.json", {"command": "count"})
+    folder.write("progress.json", beat)
+    with pytest.raises(FolderError, match=f"process {os.getppid()}"):
+        world.run()
+    folder.write("progress.json", {**beat, "host": "elsewhere"})
+    with pytest.raises(FolderError, match="elsewhere"):
+        world.run()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    folder.write("progress.json", {**beat, "pid": gone.pid})
+    assert world.run().status == 0
 
 
 def test_a_broken_evidence_file_is_named(world):

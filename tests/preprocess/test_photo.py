@@ -63,6 +63,7 @@ READABLE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("kind", READABLE)
 def test_photos_of_every_kind_are_read(kind):
     expected = {
@@ -140,6 +141,14 @@ REFUSED = {
     "thread": (lambda: encode(Image.new("RGB", (20000, 1)), "PNG"), Reject.TOO_SMALL),
     "ribbon": (lambda: encode(Image.new("RGB", (2000, 20)), "PNG"), Reject.TOO_ELONGATED),
 }
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"size": 0}, {"quality": 100}, {"min_side": 0}, {"max_aspect": 0.5}]
+)
+def test_settings_out_of_range_are_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        PhotoConfig(**wrong)
 
 
 def noise():

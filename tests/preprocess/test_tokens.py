@@ -93,7 +93,7 @@ def test_tokens_are_those_of_the_networks_and_captions_those_of_the_shards(world
     assert [len(shards[i][0]) for i in range(6)] == [1, 1, 1, 1, 3, 1]
 
 
-def test_executors_and_batches_do_not_change_a_byte(world, tmp_path):
+def test_batches_do_not_change_a_byte(world, tmp_path):
     run(world, tmp_path / "one", batch_size=1)
     run(world, tmp_path / "many", batch_size=16)
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
