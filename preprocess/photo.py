@@ -47,7 +47,7 @@ class PhotoConfig:
             raise ValueError(f"photo.quality must be 1-95, got {self.quality}")
         if min(self.decode_side, self.min_side, self.max_megapixels) <= 0 or self.max_aspect < 1:
             raise ValueError(
-                "photo: decode_side, min_side, max_megapixels must be above 0, max_aspect at least 1"
+                "photo: sides and max_megapixels must be above 0, max_aspect at least 1"
             )
 
     @property

@@ -117,7 +117,8 @@ class RunFolder:
         if at_work:
             raise FolderError(
                 f"{self.path}: another run is at work on it "
-                f"({host}, process {progress.get('pid')}, heard of {age:.0f} s ago); stop that one, or wait for it"
+                f"({host}, process {progress.get('pid')}, "
+                f"heard of {age:.0f} s ago); stop that one, or wait for it"
             )
 
     def _compare(self, run: dict[str, Any], command: str, settings: dict[str, Any]) -> None:
