@@ -51,17 +51,28 @@ def checkpoint_step(path: str | Path) -> int:
 
 
 class StopSignals(Callback):
-    """SIGTERM or SIGINT stops the run after the step at hand, so that it is saved and resumable."""
+    """SIGTERM or SIGINT stops the run after the step at hand, so that it is saved and resumable.
+
+    A second signal stops at once. As a context manager it leaves the handlers as they were before.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.received = 0  # number of the signal, 0 = none
         self._stepped = 0  # optimiser steps at the end of the last batch
         self._handlers: dict[int, Any] = {}
 
+    def __enter__(self) -> None:
+        self._handlers = {number: signal.getsignal(number) for number in self.NUMBERS}
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stepped = trainer.global_step
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._handlers[number] = signal.signal(number, self._receive)
+        for number in self.NUMBERS:
+            signal.signal(number, self._receive)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,14 +83,6 @@ class StopSignals(Callback):
         if trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
             trainer.should_stop = True
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._restore()
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._restore()
-
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         logger.warning("signal %d: saving after this step; once more stops at once", number)
@@ -88,7 +91,6 @@ class StopSignals(Callback):
     def _restore(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._handlers = {}
 
 
 class Checkpoints(Checkpoint):

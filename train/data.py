@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from mas.scene import CLASS_NAMES, SceneMap, find_edges
 from mas.shards import ShardIndex, TokenShards, expand_shards
-from train.stream import Fixed, Items, Numbers, Stream, StreamLoader
+from train.stream import Fixed, Items, Numbers, Stream, StreamLoader, ignore_signals
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +192,7 @@ class StreamData(LightningDataModule):
             Fixed(self.validation, rank=rank, world=world),
             batch_size=self.batch_size,
             num_workers=min(self.workers, 1),
+            worker_init_fn=ignore_signals,
         )
 
     def _rank(self) -> tuple[int, int]:

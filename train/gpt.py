@@ -14,15 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from mas.filter import Sampling
+from mas.generate import generate
 from mas.gpt import GPT, GPTConfig, StreamLosses
+from mas.scene import SceneMap
 from mas.sequence import Streams
 from mas.storage import write_json
-from mas.text import PAD
+from mas.text import PAD, Tokenizer
+from mas.vqgan import VQGAN
+from mas.vqseg import VQSEG
+from train.assemble import MANIFEST, check_hashes
 from train.stage import Optimiser, Rows, Stage
-
-MANIFEST = "tokens.json"  # in the run folder: which tokenizers wrote the training tokens
+from train.vqgan import to_picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,41 @@ class CaptionDropout:
         return text_BT.masked_fill(dropped_B1, PAD)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """The tokenizers behind the tokens; with all three, validation draws sheets of samples."""
+
+    tokenizer: str | None = None  # tokenizer.json
+    vqseg: str | None = None  # run folder
+    vqgan: str | None = None  # run folder
+    guidance: float = 3.0  # of the samples
+
+
+class Painter:
+    """Captions, scenes and pictures of tokens."""
+
+    def __init__(self, preview: Preview, manifest: Any) -> None:
+        tokenizer, vqseg, vqgan = preview.tokenizer, preview.vqseg, preview.vqgan
+        assert tokenizer and vqseg and vqgan
+        check_hashes(manifest, tokenizer=tokenizer, vqseg=vqseg, vqgan=vqgan)
+        self.tokenizer = Tokenizer.from_file(tokenizer)
+        self.vqseg = VQSEG.from_pretrained(vqseg)
+        self.vqgan = VQGAN.from_pretrained(vqgan)
+
+    def captions(self, text_BT: Tensor) -> list[str]:
+        return self.tokenizer.decode(text_BT.cpu())
+
+    def scenes(self, scene_BT: Tensor) -> list[Image.Image]:
+        labels_BHW, edges_BHW = self.vqseg.decode(scene_BT.cpu())
+        return [
+            SceneMap(labels.numpy(), edges.numpy()).to_rgb()
+            for labels, edges in zip(labels_BHW, edges_BHW, strict=True)
+        ]
+
+    def pictures(self, image_BT: Tensor) -> list[Image.Image]:
+        return [to_picture(image) for image in self.vqgan.decode(image_BT.cpu())]
+
+
 class GPTTraining(Stage):
     """GPT with weighted losses.
 
@@ -84,11 +125,15 @@ class GPTTraining(Stage):
         optimiser: Optimiser,
         weights: StreamWeights,
         caption_dropout: CaptionDropout,
+        preview: Preview,
         seed: int = 0,
     ) -> None:
         super().__init__(GPT(network), optimiser, seed=seed)
         self.weights = weights
         self.caption_dropout = caption_dropout
+        self.preview = preview
+        self.sampling = Sampling(guidance=preview.guidance)
+        self.painter: Painter | None = None
         self.per_picture = network.layout.length
 
     def setup(self, stage: str) -> None:
@@ -99,6 +144,8 @@ class GPTTraining(Stage):
             folder = Path(self.trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / MANIFEST, {name: manifest[name] for name in Streams._fields})
+            if all((self.preview.tokenizer, self.preview.vqseg, self.preview.vqgan)):
+                self.painter = Painter(self.preview, manifest)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         text_BT = self.caption_dropout(batch["text"], step=self.global_step)
@@ -116,10 +163,30 @@ class GPTTraining(Stage):
         return loss
 
     def header(self) -> list[str]:
-        return []
+        return ["caption", "scene", "picture for it", "own scene", "own picture", "original"]
 
+    @torch.no_grad()
     def rows(self, batch: dict[str, Any]) -> Rows:
-        return []
+        """Samples for held-out captions: with the true scene, and with a scene of its own."""
+        if self.painter is None:
+            return []
+        text_BT, scene_BT, image_BT = (batch[name] for name in Streams._fields)
+        how: dict[str, Any] = {
+            "seeds": range(len(text_BT)),
+            "scene": self.sampling,
+            "image": self.sampling,
+        }
+        guided = generate(self.network, text_BT, scene_BT=scene_BT, **how)
+        free = generate(self.network, text_BT, **how)
+        columns = (
+            self.painter.captions(text_BT),
+            self.painter.scenes(scene_BT),
+            self.painter.pictures(guided.image),
+            self.painter.scenes(free.scene),
+            self.painter.pictures(free.image),
+            self.painter.pictures(image_BT),
+        )
+        return [list(row) for row in zip(*columns, strict=True)]
 
 
 def check_manifest(manifest: dict[str, Any], config: GPTConfig) -> None:

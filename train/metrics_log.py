@@ -58,7 +58,10 @@ class MetricsLog(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if not self.opened:
             self._open()
-        row = {"step": step, **{k: f"{v:.9g}" for k, v in metrics.items() if k != "epoch"}}
+        row = {
+            "step": int(step or 0),
+            **{k: f"{v:.9g}" for k, v in metrics.items() if k != "epoch"},
+        }
         new = [name for name in row if name not in self.columns]
         if new:
             rows = self._read()
@@ -68,13 +71,18 @@ class MetricsLog(Logger):
             csv.DictWriter(file, self.columns).writerow(row)
 
     def _open(self) -> None:
-        rows = [row for row in self._read() if int(row["step"]) < self.resumed_step]
+        rows = [row for row in self._read() if self._stays(row)]
         if rows:
             self.columns = list(rows[0])
             self._rewrite(rows)
         else:
             self.path.unlink(missing_ok=True)
         self.opened = True
+
+    def _stays(self, row: dict[str, str]) -> bool:
+        # Training rows carry the steps before theirs; validation comes after a checkpoint's step.
+        step = int(row["step"])
+        return step < self.resumed_step or (step == self.resumed_step and not row["train/loss"])
 
     def _read(self) -> list[dict[str, str]]:
         if not self.path.is_file():

@@ -161,7 +161,10 @@ class TrainCLI(LightningCLI):
             logger.info(
                 "%s: %.2fM parameters, run folder %s", self.name, parameters / 1e6, self.folder
             )
-        self.trainer.fit(self.model, self.datamodule, ckpt_path=self.checkpoint, weights_only=True)
+        with self.signals:
+            self.trainer.fit(
+                self.model, self.datamodule, ckpt_path=self.checkpoint, weights_only=True
+            )
 
     def _loggers(self) -> list[Logger]:
         step = checkpoint_step(self.checkpoint) if self.checkpoint else 0

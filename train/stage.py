@@ -143,8 +143,10 @@ class Stage(LightningModule):
     def log_losses(self, part: str, values: dict[str, Tensor], *, count: int) -> None:
         """Logs `values` as part/name; validation values are averages over pictures and ranks."""
         on_validation = part == "validation"
+        metrics = {f"{part}/{name}": value for name, value in values.items()}
+        step = torch.tensor(float(self.global_step))  # the row's; else Lightning counts batches
         self.log_dict(
-            {f"{part}/{name}": value for name, value in values.items()},
+            {**metrics, "step": step},
             batch_size=count,
             on_step=not on_validation,
             on_epoch=on_validation,

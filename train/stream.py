@@ -9,6 +9,7 @@ samples consumed; it does not depend on how many workers or ranks there are.
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -88,7 +89,9 @@ class StreamLoader(DataLoader):
 
     def __init__(self, stream: Stream, numbers: Numbers, *, workers: int) -> None:
         self.numbers = numbers
-        super().__init__(stream, batch_sampler=numbers, num_workers=workers)
+        super().__init__(
+            stream, batch_sampler=numbers, num_workers=workers, worker_init_fn=ignore_signals
+        )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # any iterator will do
         for batch in super().__iter__():
@@ -100,6 +103,15 @@ class StreamLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.numbers.consumed = state["consumed"]
+
+
+def ignore_signals(worker: int) -> None:
+    """For loader workers: a signal to all processes is the training process's to answer.
+
+    It stops after the step at hand and saves; a worker that died of the signal would spoil that.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Fixed(Dataset):

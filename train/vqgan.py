@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from mas.storage import parse_config, read_json
 from mas.vq_codebook import perplexity
@@ -90,11 +90,13 @@ class VQGANTraining(Stage):
                 self.judge(real_BCHW), self.judge(fake_BCHW.detach())
             )
             self.manual_backward(values["discriminator"] / self.accumulate)
-        if (batch_idx + 1) % self.accumulate == 0:
-            self.step(judged=bool(say))
         _, used = perplexity(tokens_BT, self.network.config.codes)
         values |= {"loss": loss, "perplexity": torch.tensor(used)}
         self.log_losses("train", values, count=len(real_BCHW))
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        self.log("gradient_norm", nn.utils.get_total_norm(gradients))
+        if (batch_idx + 1) % self.accumulate == 0:
+            self.step(judged=bool(say))
         return loss
 
     def reconstruction(self, real_BCHW: Tensor, fake_BCHW: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ class VQGANTraining(Stage):
         """Steps of both players; Lightning counts steps of wrapped optimisers, so one is raw."""
         wrapped = self.optimizers()
         first = wrapped[0] if isinstance(wrapped, list) else wrapped
-        self.log("gradient_norm", self.clip(self.network.parameters()))
+        self.clip(self.network.parameters())
         first.step()
         first.zero_grad()
         if self.discriminator is not None and judged:

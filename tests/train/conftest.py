@@ -135,6 +135,11 @@ EXTRAS = {
 }
 
 
+@pytest.fixture(scope="session")
+def network_sizes():
+    return NETWORKS
+
+
 @pytest.fixture
 def words(scene_shards, token_shards, tmp_path):
     """words(stage, key=value …): the command line of a tiny run into tmp_path/run."""

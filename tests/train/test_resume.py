@@ -1,6 +1,8 @@
 """A run that is killed and resumed equals, bit for bit, one that was not."""
 
 import csv
+import os
+import signal
 
 import pytest
 import torch
@@ -59,22 +61,25 @@ def assert_equal(a, b, path=""):
         assert a == b, path
 
 
-def assert_equal_runs(a, b):
+def assert_equal_runs(a, b, *, samples=STEPS * 4, steps=STEPS):
     (checkpoint_a, rows_a), (checkpoint_b, rows_b) = read_run(a), read_run(b)
     for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
         assert_equal(checkpoint_a[part], checkpoint_b[part], part)
     for checkpoint in (checkpoint_a, checkpoint_b):
         loop = checkpoint["loops"]["fit_loop"]
-        assert loop["state_dict"]["combined_loader"] == [{"consumed": STEPS * 4}]
-        assert checkpoint["global_step"] == STEPS
+        assert loop["state_dict"]["combined_loader"] == [{"consumed": samples}]
+        assert checkpoint["global_step"] == steps
     assert rows_a == rows_b
 
 
-@pytest.mark.parametrize("stage", ["vqseg", "vqgan", "gpt"])
-def test_killed_and_resumed_equals_uninterrupted(stage, words, at_step, tmp_path):
+KILLS = [("vqseg", (2,)), ("vqgan", (3,)), ("gpt", (1, VALIDATED, STEPS - 1))]
+
+
+@pytest.mark.parametrize(("stage", "steps"), KILLS)
+def test_killed_and_resumed_equals_uninterrupted(stage, steps, words, at_step, tmp_path):
     settings = dict(trainer__max_steps=STEPS, checkpoints__every_n_steps=1)
     assert train(words(stage, "straight", **settings)) == 0
-    for step in (2, VALIDATED, STEPS - 1):
+    for step in steps:
         folder = f"killed at {step}"
         at_step(step, kill)
         with pytest.raises(Killed):
@@ -82,3 +87,65 @@ def test_killed_and_resumed_equals_uninterrupted(stage, words, at_step, tmp_path
         at_step(None)
         assert train([*words(stage, folder, **settings), "--ckpt_path=last"]) == 0
         assert_equal_runs(tmp_path / "straight", tmp_path / folder)
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "gpt"])
+def test_accumulating_gradients_resumes_between_steps(stage, words, at_step, tmp_path):
+    key = "model__accumulate" if stage == "vqgan" else "trainer__accumulate_grad_batches"
+    settings = {"trainer__max_steps": 3, "checkpoints__every_n_steps": 1, key: 2}
+    assert train(words(stage, "straight", **settings)) == 0
+    at_step(2, kill)
+    with pytest.raises(Killed):
+        train(words(stage, "killed", **settings))
+    at_step(None)
+    assert train([*words(stage, "killed", **settings), "--ckpt_path=last"]) == 0
+    assert_equal_runs(tmp_path / "straight", tmp_path / "killed", samples=3 * 2 * 4, steps=3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_from_there(number, words, at_step, tmp_path):
+    settings = dict(trainer__max_steps=STEPS, checkpoints__every_n_steps=100, data__workers=1)
+    handler = signal.getsignal(number)
+    assert train(words("gpt", "straight", **settings)) == 0
+    at_step(3, lambda: os.kill(os.getpid(), number))
+    assert train(words("gpt", "stopped", **settings)) == 128 + number
+    assert signal.getsignal(number) == handler
+    assert read_run(tmp_path / "stopped")[0]["global_step"] == 4
+    at_step(None)
+    assert train([*words("gpt", "stopped", **settings), "--ckpt_path=auto"]) == 0
+    assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_a_failed_write_leaves_the_last_checkpoint(words, monkeypatch, tmp_path):
+    def save(content, file):
+        file.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    assert train(words("gpt", trainer__max_steps=1)) == 0
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    before = last.read_bytes()
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        train([*words("gpt", trainer__max_steps=2), "--ckpt_path=last"])
+    assert last.read_bytes() == before
+    assert list(last.parent.iterdir()) == [last]
+
+
+def test_a_longer_run_goes_on_where_the_finished_one_stopped(words, tmp_path):
+    settings = dict(model__optimiser__schedule="constant")
+    assert train(words("gpt", "straight", trainer__max_steps=STEPS, **settings)) == 0
+    assert train(words("gpt", "longer", trainer__max_steps=4, **settings)) == 0
+    longer = words("gpt", "longer", trainer__max_steps=STEPS, **settings)
+    assert train([*longer, "--ckpt_path=last"]) == 0
+    assert_equal_runs(tmp_path / "straight", tmp_path / "longer")
+
+
+def test_changed_settings_are_told_and_another_network_is_refused(words, caplog):
+    assert train(words("gpt", trainer__max_steps=1)) == 0
+    changed = words("gpt", trainer__max_steps=2, model__caption_dropout__share=0.5)
+    assert train([*changed, "--ckpt_path=last"]) == 0
+    told = [r.getMessage() for r in caplog.records if "until this checkpoint" in r.getMessage()]
+    assert len(told) == 2 and "model.caption_dropout.share was 0.3" in "".join(told)
+    other = words("gpt", trainer__max_steps=3, model__network__layers=1)
+    with pytest.raises(ValueError, match="of another network: layers is 2, not 1"):
+        train([*other, "--ckpt_path=last"])

@@ -1,8 +1,15 @@
-"""Every stage through the real `mas train`: what a run leaves behind, and that it learns."""
+"""Every stage through the real `mas train`: what a run leaves behind, and how it refuses."""
+
+import csv
+import json
 
 import pytest
 import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
 
+from mas.__main__ import main
 from mas.gpt import GPT
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
@@ -12,10 +19,118 @@ NETWORKS = {"vqseg": VQSEG, "vqgan": VQGAN, "gpt": GPT}
 
 
 @pytest.mark.parametrize("stage", NETWORKS)
-def test_run_folder_is_a_network(stage, words, tmp_path):
+def test_the_run_folder_is_the_averaged_network(stage, words, tmp_path):
     assert train(words(stage, trainer__max_steps=4)) == 0
     run = tmp_path / "run"
     network = NETWORKS[stage].from_pretrained(run)
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-    for name, weight in network.state_dict().items():
-        assert torch.equal(weight, checkpoint["state_dict"][f"network.{name}"])
+    averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
+    exported = load_file(run / "model.safetensors")
+    assert exported.keys() == network.state_dict().keys()
+    for name, weight in exported.items():
+        assert torch.equal(weight, averaged[f"network.{name}"])
+    assert any(not torch.equal(exported[n], current[f"network.{n}"]) for n in exported)
+    assert torch.load(run / "checkpoints/best.ckpt", weights_only=True)["global_step"] == 4
+    assert yaml.safe_load((run / "config.yaml").read_text()) == yaml.safe_load(checkpoint["config"])
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1", "2", "3"]
+    assert [row["step"] for row in rows if row["validation/loss"]] == ["4"]
+    assert any((run / "tensorboard").iterdir())
+    if stage != "gpt":
+        with Image.open(run / "pictures/00000004.png") as sheet:
+            assert sheet.height > 4 * 128  # the four held-out pictures
+    leftovers = [path.name for path in run.rglob(".*")]
+    assert not leftovers
+
+
+@pytest.mark.parametrize("stage", NETWORKS)
+def test_every_stage_learns_its_tiny_world(stage, words, tmp_path):
+    settings = dict(ema_decay=0, pictures__count=0, trainer__val_check_interval=100)
+    assert train(words(stage, trainer__max_steps=40, **settings)) == 0
+    with open(tmp_path / "run/metrics.csv", newline="") as file:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_pictures_of_the_gpt_follow_from_tokenizers_with_the_right_hashes(words, tmp_path):
+    for stage in ("vqseg", "vqgan"):
+        assert train(words(stage, stage, trainer__max_steps=1)) == 0
+    with pytest.raises(ValueError, match="tokenizer.json: no such file"):
+        train(
+            words(
+                "gpt",
+                trainer__max_steps=1,
+                model__preview__tokenizer=tmp_path / "tokenizer.json",
+                model__preview__vqseg=tmp_path / "vqseg",
+                model__preview__vqgan=tmp_path / "vqgan",
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trainer__max_steps": None}, "set trainer.max_steps"),
+        ({"trainer__max_epochs": 3}, "leave trainer.max_epochs alone"),
+        ({"data__batch_size": 21}, "24 pictures .20 without those held out. are fewer than one"),
+        ({"model__network__image_vocabulary": 64}, "image vocabulary 32, the network 64: set"),
+        ({"ckpt_path": "last"}, "there is no checkpoint .*last.ckpt: start without --ckpt_path"),
+        ({"ckpt_path": "other.ckpt"}, "there is no checkpoint other.ckpt"),
+        ({"data__input": "no/tokens"}, "no/tokens: no manifest.json"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(settings, message, words):
+    with pytest.raises(ValueError, match=message) as caught:
+        train(words("gpt", **{"trainer__max_steps": 2, **settings}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fresh_run_does_not_overwrite_another(words):
+    assert train(words("gpt", trainer__max_steps=1)) == 0
+    with pytest.raises(ValueError, match="already holds a run: go on with --ckpt_path last"):
+        train(words("gpt", trainer__max_steps=1))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_the_weights(words, monkeypatch, tmp_path):
+    original = GPT.losses
+
+    def losses(self, *tokens):
+        result = original(self, *tokens)
+        return result._replace(image=result.image * float("nan")) if self.training else result
+
+    assert train(words("gpt", trainer__max_steps=1)) == 0
+    before = (tmp_path / "run/model.safetensors").read_bytes()
+    monkeypatch.setattr(GPT, "losses", losses)
+    with pytest.raises(ValueError, match="loss is nan at step 1, batch of samples 4-7"):
+        train([*words("gpt", trainer__max_steps=2), "--ckpt_path=last"])
+    assert (tmp_path / "run/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("--model.network.layerz=3", "model.network.layerz"),
+        ("--data.batchsize=3", "data.batchsize"),
+        ("--trainer.max_stepz=3", "trainer.max_stepz"),
+        ("--model.network.layers=many", "model.network.layers"),
+    ],
+)
+def test_unknown_and_mistyped_keys_are_named_with_status_2(key, named, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *words("gpt", trainer__max_steps=1), key])
+    assert caught.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["vqvae"], ["--config", "x.yaml"]])
+def test_without_a_stage_there_is_usage_and_status_2(arguments, capsys):
+    assert main(["train", *arguments]) == 2
+    assert "vqseg" in capsys.readouterr().err
+
+
+def test_the_run_records_which_tokenizers_made_its_tokens(words, token_shards, tmp_path):
+    assert train(words("gpt", trainer__max_steps=1)) == 0
+    manifest = json.loads((token_shards / "manifest.json").read_text())
+    recorded = json.loads((tmp_path / "run/tokens.json").read_text())
+    assert recorded == {name: manifest[name] for name in ("text", "scene", "image")}

@@ -1,0 +1,88 @@
+"""From captions to a vocabulary, from run folders to a model folder."""
+
+import json
+
+import pytest
+import torch
+
+from mas.gpt import GPT, GPTConfig
+from mas.model import MakeAScene
+from mas.storage import file_hash
+from mas.text import Tokenizer
+from mas.vqgan import VQGAN, VQGANConfig
+from mas.vqseg import VQSEG, VQSEGConfig
+from train.assemble import assemble
+from train.bpe import fit_bpe
+
+
+@pytest.fixture(scope="module")
+def parts(scene_shards, network_sizes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    fit_bpe(
+        input=str(scene_shards),
+        output=str(folder / "text/tokenizer.json"),
+        vocab_size=300,
+        length=8,
+    )
+    changed = {"scene_grid": 4, "image_grid": 4, "text_vocabulary": _vocabulary(folder)}
+    sizes = {**network_sizes, "gpt": network_sizes["gpt"] | changed}
+    for name, network, config in (
+        ("vqseg", VQSEG, VQSEGConfig),
+        ("vqgan", VQGAN, VQGANConfig),
+        ("gpt", GPT, GPTConfig),
+    ):
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes[name].items()}
+        network(config(**values)).save_pretrained(folder / name)
+    manifest = {
+        "text": {"sha256": file_hash(folder / "text/tokenizer.json")},
+        "scene": {"sha256": file_hash(folder / "vqseg/model.safetensors")},
+        "image": {"sha256": file_hash(folder / "vqgan/model.safetensors")},
+    }
+    (folder / "gpt/tokens.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def _vocabulary(folder):
+    return Tokenizer.from_file(folder / "text/tokenizer.json").vocab_size
+
+
+def arguments(parts, **changed):
+    names = {"tokenizer": "text/tokenizer.json", "vqseg": "vqseg", "vqgan": "vqgan", "gpt": "gpt"}
+    return {k: str(parts / v) for k, v in names.items()} | changed
+
+
+def test_the_vocabulary_is_fitted_on_all_captions(parts, capsys):
+    tokenizer = Tokenizer.from_file(parts / "text/tokenizer.json")
+    assert tokenizer.length == 8 and 257 <= tokenizer.vocab_size <= 300
+    tokens = tokenizer.encode(["a dog on the grass"])
+    assert (tokens != 0).sum() <= 5  # words of the captions became single tokens
+
+
+def test_captions_of_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="empty"):
+        fit_bpe(input=str(tmp_path / "empty"), output=str(tmp_path / "t.json"))
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_assembled_parts_generate(parts, tmp_path):
+    assemble(**arguments(parts), output=str(tmp_path / "model"))
+    model = MakeAScene.from_pretrained(tmp_path / "model", device="cpu")
+    result = model.generate("a dog on the grass", seed=1)
+    assert result.images[0].size == (32, 32)
+    assert result.scenes[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "vqseg", "vqgan"])
+def test_parts_of_another_training_are_named(part, parts, tmp_path):
+    other = tmp_path / "other"
+    if part == "tokenizer":
+        Tokenizer.fit(["another caption"], vocab_size=300, length=8).save(other)
+    else:
+        network = {"vqseg": VQSEG, "vqgan": VQGAN}[part].from_pretrained(parts / part)
+        with torch.no_grad():
+            next(network.parameters()).add_(1)
+        network.save_pretrained(other)
+    with pytest.raises(ValueError, match=r"other.* is not what the (text|scene|image) tokens"):
+        assemble(**arguments(parts, **{part: str(other)}), output=str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()

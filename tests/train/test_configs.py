@@ -1,0 +1,59 @@
+"""The shipped configs: every one parses, and its network can be built."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mas.gpt import GPT, GPTConfig
+from mas.storage import parse_config
+from mas.vqgan import VQGAN, VQGANConfig
+from mas.vqseg import VQSEG, VQSEGConfig
+from train.cli import train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+CLASSES = {
+    "vqseg": (VQSEG, VQSEGConfig),
+    "vqgan": (VQGAN, VQGANConfig),
+    "gpt": (GPT, GPTConfig),
+}
+FOLDERS = ["tiny", "park", "base"]
+
+
+def read(folder, stage):
+    values = yaml.safe_load((CONFIGS / folder / f"{stage}.yaml").read_text())
+    return parse_config(CLASSES[stage][1], values["model"]["network"], stage)
+
+
+@pytest.mark.parametrize("stage", CLASSES)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_config_parses_and_its_network_builds(folder, stage, capsys):
+    path = CONFIGS / folder / f"{stage}.yaml"
+    with pytest.raises(SystemExit) as caught:
+        train([stage, "--config", str(path), "--print_config"])
+    assert caught.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["trainer"]["max_steps"] > 0
+    with torch.device("meta"):
+        network = CLASSES[stage][0](read(folder, stage))
+    assert sum(p.numel() for p in network.parameters()) > 0
+    head = path.read_text().splitlines()
+    assert head[0].startswith("# ") and f"mas train {stage}" in "".join(head[:12])
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_three_configs_of_a_folder_fit_together(folder):
+    gpt, vqseg, vqgan = (read(folder, stage) for stage in ("gpt", "vqseg", "vqgan"))
+    assert (gpt.scene_vocabulary, gpt.scene_grid) == (vqseg.codes, vqseg.grid)
+    assert (gpt.image_vocabulary, gpt.image_grid) == (vqgan.codes, vqgan.grid)
+    assert vqseg.size == vqgan.size
+
+
+@pytest.mark.parametrize(
+    ("folder", "least", "most"), [("tiny", 2, 6), ("park", 10, 25), ("base", 265, 280)]
+)
+def test_the_gpts_have_the_promised_sizes(folder, least, most):
+    with torch.device("meta"):
+        network = GPT(read(folder, "gpt"))
+    assert least <= sum(p.numel() for p in network.parameters()) / 1e6 <= most

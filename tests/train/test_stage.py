@@ -1,0 +1,109 @@
+"""The optimiser's settings and the losses of the trainings."""
+
+import pytest
+import torch
+from torch import nn
+
+from mas.gpt import StreamLosses
+from mas.text import PAD
+from train.adversary import AdversaryConfig, adaptive_weight, discriminator_loss, generator_loss
+from train.callbacks import Averaging
+from train.gpt import CaptionDropout, StreamWeights, check_manifest
+from train.stage import Optimiser, split_parameters
+
+
+def test_the_rate_warms_up_and_decays_to_its_final_share():
+    optimiser = Optimiser(learning_rate=1.0, warmup_steps=10, final_share=0.1)
+    rates = [optimiser.rate(step, steps=110) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert (
+        rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    )
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    constant = Optimiser(learning_rate=1.0, warmup_steps=0, schedule="constant")
+    assert {constant.rate(step, steps=5) for step in range(9)} == {1.0}
+
+
+def test_only_weights_of_linear_and_convolution_layers_decay():
+    layers = nn.ModuleList([nn.Linear(2, 3), nn.Conv2d(1, 2, 3), nn.Embedding(4, 2)])
+    layers += [nn.LayerNorm(2), nn.GroupNorm(1, 2)]
+    module = nn.Sequential(*layers)
+    module.register_parameter("positions", nn.Parameter(torch.zeros(4, 2)))
+    decayed, kept = split_parameters(module)
+    assert {id(p) for p in decayed} == {id(layers[0].weight), id(layers[1].weight)}
+    assert len(decayed) + len(kept) == len(list(module.parameters()))
+
+
+def test_decay_shrinks_a_linear_weight_and_no_bias():
+    layer = nn.Linear(2, 2)
+    before = layer.weight.clone(), layer.bias.clone()
+    optimizer = Optimiser(learning_rate=0.1, weight_decay=0.5).build(layer)
+    layer(torch.zeros(1, 2)).sum().mul(0).backward()
+    optimizer.step()
+    assert torch.allclose(layer.weight, before[0] * (1 - 0.1 * 0.5))
+    assert torch.equal(layer.bias, before[1])
+
+
+def test_stream_weights_make_a_weighted_mean():
+    losses = StreamLosses(*torch.tensor([1.0, 2.0, 4.0, 0.0, 0.0, 0.0]))
+    assert StreamWeights(text=1, scene=1, image=2).mean(losses) == pytest.approx(11 / 4)
+    with pytest.raises(ValueError, match="not be negative, nor all zero"):
+        StreamWeights(text=0, scene=0, image=0)
+
+
+def test_captions_are_dropped_whole_and_as_often_as_asked():
+    torch.manual_seed(0)
+    text_BT = torch.ones(2000, 4, dtype=torch.long)
+    dropped = CaptionDropout(share=0.25, start=10)(text_BT, step=10)
+    rows = (dropped == PAD).sum(1)
+    assert set(rows.tolist()) == {0, 4}
+    assert (rows == 4).float().mean() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(CaptionDropout(share=0.25, start=10)(text_BT, step=9), text_BT)
+
+
+def test_the_adversary_starts_on_time_and_warms_up():
+    adversary = AdversaryConfig(weight=0.8, start=100, warmup_steps=4)
+    assert [adversary.say(step) for step in (0, 99, 100, 101, 103, 500)] == pytest.approx(
+        [0, 0, 0.2, 0.4, 0.8, 0.8]
+    )
+
+
+def test_hinge_losses_follow_their_definition():
+    real, fake = torch.tensor([0.5, 2.0]), torch.tensor([-3.0, 0.0])
+    assert discriminator_loss(real, fake) == pytest.approx(0.5 * (0.25 + 0.5))
+    assert generator_loss(fake) == pytest.approx(1.5)
+
+
+def test_the_adaptive_weight_balances_the_gradients():
+    layer = nn.Parameter(torch.tensor([1.0, 2.0]))
+    weight = adaptive_weight((3 * layer).sum(), (0.5 * layer).sum(), layer)
+    assert weight == pytest.approx(6, rel=1e-3)
+    assert not weight.requires_grad
+
+
+def test_averaging_warms_up_and_then_keeps_its_decay():
+    averaging = Averaging(0.9)
+    one, zero = torch.ones(()), torch.zeros(())
+    assert averaging._average(one, zero, 0) == pytest.approx(0.1)
+    assert averaging._average(one, zero, 1000) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("stream", "size"),
+    [("text", "vocabulary"), ("text", "length"), ("scene", "grid"), ("image", "vocabulary")],
+)
+def test_tokens_of_other_sizes_are_named(stream, size, words):
+    from mas.gpt import GPTConfig
+
+    config = GPTConfig(text_vocabulary=300, scene_vocabulary=16, image_vocabulary=32)
+    manifest = {
+        "text": {"vocabulary": 300, "length": 64},
+        "scene": {"vocabulary": 16, "grid": 16},
+        "image": {"vocabulary": 32, "grid": 16},
+    }
+    check_manifest(manifest, config)
+    manifest[stream][size] = 7
+    with pytest.raises(
+        ValueError, match=f"{stream} {size} 7, .*model.network.{stream}_{size} to 7"
+    ):
+        check_manifest(manifest, config)

@@ -1,0 +1,64 @@
+"""`mas assemble`: three tokenizers and a GPT become one model folder.
+
+In: tokenizer.json and three run folders (or exported networks). Out: a model folder for
+`MakeAScene.from_pretrained`. Sizes are checked against each other, and the tokenizers against
+those whose tokens the GPT was trained on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mas.gpt import GPT
+from mas.model import MakeAScene
+from mas.storage import WEIGHTS_FILE, file_hash, read_json
+from mas.text import Tokenizer
+from mas.vqgan import VQGAN
+from mas.vqseg import VQSEG
+
+MANIFEST = "tokens.json"  # in a GPT's run folder: which tokenizers wrote its training tokens
+
+
+def assemble(*, tokenizer: str, vqseg: str, vqgan: str, gpt: str, output: str) -> None:
+    """Puts a text tokenizer, VQ-SEG, VQ-GAN and GPT together into a model folder.
+
+    Args:
+        tokenizer: the tokenizer.json the captions were tokenized with.
+        vqseg: run folder of VQ-SEG.
+        vqgan: run folder of the VQ-GAN, or what import-vqgan wrote.
+        gpt: run folder of the GPT.
+        output: the model folder to write.
+    """
+    manifest = Path(gpt) / MANIFEST
+    if manifest.is_file():
+        check_hashes(read_json(manifest), tokenizer=tokenizer, vqseg=vqseg, vqgan=vqgan)
+    model = MakeAScene(
+        tokenizer=Tokenizer.from_file(tokenizer),
+        vqseg=VQSEG.from_pretrained(vqseg),
+        vqgan=VQGAN.from_pretrained(vqgan),
+        gpt=GPT.from_pretrained(gpt),
+    )
+    model.save_pretrained(output)
+    millions = sum(p.numel() for p in model.gpt.parameters()) / 1e6
+    print(f"{output}: GPT of {millions:.1f}M parameters; mas sample --model {output} 'a caption'")
+
+
+def check_hashes(manifest: Any, *, tokenizer: str, vqseg: str, vqgan: str) -> None:
+    """Checks that these are the tokenizers that wrote the tokens behind `manifest`.
+
+    Raises:
+        ValueError: names the first that is another one.
+    """
+    for stream, path in (
+        ("text", Path(tokenizer)),
+        ("scene", Path(vqseg) / WEIGHTS_FILE),
+        ("image", Path(vqgan) / WEIGHTS_FILE),
+    ):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        if file_hash(path) != manifest[stream]["sha256"]:
+            raise ValueError(
+                f"{path} is not what the {stream} tokens of the GPT's training were made with: "
+                "give that one, or tokenize and train the GPT again"
+            )
