@@ -199,7 +199,9 @@ class VQSEG(nn.Module):
     def decode(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Labels (uint8 B H W) and edges (bool B H W) of tokens.
 
-        What becomes void and what an edge says `decide`.
+        A pixel is void where that is likelier than all classes together (see `decide`). An edge is
+        where the edge channel's probability exceeds one half, and wherever the label changes: there
+        it is one by definition (`mas.scene.find_edges`); the channel adds edges between instances.
 
         Raises:
             ValueError: T is not `config.grid`², or a token is not below `config.codes`.
@@ -210,8 +212,10 @@ class VQSEG(nn.Module):
             decide(features if self.head is None else self.head.classifier(features))
             for features in features_PD.split(PIXELS_AT_ONCE)
         ]
-        labels, edges = (torch.cat(parts) for parts in zip(*decided, strict=True))
-        return self._unfold(labels, grid), self._unfold(edges, grid)
+        labels_BHW, edges_BHW = (
+            self._unfold(torch.cat(parts), grid) for parts in zip(*decided, strict=True)
+        )
+        return labels_BHW, edges_BHW | find_changes(labels_BHW)
 
     def decode_logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits of the 158 channels, B C H W.
@@ -310,6 +314,14 @@ class VQSEG(nn.Module):
 def fold_patches(x_BHW: Tensor, patch: int) -> Tensor:
     """Pixels patch by patch: B, patches high, patches wide, pixels of the patch row by row."""
     return rearrange(x_BHW, "b (h p) (w q) -> b h w (p q)", p=patch, q=patch)
+
+
+def find_changes(labels_BHW: Tensor) -> Tensor:
+    """Where the right or the lower neighbour has another label, bool B H W."""
+    changes_BHW = torch.zeros_like(labels_BHW, dtype=torch.bool)
+    changes_BHW[:, :, :-1] |= labels_BHW[:, :, :-1] != labels_BHW[:, :, 1:]
+    changes_BHW[:, :-1] |= labels_BHW[:, :-1] != labels_BHW[:, 1:]
+    return changes_BHW
 
 
 def one_hot(labels_BHW: Tensor, edges_BHW: Tensor) -> Tensor:
