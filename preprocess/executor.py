@@ -161,17 +161,7 @@ def execute(
     folder = RunFolder(output)
     folder.prepare(command, settings, shards=len(jobs))
     summary = Summary(len(jobs))
-    pending = []
-    present = set(folder.list_names())
-    for job in jobs:
-        if job.name + STATS in present and folder.finished(job.name, job.fingerprint):
-            summary.skipped += 1
-        elif job.name + ERROR in present and not config.retry_failed:
-            summary.failed[job.name] = (folder.read(job.name + ERROR) or {}).get("error", "")
-        else:
-            pending.append(job)
-        if job.name + RUNNING in present:  # of a run that was killed
-            folder.remove(job.name + RUNNING)
+    pending = _find_pending(jobs, folder, summary, retry_failed=config.retry_failed)
     common = {"settings": settings_hash(settings), "python": platform.python_version()}
     with ProgressBar(folder, len(jobs), unit=unit, failed=len(summary.failed)) as bar:
         bar.skip(summary.skipped)
@@ -186,6 +176,24 @@ def execute(
             summary.seconds, summary.seen = bar.seconds, bar.items
     folder.remove(PROGRESS)
     return summary
+
+
+def _find_pending(
+    jobs: Sequence[Job], folder: RunFolder, summary: Summary, *, retry_failed: bool
+) -> list[Job]:
+    """Jobs that are neither done nor set aside; counts the others and clears old marks."""
+    pending = []
+    present = set(folder.list_names())
+    for job in jobs:
+        if job.name + STATS in present and folder.finished(job.name, job.fingerprint):
+            summary.skipped += 1
+        elif job.name + ERROR in present and not retry_failed:
+            summary.failed[job.name] = (folder.read(job.name + ERROR) or {}).get("error", "")
+        else:
+            pending.append(job)
+        if job.name + RUNNING in present:  # of a run that was killed
+            folder.remove(job.name + RUNNING)
+    return pending
 
 
 def _outcomes(

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
-from preprocess.executor import ExecutorConfig, execute
+from preprocess.executor import ExecutorConfig, Summary, execute
 from preprocess.inputs import find_jobs
 from preprocess.photo import PhotoConfig
 from preprocess.run_folder import SUMMARY, RunFolder
@@ -84,7 +84,21 @@ def preprocess(
             retry_failed=retry_failed,
         ),
     )
-    folder = RunFolder(output)
+    _conclude(summary, RunFolder(output))
+    return summary.status
+
+
+def settings_of(config: SceneConfig) -> dict[str, Any]:
+    """What decides the output; where a network runs does not."""
+    settings = asdict(config)
+    for part in ("panoptic", "human", "face"):
+        for key in ("device", "batch"):
+            settings[part]["options"].pop(key, None)
+    return settings
+
+
+def _conclude(summary: Summary, folder: RunFolder) -> None:
+    """Writes summary.json and prints what became of the run."""
     totals = collect(folder)
     folder.write(SUMMARY, totals)
     rate = summary.seen / max(summary.seconds, 1e-3)
@@ -98,13 +112,3 @@ def preprocess(
         print(f"failed: {name}: {error}")
     if summary.failed:
         print("mend the input, then run the same command with --retry-failed")
-    return summary.status
-
-
-def settings_of(config: SceneConfig) -> dict[str, Any]:
-    """What decides the output; where a network runs does not."""
-    settings = asdict(config)
-    for part in ("panoptic", "human", "face"):
-        for key in ("device", "batch"):
-            settings[part]["options"].pop(key, None)
-    return settings

@@ -8,7 +8,7 @@ Axes: B pictures, T tokens, H W pixels, C colours.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -124,7 +124,8 @@ class TokenWorker:
         finally:
             torch.set_num_threads(threads)
         write_token_shard(self.output, job.name, scene=scenes, image=images, text=texts, row=rows)
-        return {"pictures": len(scenes), "captions": len(rows)}
+        counts = {"photos_in": len(scenes), "photos_out": len(scenes)}
+        return {**counts, "pictures": len(scenes), "captions": len(rows)}
 
     def _encode(self, job: Job, report: Report) -> tuple[np.ndarray, ...]:
         scenes: list[np.ndarray] = []
@@ -225,17 +226,15 @@ def tokenize(
         ),
         unit="picture",
     )
-    folder = RunFolder(output)
-    for name, error in sorted(summary.failed.items()):
-        print(f"failed: {name}: {error}")
     if summary.failed:
+        for name, error in sorted(summary.failed.items()):
+            print(f"failed: {name}: {error}")
         print(
             f"{len(summary.failed)} shards failed, so no {MANIFEST} was written; mend the input, "
             "then run the same command with --retry-failed"
         )
         return summary.status
-    shards = [_describe_shard(folder, job.name) for job in jobs]
-    folder.write(MANIFEST, {"format": TOKEN_FORMAT, **streams, "shards": shards})
+    shards = _write_manifest(RunFolder(output), streams, jobs)
     pictures, captions = (sum(shard[k] for shard in shards) for k in ("pictures", "captions"))
     print(
         f"{summary.done} of {summary.shards} shards done, {summary.skipped} were done before; "
@@ -244,9 +243,17 @@ def tokenize(
     return 0
 
 
-def _describe_shard(folder: RunFolder, name: str) -> dict[str, Any]:
-    stats = folder.read(name + STATS) or {}
-    return {"name": name, "pictures": stats["pictures"], "captions": stats["captions"]}
+def _write_manifest(
+    folder: RunFolder, streams: dict[str, dict[str, Any]], jobs: Sequence[Job]
+) -> list[dict[str, Any]]:
+    """Writes manifest.json from the counts of all shards; returns its list of shards."""
+    shards = []
+    for job in jobs:
+        stats = folder.read(job.name + STATS) or {}
+        counts = {key: stats[key] for key in ("pictures", "captions")}
+        shards.append({"name": job.name, **counts})
+    folder.write(MANIFEST, {"format": TOKEN_FORMAT, **streams, "shards": shards})
+    return shards
 
 
 def _read_scene(sample: Sample, size: int) -> SceneMap:
