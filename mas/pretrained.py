@@ -202,7 +202,7 @@ def _load(path: Path, *, md5: str, trust_pickle: bool) -> Any:
             f"{path}: pickles objects of a package that is not installed here ({error})"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).split(". ")[0] or type(error).__name__
         raise CheckpointError(
             f"{path}: no PyTorch checkpoint, or a truncated one; download it again ({reason})"
         ) from error
