@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mas.cache import Cache
 from mas.filter import Sampling, draw, guide, probabilities, uniforms
-from mas.gpt import Cache
 from mas.sequence import FREE, Layout, Stream, Streams
 from mas.text import PAD
 

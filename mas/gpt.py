@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mas.cache import Cache, causal_attention
 from mas.sequence import Layout, Stream, Streams
 from mas.storage import load_network, save_network
 from mas.text import PAD
@@ -88,24 +89,6 @@ class Rotation(NamedTuple):
     sine: Tensor
 
 
-class Cache:
-    """Keys and values of every layer, preallocated for a whole sequence (L B N T H)."""
-
-    def __init__(self, config: GPTConfig, rows: int, *, like: Tensor, length: int) -> None:
-        shape = (config.layers, rows, config.heads, length, config.width // config.heads)
-        self.keys = like.new_empty(shape)
-        self.values = like.new_empty(shape)
-
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, B N T H, to be written in place."""
-        return self.keys[index], self.values[index]
-
-    def copy_rows(self, source: Cache, rows: list[int], *, length: int) -> None:
-        """Fills the first `length` positions: row i becomes row `rows[i]` of `source`."""
-        self.keys[:, :, :, :length] = source.keys[:, rows, :, :length]
-        self.values[:, :, :, :length] = source.values[:, rows, :, :length]
-
-
 class Positions(nn.Module):
     """A learned vector per position: one-dimensional, or the sum of its row and its column."""
 
@@ -146,7 +129,8 @@ class Attention(nn.Module):
         x_BTD: Tensor,
         *,
         rotation: Rotation | None,
-        cache: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
+        layer: int = 0,
         start: int = 0,
     ) -> Tensor:
         q, k, v = rearrange(
@@ -155,25 +139,10 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        tokens = x_BTD.shape[1]
         if cache is not None:
-            keys, values = cache
-            stop = start + tokens
-            keys[:, :, start:stop], values[:, :, start:stop] = k, v
-            k, v = keys[:, :, :stop], values[:, :, :stop]
-        # A single token sees everything before it; several after a prefix see a shifted triangle.
-        mask = None
-        if tokens > 1 and start > 0:
-            ones = torch.ones(tokens, start + tokens, dtype=torch.bool, device=x_BTD.device)
-            mask = ones.tril(start)
-        attended = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=tokens > 1 and start == 0,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+            attended = cache.attend(layer, q, k, v, start=start)
+        else:
+            attended = causal_attention(q, k, v, dropout=self.dropout if self.training else 0.0)
         return self.to_out(rearrange(attended, "b n t h -> b t (n h)"))
 
 
@@ -213,11 +182,13 @@ class Block(nn.Module):
         x_BTD: Tensor,
         *,
         rotation: Rotation | None,
-        cache: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
+        layer: int = 0,
         start: int = 0,
     ) -> Tensor:
-        normed = self.attention_norm(x_BTD)
-        attended = self.attention(normed, rotation=rotation, cache=cache, start=start)
+        attended = self.attention(
+            self.attention_norm(x_BTD), rotation=rotation, cache=cache, layer=layer, start=start
+        )
         x_BTD = x_BTD + self.dropout(attended)
         return x_BTD + self.dropout(self.feedforward(self.feedforward_norm(x_BTD)))
 
@@ -272,8 +243,14 @@ class GPT(nn.Module):
 
     def new_cache(self, rows: int, *, length: int | None = None) -> Cache:
         """An empty cache for `rows` sequences of `length` tokens (default: whole ones)."""
-        like = next(self.parameters())
-        return Cache(self.config, rows, like=like, length=length or self.layout.length)
+        return Cache(
+            layers=self.config.layers,
+            rows=rows,
+            heads=self.config.heads,
+            length=length or self.layout.length,
+            head_width=self.config.width // self.config.heads,
+            like=next(self.parameters()),
+        )
 
     def extend(self, tokens_BT: Tensor, *, cache: Cache, start: int) -> Tensor:
         """Reads tokens at positions `start` …, fills the cache, returns the last state, B D.
@@ -311,9 +288,8 @@ class GPT(nn.Module):
     def _trunk(self, x_BTD: Tensor, *, cache: Cache | None = None, start: int = 0) -> Tensor:
         x_BTD = self.dropout(x_BTD)
         rotation = self._rotation(start, x_BTD.shape[1], x_BTD) if self.config.rotary else None
-        for index, block in enumerate(self.blocks):
-            layer = cache.layer(index) if cache is not None else None
-            x_BTD = block(x_BTD, rotation=rotation, cache=layer, start=start)
+        for layer, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rotation=rotation, cache=cache, layer=layer, start=start)
         return self.norm(x_BTD)
 
     def _predicting_states(
