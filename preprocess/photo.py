@@ -45,10 +45,11 @@ class PhotoConfig:
             raise ValueError(f"photo.size must be at least 8 pixels, got {self.size}")
         if not 1 <= self.quality <= 95:
             raise ValueError(f"photo.quality must be 1-95, got {self.quality}")
-        if min(self.decode_side, self.min_side, self.max_megapixels) <= 0 or self.max_aspect < 1:
-            raise ValueError(
-                "photo: sides and max_megapixels must be above 0, max_aspect at least 1"
-            )
+        for name in ("decode_side", "min_side", "max_megapixels"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"photo.{name} must be above 0, got {getattr(self, name)}")
+        if self.max_aspect < 1:
+            raise ValueError(f"photo.max_aspect must be at least 1, got {self.max_aspect}")
 
     @property
     def reduced_side(self) -> int:
