@@ -20,14 +20,17 @@ class Killed(Exception):
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """at_step(k, act): calls `act` when optimiser step k (from 0) begins; at_step(None) undoes."""
+    """at_step(k, act): calls `act` as optimiser step k (from 0) begins; at_step(None) undoes.
+
+    `batch` waits for that batch of the run, where a step takes several.
+    """
     original = Stage.on_train_batch_start
 
-    def arrange(step, act=None):
-        def hook(self, batch, batch_idx):
-            if self.global_step == step:
+    def arrange(step, act=None, batch=None):
+        def hook(self, content, batch_idx):
+            if self.global_step == step and batch in (None, batch_idx):
                 act()
-            original(self, batch, batch_idx)
+            original(self, content, batch_idx)
 
         monkeypatch.setattr(Stage, "on_train_batch_start", hook if act else original)
 
@@ -94,7 +97,7 @@ def test_accumulating_gradients_resumes_between_steps(stage, words, at_step, tmp
     key = "model__accumulate" if stage == "vqgan" else "trainer__accumulate_grad_batches"
     settings = {"trainer__max_steps": 3, "checkpoints__every_n_steps": 1, key: 2}
     assert train(words(stage, "straight", **settings)) == 0
-    at_step(2, kill)
+    at_step(2, kill, batch=5)  # half of step 2 is done and lost
     with pytest.raises(Killed):
         train(words(stage, "killed", **settings))
     at_step(None)

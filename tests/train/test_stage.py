@@ -1,5 +1,7 @@
 """The optimiser's settings and the losses of the trainings."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ def test_the_rate_warms_up_and_decays_to_its_final_share():
     assert (
         rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     )
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates))
     constant = Optimiser(learning_rate=1.0, warmup_steps=0, schedule="constant")
     assert {constant.rate(step, steps=5) for step in range(9)} == {1.0}
 
