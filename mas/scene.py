@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,7 @@ class SceneMap:
     def to_png(self, path: str | Path | IO[bytes]) -> None:
         """Writes the lossless mode LA form: L = label, A = 255 on edges."""
         bands = np.stack([self.labels, self.edges.astype(np.uint8) * 255], axis=-1)
-        Image.fromarray(bands).save(path, format="PNG", optimize=True)
+        Image.fromarray(bands).save(path, format="PNG", compress_level=6, compress_type=zlib.Z_RLE)
 
     @classmethod
     def from_png(cls, path: str | Path | IO[bytes]) -> SceneMap:

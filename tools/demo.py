@@ -1,0 +1,389 @@
+"""`make demo` and `make smoke-photos`: the whole pipeline by its own commands, and a page about it.
+
+In: nothing (the park world), or a folder of real photos in shards with COCO panoptic annotations.
+Out: OUTPUT/index.html, which shows for every stage what went in, what came out, how long it took
+and the command that did it. A finished step is not run again as long as its command is the same.
+"""
+
+import argparse
+import base64
+import csv
+import io
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from mas.scene import SceneMap
+from mas.shards import expand_shards, read_shard
+from mas.sheet import contact_sheet, overlay
+
+TOOLS = Path(__file__).parent
+INTRO = (
+    "A caption goes in; the model first predicts the scene (which thing is where), then the "
+    "picture. Everything on this page was made by the commands it shows, in this order. The "
+    "networks are tiny and trained for minutes, so the pictures are rough; look at how they "
+    "follow the scene."
+)
+CAPTIONS = (
+    "the elephant is walking around in the park",
+    "two dogs and a red ball in the park",
+    "a woman with a yellow umbrella on the beach at sunset",
+    "a blue car on the street at night",
+)
+
+
+@dataclass(kw_only=True)
+class Step:
+    """One command, what it is for, and how to show what it made."""
+
+    title: str
+    text: str
+    command: list[str]
+    pictures: Callable[[], list["Picture"]] = field(default=list)
+    curves: Path | None = None  # metrics.csv of a training run
+    seconds: float = 0.0
+
+    @property
+    def output(self) -> Path:
+        """The folder or file the command writes."""
+        option = "--trainer.default_root_dir" if self.command[0] == "train" else "--output"
+        return Path(self.command[self.command.index(option) + 1])
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture on the page: its caption and the file it is read from, or the image itself."""
+
+    caption: str
+    image: Path | Image.Image
+
+    def data_uri(self) -> str:
+        if isinstance(self.image, Path):
+            content, kind = self.image.read_bytes(), self.image.suffix.lstrip(".")
+        else:
+            buffer = io.BytesIO()
+            self.image.save(buffer, "PNG", optimize=True)
+            content, kind = buffer.getvalue(), "png"
+        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+class Demo:
+    """Runs steps in order, remembers them in OUTPUT/steps.json, writes the page.
+
+    A second run skips the steps it finds done, as long as their commands are the same and in the
+    same order, and resumes the one that was interrupted. From the first other command on, what
+    lies in the way is removed and everything is made anew.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.steps: list[Step] = []
+        self.record_file = output / "steps.json"
+        self.record: list[dict[str, Any]] = []
+        if self.record_file.is_file():
+            self.record = json.loads(self.record_file.read_text())
+
+    def run(self, step: Step) -> None:
+        words = shlex.join(["mas", *step.command])
+        position = len(self.steps)
+        self.steps.append(step)
+        print(f"\n\033[1m{step.title}\033[0m\n$ {words}", flush=True)
+        known = self.record[position] if position < len(self.record) else {}
+        if known.get("command") != words:
+            self._remove(step)
+            self.record = [*self.record[:position], {"command": words, "seconds": 0.0}]
+        elif known.get("done"):
+            step.seconds = known["seconds"]
+            print(f"done before, in {step.seconds:.0f} s", flush=True)
+            return
+        entry, start = self.record[position], time.monotonic()
+        self._save()
+        status = subprocess.run([sys.executable, "-m", "mas", *step.command]).returncode
+        entry["seconds"] += time.monotonic() - start
+        entry["done"] = status == 0
+        self._save()
+        step.seconds = entry["seconds"]
+        if status:
+            raise SystemExit(f"{words}\nfailed with exit status {status}")
+
+    def _remove(self, step: Step) -> None:
+        if step.output.is_dir():
+            shutil.rmtree(step.output)
+        step.output.unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        self.record_file.write_text(json.dumps(self.record, indent=2) + "\n")
+
+    def write_page(self, title: str, intro: str) -> Path:
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(TOOLS), autoescape=True, undefined=jinja2.StrictUndefined
+        )
+        page = self.output / "index.html"
+        html = environment.get_template("demo.html").render(
+            title=title,
+            intro=intro,
+            total=sum(step.seconds for step in self.steps),
+            steps=[self._describe(step) for step in self.steps],
+        )
+        page.write_text(html, "utf-8")
+        return page
+
+    def _describe(self, step: Step) -> dict[str, Any]:
+        return {
+            "title": step.title,
+            "text": step.text,
+            "command": shlex.join(["mas", *step.command]),
+            "seconds": step.seconds,
+            "pictures": [(p.caption, p.data_uri()) for p in step.pictures()],
+            "curves": read_curves(step.curves) if step.curves else [],
+        }
+
+
+def read_curves(path: Path, *, width: int = 240, height: int = 70) -> list[dict[str, Any]]:
+    """Every loss of a metrics.csv as an SVG polyline with its first and last value."""
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    curves = []
+    for name in rows[0] if rows else ():
+        points = [(float(r["step"]), float(r[name])) for r in rows if r[name] and r.get("step")]
+        if not name.startswith("train/") or "loss" not in name or len(points) < 2:
+            continue
+        steps, values = [p[0] for p in points], [p[1] for p in points]
+        low, high = min(values), max(values)
+        span, length = (high - low) or 1.0, (steps[-1] - steps[0]) or 1.0
+        line = " ".join(
+            f"{width * (s - steps[0]) / length:.1f},{height - height * (v - low) / span:.1f}"
+            for s, v in points
+        )
+        curves.append({"name": name, "line": line, "first": values[0], "last": values[-1]})
+    return curves
+
+
+def show_shard(folder: Path, count: int) -> list[Picture]:
+    """A photo | scene | overlay | caption sheet of the first samples of a folder's shards."""
+    rows: list[list[Image.Image | str]] = []
+    for sample in read_shard(expand_shards(str(folder))[0]):
+        photo = Image.open(io.BytesIO(sample.files["jpg"]))
+        caption = sample.files["txt"].decode()
+        if "scene.png" in sample.files:
+            scene = SceneMap.from_png(io.BytesIO(sample.files["scene.png"]))
+            rows.append([photo, scene.to_rgb(edges=True), overlay(photo, scene), caption])
+        else:
+            rows.append([photo, caption])
+        if len(rows) == count:
+            break
+    names = ["photo", "scene", "photo + scene", "caption"] if len(rows[0]) == 4 else ["", ""]
+    return [Picture("", contact_sheet(rows, cell=160, header=names))]
+
+
+def first_scenes(folder: Path, shards: str, count: int) -> list[Path]:
+    """Copies the first `count` scene PNGs (and photos) of the shards out, as a person would."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for sample in read_shard(expand_shards(shards)[0]):
+        path = folder / f"{sample.key}.scene.png"
+        path.write_bytes(sample.files["scene.png"])
+        path.with_name(f"{sample.key}.jpg").write_bytes(sample.files["jpg"])
+        path.with_name(f"{sample.key}.txt").write_bytes(sample.files["txt"])
+        paths.append(path)
+        if len(paths) == count:
+            return paths
+    return paths
+
+
+def show_folder(folder: Path, names: list[str]) -> list[Picture]:
+    return [Picture("", folder / name) for name in names]
+
+
+def show_training(folder: Path) -> list[Picture]:
+    """The last picture sheet of a run folder."""
+    sheets = sorted((folder / "pictures").glob("*.png"))
+    return [Picture(f"validation pictures after {int(sheets[-1].stem)} steps", sheets[-1])]
+
+
+def park_source(output: Path, options: argparse.Namespace) -> list[Step]:
+    """Steps that make scene shards of the park world; the second set is never trained on."""
+    steps = []
+    for name, title, text, seed, count in (
+        ("park", "Draw the park world", "Pictures, captions and exact annotations, drawn by a "
+         "program: data that needs no download.", 0, options.count),
+        ("unseen", "Draw a few more", "Another seed: scenes no network below has seen.", 1, 8),
+    ):  # fmt: skip
+        shards, scenes = output / name, output / f"{name}-scenes"
+        steps.append(
+            Step(
+                title=title,
+                text=text,
+                command=["park", "--output", str(shards), "--count", str(count),
+                         "--seed", str(seed), "--size", str(options.size),
+                         "--shard-size", "500"],
+                pictures=lambda shards=shards: show_shard(shards, 4),
+            )
+        )  # fmt: skip
+        steps.append(
+            Step(
+                title="Preprocess on Ray",
+                text="Photo shards in, scene shards out: panoptic segments, human parts and faces "
+                "merged into one scene map.",
+                command=["preprocess", "--config", "configs/preprocess/park.yaml",
+                         "--photo.size", str(options.size), "--workers", "2",
+                         "--input", str(shards), "--output", str(scenes)],
+                pictures=lambda scenes=scenes: show_shard(scenes, 4),
+            )
+        )  # fmt: skip
+    return steps
+
+
+def photo_source(output: Path, options: argparse.Namespace) -> list[Step]:
+    """The step that makes scene shards of real photos with COCO panoptic annotations."""
+    scenes = output / "park-scenes"
+    return [
+        Step(
+            title="Preprocess on Ray",
+            text="Real photos and COCO's panoptic annotations in, scene shards out.",
+            command=["preprocess", "--config", "configs/preprocess/coco-sample.yaml",
+                     "--panoptic.json", str(options.photos / "panoptic_train.json"),
+                     "--panoptic.folder", str(options.photos / "panoptic/train"),
+                     "--photo.size", str(options.size), "--workers", "2",
+                     "--input", str(options.photos / "train"), "--output", str(scenes)],
+            pictures=lambda: show_shard(scenes, 4),
+        )
+    ]  # fmt: skip
+
+
+def train_step(stage: str, title: str, text: str, data: Path, options: argparse.Namespace) -> Step:
+    folder = options.output / stage
+    overrides = [word for pair in options.overrides.get(stage, {}).items() for word in pair]
+    return Step(
+        title=title,
+        text=text,
+        command=["train", stage, "--config", f"configs/tiny/{stage}.yaml",
+                 "--data.input", str(data), "--trainer.default_root_dir", str(folder),
+                 "--ckpt_path", "auto", *overrides],
+        pictures=lambda: show_training(folder),
+        curves=folder / "metrics.csv",
+    )  # fmt: skip
+
+
+def training_steps(scenes: Path, options: argparse.Namespace) -> list[Step]:
+    """Scene shards → tokenizers → tokens → GPT → model folder."""
+    output = options.output
+    parts = [word for name in ("vqseg", "vqgan") for word in (f"--{name}", str(output / name))]
+    tokenizer = ["--tokenizer", str(output / "tokenizer.json")]
+    return [
+        Step(
+            title="Inspect",
+            text="What the scene shards look like, and which classes they hold.",
+            command=["inspect", str(scenes), "--output", str(output / "inspect.png"),
+                     "--count", "6"],
+            pictures=lambda: [Picture("", output / "inspect.png")],
+        ),
+        Step(
+            title="Fit the text tokenizer",
+            text="Byte-level BPE on every caption of the shards.",
+            command=["fit-bpe", "--input", str(scenes), "--vocab-size", "512", "--length", "32",
+                     "--output", str(output / "tokenizer.json")],
+        ),
+        train_step("vqseg", "Train VQ-SEG", "Scene maps ↔ a few discrete tokens: which thing is "
+                   "where, and the edges.", scenes, options),
+        train_step("vqgan", "Train the VQ-GAN", "Pictures ↔ tokens. The full system uses a "
+                   "published one.", scenes, options),
+        Step(
+            title="Tokenize",
+            text="Every caption, scene and picture becomes tokens: plain .npy files.",
+            command=["tokenize", "--input", str(scenes), "--output", str(output / "tokens"),
+                     *parts, *tokenizer],
+        ),
+        train_step("gpt", "Train the GPT", "One transformer over [text | scene | image]: it "
+                   "predicts the scene, then the picture.", output / "tokens", options),
+        Step(
+            title="Assemble",
+            text="Tokenizers and GPT become one model folder.",
+            command=["assemble", *tokenizer, *parts, "--gpt", str(output / "gpt"),
+                     "--output", str(output / "model")],
+        ),
+    ]  # fmt: skip
+
+
+def sampling_steps(scenes: Path, options: argparse.Namespace) -> list[Step]:
+    """Captions alone, captions with scenes nobody trained on, the same scene in other words."""
+    model = ["--model", str(options.output / "model")]
+    samples = options.output / "samples"
+    steps = [
+        Step(
+            title="Sample: a caption",
+            text="Only a sentence goes in: the model predicts the scene, then paints it.",
+            command=["sample", caption, *model, "--count", "4", "--seed", "1",
+                     "--output", str(samples / f"caption-{i}")],
+            pictures=lambda i=i: [Picture("", samples / f"caption-{i}" / "grid.png")],
+        )
+        for i, caption in enumerate(options.captions)
+    ]  # fmt: skip
+    for i, scene in enumerate(first_scenes(options.output / "given", str(scenes), 3)):
+        photo = scene.with_name(scene.name.replace(".scene.png", ".jpg"))
+        caption = scene.with_name(scene.name.replace(".scene.png", ".txt")).read_text().strip()
+        folder = samples / f"scene-{i}"
+        steps.append(
+            Step(
+                title="Sample: a caption and a scene",
+                text="The scene is given: the pictures keep its layout.",
+                command=["sample", caption, "--scene", str(scene), *model, "--count", "4",
+                         "--seed", "1", "--output", str(folder)],
+                pictures=lambda photo=photo, scene=scene, folder=folder: [
+                    Picture("", given_and_made(photo, scene, folder))
+                ],
+            )
+        )  # fmt: skip
+    return steps
+
+
+def given_and_made(photo: Path, scene: Path, folder: Path) -> Image.Image:
+    """The scene that was given, the picture it comes from, and what the model painted."""
+    made = sorted(p for p in folder.glob("0*.png") if ".scene" not in p.name)
+    row = [SceneMap.from_png(scene).to_rgb(edges=True), *map(Image.open, [photo, *made])]
+    header = ["given scene", "where it comes from", *(f"painted {i + 1}" for i in range(len(made)))]
+    return contact_sheet([row], cell=144, header=header)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("demo"))
+    parser.add_argument("--count", type=int, default=4000, help="pictures of the park world")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side")
+    parser.add_argument("--photos", type=Path, help="folder of real photos in the form of COCO")
+    parser.add_argument("--steps", type=int, help="optimiser steps of each training")
+    options = parser.parse_args(arguments)
+    options.captions, options.overrides = CAPTIONS, {}
+    if options.photos:
+        if not (options.photos / "panoptic_train.json").is_file():
+            parser.error(f"{options.photos} holds no panoptic_train.json (make … DATA=DIR)")
+        options.captions = CAPTIONS[:1]
+    return options
+
+
+def main() -> None:
+    options = parse()
+    options.output.mkdir(parents=True, exist_ok=True)
+    demo = Demo(options.output)
+    scenes = options.output / "park-scenes"
+    source = (photo_source if options.photos else park_source)(options.output, options)
+    for step in [*source, *training_steps(scenes, options)]:
+        demo.run(step)
+    given = scenes if options.photos else options.output / "unseen-scenes"
+    for step in sampling_steps(given, options):
+        demo.run(step)
+    page = demo.write_page("mini Make-A-Scene", INTRO)
+    print(f"\nOpen {page}")
+
+
+if __name__ == "__main__":
+    main()
