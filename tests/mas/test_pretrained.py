@@ -108,11 +108,16 @@ def test_damaged_tensors_are_refused_by_name(change, words, checkpoint):
         load_published(path, format="taming", size=32)
 
 
-@pytest.mark.parametrize("said", CONFIGS)
-@pytest.mark.parametrize("held", ["taming", "taming-gumbel", "llamagen"])
+@pytest.mark.parametrize(
+    ("said", "held"),
+    [
+        (said, held)
+        for said in CONFIGS
+        for held in ("taming", "taming-gumbel", "llamagen")
+        if held not in (said, {"mindalle": "taming"}.get(said))
+    ],
+)
 def test_another_format_is_named(said, held, checkpoint):
-    if held == said or (said, held) == ("mindalle", "taming"):
-        pytest.skip("the right format")
     path = checkpoint({"state_dict": state_of(held), "model": state_of(held)})
     with pytest.raises(CheckpointError, match=f"use --format {held}"):
         load_published(path, format=said, size=32)
