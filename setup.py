@@ -9,9 +9,9 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mas/__init__.py").read_text()).group(1)
 
 EXTRAS = {
-    "preprocess": ["ray[data]>=2.50", "transformers>=4.57", "face-alignment>=1.5"],
+    "preprocess": ["ray[data]>=2.50", "transformers>=5", "face-alignment>=1.5"],
     "train": ["pytorch-lightning>=2.6.6", "torchdata>=0.11", "tensorboard>=2.18"],
-    "eval": ["torchmetrics>=1.6", "scipy>=1.13", "transformers>=4.57"],
+    "eval": ["torchmetrics>=1.6", "scipy>=1.13", "transformers>=5"],
     "studio": ["gradio>=6"],
     "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],
 }
@@ -40,5 +40,8 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={**EXTRAS, "all": sorted({p for extra in EXTRAS.values() for p in extra})},
-    entry_points={"console_scripts": ["mas = mas.__main__:main"]},
+    entry_points={
+        "console_scripts": ["mas = mas.__main__:main"],
+        "mini_make_a_scene.weights": ["preprocess = preprocess.weights:known_weights"],
+    },
 )

@@ -16,6 +16,7 @@ from typing import Any
 import mas
 
 DISTRIBUTION = "mini-make-a-scene"
+WEIGHTS_GROUP = "mini_make_a_scene.weights"  # of entry points: functions that list weights
 
 
 def doctor(*, as_json: bool = False) -> None:
@@ -43,16 +44,21 @@ def doctor(*, as_json: bool = False) -> None:
     print("\noutside the package index")
     for name, version in report["outside"].items():
         print(f"  {name:<20} {version or '- (see docs/segmenters.md)'}")
+    print("\nweights (mas fetch-weights STAGE)")
+    for weights in report["weights"]:
+        mark = "there" if weights["present"] else "-"
+        print(f"  {weights['stage']:<10} {weights['name']:<22} {mark:<6} {weights['path']}")
     print(f"\nshipped models: {', '.join(report['models']) or 'none'}")
 
 
 def examine() -> dict[str, Any]:
-    """The report as a dictionary: version, machine, extras, outside, models."""
+    """The report as a dictionary: version, machine, extras, outside, weights, models."""
     return {
         "version": mas.__version__,
         "machine": _machine(),
         "extras": _extras(),
         "outside": {"detectron2": _version("detectron2")},
+        "weights": _weights(),
         "models": sorted(p.parent.name for p in _models().glob("*/model_index.json")),
     }
 
@@ -87,6 +93,24 @@ def _extras() -> dict[str, dict[str, str | None]]:
         if name:
             found.setdefault(key, {})[name.group()] = _version(name.group())
     return found
+
+
+def _weights() -> list[dict[str, Any]]:
+    """Published weights and where they belong, as the installed packages list them.
+
+    A package announces its list as an entry point, so that nothing here imports it by name.
+    """
+    return [
+        {
+            "name": state.name,
+            "stage": state.stage,
+            "path": str(state.path),
+            "licence": state.licence,
+            "present": state.present,
+        }
+        for entry in importlib.metadata.entry_points(group=WEIGHTS_GROUP)
+        for state in entry.load()()
+    ]
 
 
 def _version(package: str) -> str | None:

@@ -130,5 +130,6 @@ def test_doctor_reports_the_installation(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["extras"][""]["torch"] and "ray" in report["extras"]["preprocess"]
+    assert {"panoptic", "human", "face"} <= {weights["stage"] for weights in report["weights"]}
     assert cli.main(["doctor"]) == 0
     assert "plain install: complete" in capsys.readouterr().out
