@@ -31,7 +31,13 @@ from mas.model_folder import (
     read_index,
     write_folder,
 )
-from mas.precision import Precision, choose_device, make_decoder, pictures_that_fit
+from mas.precision import (
+    Precision,
+    choose_device,
+    choose_precision,
+    make_decoder,
+    pictures_that_fit,
+)
 from mas.progress import Decoders, Progress, Reporter
 from mas.scene import SceneMap
 from mas.sequence import FREE, Streams
@@ -84,7 +90,8 @@ class MakeAScene:
         self.sampling = sampling or Sampling()
         self.card: str | None = None
         self.sha256: str | None = None  # of the folder it was loaded from
-        self.decoder: Decoder = make_decoder(self.gpt, precision)
+        self.precision = choose_precision(self.gpt, precision)
+        self.decoder: Decoder = make_decoder(self.gpt, self.precision)
 
     @classmethod
     def from_pretrained(

@@ -18,6 +18,7 @@ from mas.quantize import Bfloat16Linear, Int8Linear, with_linears
 
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
 MEMORY_INFO = Path("/proc/meminfo")
+LARGE = 50_000_000  # parameters from which float32 is too slow on a CPU to be a good default
 SPARE = 300 * 2**20  # bytes left for everything that is not the cache
 
 
@@ -40,8 +41,8 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def make_decoder(gpt: GPT, precision: Precision) -> Decoder:
-    """The network in the number format asked for; `gpt` itself stays float32.
+def choose_precision(gpt: GPT, precision: Precision) -> Precision:
+    """Resolves `auto` for the network and the device it lies on.
 
     Raises:
         ValueError: a precision that is unknown, or int8 on another device than the CPU.
@@ -49,15 +50,22 @@ def make_decoder(gpt: GPT, precision: Precision) -> Decoder:
     if precision not in get_args(Precision):
         raise ValueError(f"precision is {precision!r}, use one of {', '.join(get_args(Precision))}")
     on_cpu = gpt.device.type == "cpu"
-    if precision == "auto":
-        precision = "float32" if on_cpu else "bfloat16"
-    if precision == "float32":
-        return gpt
-    if on_cpu:
-        return with_linears(gpt, Int8Linear if precision == "int8" else Bfloat16Linear)
-    if precision == "int8":
+    if precision == "int8" and not on_cpu:
         raise ValueError(f"int8 runs on the CPU only, not on {gpt.device}; use bfloat16 there")
-    return copy.deepcopy(gpt).to(torch.bfloat16)
+    if precision != "auto":
+        return precision
+    if not on_cpu:
+        return "bfloat16"
+    return "int8" if sum(p.numel() for p in gpt.parameters()) >= LARGE else "float32"
+
+
+def make_decoder(gpt: GPT, precision: Precision) -> Decoder:
+    """The network in one number format (not `auto`); `gpt` itself stays float32."""
+    if precision == "int8":
+        return with_linears(gpt, Int8Linear)
+    if precision == "bfloat16" and gpt.device.type == "cpu":
+        return with_linears(gpt, Bfloat16Linear)
+    return copy.deepcopy(gpt).to(torch.bfloat16) if precision == "bfloat16" else gpt
 
 
 def pictures_that_fit(decoder: Decoder, config: GPTConfig) -> int:

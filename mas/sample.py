@@ -103,7 +103,12 @@ def sample(
                 batch=batch,
                 on_progress=lambda progress: advance(bar, progress),
             )
-        write_result(folder, result, model={"name": model, "sha256": network.sha256})
+        write_result(
+            folder,
+            result,
+            model={"name": model, "sha256": network.sha256},
+            machine={"device": str(network.device), "precision": network.precision},
+        )
     speed = f"{result.seconds:.1f} s, {result.tokens_per_second:.0f} tokens/s"
     print(f"{output}: {len(result.images)} pictures, {speed}")
 
@@ -198,7 +203,9 @@ def writing(output: Path) -> Iterator[Path]:
         raise
 
 
-def write_result(folder: Path, result: Generation, *, model: dict[str, Any]) -> None:
+def write_result(
+    folder: Path, result: Generation, *, model: dict[str, Any], machine: dict[str, str]
+) -> None:
     """Writes pictures, scenes, contact sheet and samples.json."""
     origin = {"settings": result.settings, "model": model["sha256"]}
     pictures = []
@@ -217,6 +224,7 @@ def write_result(folder: Path, result: Generation, *, model: dict[str, Any]) -> 
             "seed": result.seeds[0],
             "settings": result.settings,
             "model": model,
+            **machine,
             "version": mas.__version__,
             "seconds": round(result.seconds, 3),
             "tokens_per_second": round(result.tokens_per_second, 1),

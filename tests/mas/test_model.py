@@ -16,7 +16,7 @@ from mas import MakeAScene
 from mas.filter import Sampling
 from mas.gpt import GPT
 from mas.model_folder import FILES, ModelError
-from mas.precision import choose_device, make_decoder
+from mas.precision import choose_device, choose_precision
 from mas.scene import VOID, SceneError, SceneMap
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN
@@ -210,11 +210,17 @@ def test_a_batch_too_large_for_the_memory_says_which_one_fits(tiny_model, monkey
         tiny_model.generate(CAPTION)
 
 
+def test_auto_takes_int8_for_large_networks_on_a_cpu(tiny_model, monkeypatch):
+    assert choose_precision(tiny_model.gpt, "auto") == "float32"
+    monkeypatch.setattr(mas.precision, "LARGE", 1000)
+    assert choose_precision(tiny_model.gpt, "auto") == "int8"
+
+
 def test_devices_and_precisions_that_do_not_exist_are_refused(tiny_model):
     with pytest.raises(ValueError, match="device 'gpu9'"):
         choose_device("gpu9")
     with pytest.raises(ValueError, match="precision is 'float8'"):
-        make_decoder(tiny_model.gpt, "float8")
+        choose_precision(tiny_model.gpt, "float8")
 
 
 def other_part(parts, name):

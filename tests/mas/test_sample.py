@@ -53,6 +53,7 @@ def test_it_writes_pictures_scenes_sheet_and_a_description(run, tmp_path):
         "top_k": None,
         "top_p": None,
     }
+    assert (description["device"], description["precision"]) == ("cpu", "float32")
     assert len(description["model"]["sha256"]) == 64 and description["seconds"] > 0
     assert [picture["seed"] for picture in description["pictures"]] == [4, 5, 6]
     for picture in description["pictures"]:
