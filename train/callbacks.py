@@ -82,6 +82,7 @@ class StopSignals(Callback):
         self._stepped = trainer.global_step
         if trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
             trainer.should_stop = True
+            trainer.limit_val_batches = 0  # whoever sends SIGTERM does not wait for a validation
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
