@@ -23,8 +23,8 @@ PANTS, SCARF, SKIRT, FACE = 9, 11, 12, 13
 LEFT_ARM, RIGHT_ARM, LEFT_LEG, RIGHT_LEG, LEFT_SHOE, RIGHT_SHOE = range(14, 20)
 
 SKINS: tuple[Colour, ...] = (
-    (252, 222, 196), (244, 204, 170), (226, 178, 138), (196, 142, 100), (150, 102, 70),
-    (112, 74, 52),
+    (250, 212, 182), (242, 192, 154), (226, 170, 126), (194, 136, 94), (150, 100, 68),
+    (112, 72, 50),
 )  # fmt: skip
 HAIRS: tuple[Colour, ...] = (
     (46, 36, 36), (84, 54, 36), (128, 84, 48), (196, 134, 62), (232, 196, 112), (170, 74, 40),
@@ -149,7 +149,7 @@ def _head(f: Figure, body: _Body, outfit: Outfit, look: _Look, rng: Random, *, b
             blob((x - rx, y + h * 0.2), (x - rx * 0.62, y + h * 0.84), (x, y + h),
             (x + rx * 0.62, y + h * 0.84), (x + rx, y + h * 0.2), (x + rx * 0.86, y - h * 0.5),
             (x + rx * 0.34, y - h * 0.95), (x - rx * 0.34, y - h * 0.95),
-            (x - rx * 0.86, y - h * 0.5)), look.skin, part=FACE, relief=0.7,
+            (x - rx * 0.86, y - h * 0.5)), look.skin, part=FACE, relief=0.5,
         )  # fmt: skip
         wide = rng.choice((0.0, 0.0, 0.06, 0.14))
         points = face_points(look.turn, rng.uniform(0.06, 0.16), wide) * (rx, h) + (x, y)

@@ -22,7 +22,7 @@ from preprocess.park_words import write_captions
 from preprocess.park_world import HELD_OUT_MODES
 
 FORMAT = 1  # of the "park" entry of KEY.json
-QUALITY = 95  # of the JPEG
+QUALITY = 95  # of the JPEG, colours in full resolution: the pictures are small
 
 
 def picture(
@@ -124,7 +124,7 @@ def _id_colours(segments: np.ndarray) -> np.ndarray:
 
 def _jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=QUALITY)
+    image.save(buffer, "JPEG", quality=QUALITY, subsampling=0)
     return buffer.getvalue()
 
 
