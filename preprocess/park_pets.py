@@ -12,9 +12,35 @@ from preprocess.park_curves import blob, ellipse, limb, polygon
 from preprocess.park_pen import Figure
 
 
+def _dog_head(f: Figure, x: float, y: float, colour: Colour, rng: Random) -> None:
+    """Muzzle, eye, tongue and a hanging or a pricked ear around (x, y)."""
+    pale, ear_colour = lighter(colour, 0.5), darker(colour, 0.4)
+    f.add(ellipse(x + 0.02, y + 0.02, 0.2, 0.18), colour)
+    f.add(
+        blob((x + 0.05, y + 0.04), (x + 0.3, y + 0.01), (x + 0.34, y - 0.06), (x + 0.26, y - 0.13),
+        (x + 0.05, y - 0.13)), pale,
+    )  # fmt: skip
+    f.add(ellipse(x + 0.31, y + 0.0, 0.05, 0.04, count=14), INK, relief=0.6)
+    if rng.random() < 0.5:
+        f.add(
+            blob((x + 0.2, y - 0.11), (x + 0.26, y - 0.12), (x + 0.25, y - 0.21),
+            (x + 0.2, y - 0.2)), (232, 108, 118), relief=0.3,
+        )  # fmt: skip
+    draw_eye(f, x + 0.1, y + 0.075, 0.032)
+    if rng.random() < 0.65:
+        f.add(
+            blob((x - 0.04, y + 0.17), (x - 0.17, y + 0.12), (x - 0.2, y - 0.12),
+            (x - 0.1, y - 0.16), (x - 0.02, y + 0.02)), ear_colour,
+        )  # fmt: skip
+    else:
+        f.add(
+            blob((x - 0.15, y + 0.1), (x - 0.16, y + 0.32), (x + 0.01, y + 0.18), detail=4),
+            ear_colour,
+        )  # fmt: skip
+
+
 def dog(rng: Random, colour: Colour, pose: str) -> Figure:
     f = Figure()
-    ear_colour = darker(colour, 0.4)
     pale = lighter(colour, 0.5)
     wag = rng.uniform(-0.08, 0.08)
     if pose == "sitting":
@@ -55,29 +81,50 @@ def dog(rng: Random, colour: Colour, pose: str) -> Figure:
         f.add(limb([(0.14, 0.52), (x - 0.05, y - 0.04)], [0.3, 0.22]), colour)
         collar = rng.choice(((208, 48, 44), (58, 110, 200), (245, 205, 60)))
         f.add(limb([(0.16, 0.66), (0.34, 0.56)], [0.055, 0.055]), collar, relief=0.5)
-    f.add(ellipse(x + 0.02, y + 0.02, 0.2, 0.18), colour)
-    f.add(
-        blob((x + 0.05, y + 0.04), (x + 0.3, y + 0.01), (x + 0.34, y - 0.06), (x + 0.26, y - 0.13),
-        (x + 0.05, y - 0.13)), pale,
-    )  # fmt: skip
-    f.add(ellipse(x + 0.31, y + 0.0, 0.05, 0.04, count=14), INK, relief=0.6)
-    if rng.random() < 0.5:
-        f.add(
-            blob((x + 0.2, y - 0.11), (x + 0.26, y - 0.12), (x + 0.25, y - 0.21),
-            (x + 0.2, y - 0.2)), (232, 108, 118), relief=0.3,
-        )  # fmt: skip
-    draw_eye(f, x + 0.1, y + 0.075, 0.032)
-    if rng.random() < 0.65:
-        f.add(
-            blob((x - 0.04, y + 0.17), (x - 0.17, y + 0.12), (x - 0.2, y - 0.12),
-            (x - 0.1, y - 0.16), (x - 0.02, y + 0.02)), ear_colour,
-        )  # fmt: skip
-    else:
-        f.add(
-            blob((x - 0.15, y + 0.1), (x - 0.16, y + 0.32), (x + 0.01, y + 0.18), detail=4),
-            ear_colour,
-        )  # fmt: skip
+    _dog_head(f, x, y, colour, rng)
     return f
+
+
+def _cat_head(f: Figure, x: float, y: float, colour: Colour, *, tabby: bool) -> None:
+    """Round head with ears, eyes and whiskers around (x, y)."""
+    pale, stripe = lighter(colour, 0.55), darker(colour, 0.3)
+    for side in (-1, 1):
+        ear = polygon(
+            (x + side * 0.21, y + 0.08), (x + side * 0.19, y + 0.3), (x + side * 0.04, y + 0.17),
+        )  # fmt: skip
+        f.add(ear, colour)
+        f.add((ear - ear.mean(0)) * 0.55 + ear.mean(0), SNOUT, relief=0.3)
+    f.add(
+        blob((x - 0.23, y + 0.02), (x - 0.16, y + 0.16), (x, y + 0.19), (x + 0.16, y + 0.16),
+        (x + 0.23, y + 0.02), (x + 0.12, y - 0.14), (x - 0.12, y - 0.14)), colour,
+    )  # fmt: skip
+    f.add(ellipse(x, y - 0.06, 0.11, 0.075), pale, relief=0.5)
+    if tabby:
+        for k in (-1, 0, 1):
+            f.add(
+                limb([(x + 0.06 * k, y + 0.17), (x + 0.045 * k, y + 0.1)], [0.028, 0.02]), stripe,
+                relief=0.3,
+            )  # fmt: skip
+    for side in (-1, 1):
+        f.add(
+            ellipse(x + side * 0.095, y + 0.035, 0.05, 0.052, count=14), (206, 220, 120),
+            relief=0.3,
+        )  # fmt: skip
+        f.add(ellipse(x + side * 0.095, y + 0.03, 0.024, 0.045, count=10), INK, relief=0)
+        for k in (-1, 1):
+            whisker = limb(
+                [(x + side * 0.1, y - 0.05), (x + side * 0.29, y - 0.05 + 0.03 * k)], [0.014,
+                0.008],
+            )  # fmt: skip
+            f.add(whisker, lighter(colour, 0.8), relief=0)
+    f.add(
+        polygon((x - 0.03, y - 0.02), (x + 0.03, y - 0.02), (x, y - 0.055)), (214, 110, 120),
+        relief=0,
+    )  # fmt: skip
+    f.add(
+        limb([(x - 0.05, y - 0.085), (x, y - 0.1), (x + 0.05, y - 0.085)], [0.014, 0.014, 0.014]),
+        INK, relief=0,
+    )  # fmt: skip
 
 
 def cat(rng: Random, colour: Colour, pose: str) -> Figure:
@@ -130,43 +177,7 @@ def cat(rng: Random, colour: Colour, pose: str) -> Figure:
                 limb([(sx, 0.6), (sx + 0.03, 0.42), (sx + 0.02, 0.34)], [0.045, 0.04, 0.01]),
                 stripe, clip=body,
             )  # fmt: skip
-    for side in (-1, 1):
-        ear = polygon(
-            (x + side * 0.21, y + 0.08), (x + side * 0.19, y + 0.3), (x + side * 0.04, y + 0.17),
-        )  # fmt: skip
-        f.add(ear, colour)
-        f.add((ear - ear.mean(0)) * 0.55 + ear.mean(0), SNOUT, relief=0.3)
-    f.add(
-        blob((x - 0.23, y + 0.02), (x - 0.16, y + 0.16), (x, y + 0.19), (x + 0.16, y + 0.16),
-        (x + 0.23, y + 0.02), (x + 0.12, y - 0.14), (x - 0.12, y - 0.14)), colour,
-    )  # fmt: skip
-    f.add(ellipse(x, y - 0.06, 0.11, 0.075), pale, relief=0.5)
-    if tabby:
-        for k in (-1, 0, 1):
-            f.add(
-                limb([(x + 0.06 * k, y + 0.17), (x + 0.045 * k, y + 0.1)], [0.028, 0.02]), stripe,
-                relief=0.3,
-            )  # fmt: skip
-    for side in (-1, 1):
-        f.add(
-            ellipse(x + side * 0.095, y + 0.035, 0.05, 0.052, count=14), (206, 220, 120),
-            relief=0.3,
-        )  # fmt: skip
-        f.add(ellipse(x + side * 0.095, y + 0.03, 0.024, 0.045, count=10), INK, relief=0)
-        for k in (-1, 1):
-            whisker = limb(
-                [(x + side * 0.1, y - 0.05), (x + side * 0.29, y - 0.05 + 0.03 * k)], [0.014,
-                0.008],
-            )  # fmt: skip
-            f.add(whisker, lighter(colour, 0.8), relief=0)
-    f.add(
-        polygon((x - 0.03, y - 0.02), (x + 0.03, y - 0.02), (x, y - 0.055)), (214, 110, 120),
-        relief=0,
-    )  # fmt: skip
-    f.add(
-        limb([(x - 0.05, y - 0.085), (x, y - 0.1), (x + 0.05, y - 0.085)], [0.014, 0.014, 0.014]),
-        INK, relief=0,
-    )  # fmt: skip
+    _cat_head(f, x, y, colour, tabby=tabby)
     return f
 
 
