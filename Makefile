@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
-export OMP_NUM_THREADS ?= 1
 
 .PHONY: help install demo smoke-photos test check smoke clean
 .DEFAULT_GOAL := help
@@ -26,7 +25,7 @@ smoke-photos: $(VENV)/installed  ## the same on real photos: make smoke-photos D
 	$(BIN)/python tools/smoke_photos.py $(DATA) --output demo/photos
 
 test: $(VENV)/installed  ## all tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
 
 check: $(VENV)/installed  ## ruff, mypy, the import rule
 	$(BIN)/ruff check .

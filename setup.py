@@ -23,7 +23,7 @@ setup(
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=["mas", "preprocess", "train"],
     package_data={"mas": ["py.typed", "models/*/*", "models/*/*/*"]},
     install_requires=[

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import mas
 
@@ -121,7 +121,15 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
     import jsonargparse
 
     documentation = docstring_parser.parse(inspect.getdoc(function) or "")
-    parser = jsonargparse.ArgumentParser(
+    class Parser(jsonargparse.ArgumentParser):
+        """Answers wrong usage with one line."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            words = " ".join(message.split())
+            print(f"mas {name}: error: {words} (see mas {name} --help)", file=sys.stderr)
+            raise SystemExit(2)
+
+    parser = Parser(
         prog=f"mas {name}",
         description=documentation.short_description,
         default_env=False,
