@@ -262,7 +262,10 @@ def photo_source(output: Path, options: argparse.Namespace) -> list[Step]:
 
 def train_step(stage: str, title: str, text: str, data: Path, options: argparse.Namespace) -> Step:
     folder = options.output / stage
-    overrides = [word for pair in options.overrides.get(stage, {}).items() for word in pair]
+    overrides = []
+    if options.steps:
+        steps = str(options.steps)
+        overrides = ["--trainer.max_steps", steps, "--trainer.val_check_interval", steps]
     return Step(
         title=title,
         text=text,
@@ -362,7 +365,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--photos", type=Path, help="folder of real photos in the form of COCO")
     parser.add_argument("--steps", type=int, help="optimiser steps of each training")
     options = parser.parse_args(arguments)
-    options.captions, options.overrides = CAPTIONS, {}
+    options.captions = CAPTIONS
     if options.photos:
         if not (options.photos / "panoptic_train.json").is_file():
             parser.error(f"{options.photos} holds no panoptic_train.json (make … DATA=DIR)")
