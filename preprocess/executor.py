@@ -7,18 +7,19 @@ shard that fails is tried again, then set aside while the others go on.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import platform
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from preprocess.progress import ProgressBar
-from preprocess.run_folder import ERROR, PROGRESS, RUNNING, STATS, RunFolder, settings_hash
+from preprocess.run_folder import ERROR, RUNNING, STATS, RunFolder, settings_hash
 
 Report = Callable[[int], None]  # a worker tells how many more items it has seen
 
@@ -34,6 +35,7 @@ class Job:
     name: str  # of the output, without ending
     source: Any  # what the worker reads
     fingerprint: str  # changes when the source does
+    again: bool = False  # was made before; items dropped for a passing reason get another try
 
 
 class Worker(Protocol):
@@ -51,6 +53,7 @@ class ExecutorConfig:
     address: str | None = None  # of a Ray cluster, "auto" = the one this machine is in
     gpus_per_worker: float = 0.0  # may be a fraction
     retry_failed: bool = False  # also try shards that were set aside
+    retry_rejected: bool = False  # also remake shards with items dropped for a passing reason
 
 
 @dataclass
@@ -92,6 +95,23 @@ class Runner:
 
     def run(self, job: Job, report: Report) -> Outcome:
         """Never raises for what one shard may be the cause of."""
+        report(0)
+        if not job.again and (stats := self.folder.read(job.name + STATS)):
+            return Outcome(job.name, stats=stats)  # made, but the word of it was lost on its way
+        try:
+            return self._try(job, report)
+        except OSError as error:  # not even the evidence can be written
+            text = f"{self.folder.path} on {socket.gethostname()}: {error.strerror or error}"
+            with contextlib.suppress(OSError):
+                self.folder.remove(job.name + RUNNING)
+            return Outcome(job.name, error=text, fatal=True)
+
+    def _try(self, job: Job, report: Report) -> Outcome:
+        """Up to `ATTEMPTS` times.
+
+        Raises:
+            OSError: nothing can be written to the output.
+        """
         mark = job.name + RUNNING
         earlier = (self.folder.read(mark) or {}).get("attempt", 0)  # cut short by a killed worker
         text, trace = f"killed its worker {earlier} times", ""
@@ -103,7 +123,7 @@ class Runner:
                 plain = isinstance(error, (ValueError, OSError))
                 text, trace = str(error) if plain else repr(error), traceback.format_exc()
                 if isinstance(error, OSError) and error.errno in OUTPUT_FULL:
-                    return Outcome(job.name, error=text, fatal=True)
+                    raise
                 if isinstance(error, ValueError):  # the data; another attempt would see the same
                     break
                 if attempt < ATTEMPTS:
@@ -141,6 +161,7 @@ def execute(
     settings: Mapping[str, Any],
     config: ExecutorConfig,
     unit: str = "photo",
+    passing: Collection[str] = (),
 ) -> Summary:
     """Makes all shards that are not made yet.
 
@@ -152,6 +173,7 @@ def execute(
         settings: everything that decides what is written; must agree with an earlier run's.
         config: where to run.
         unit: what a worker reports, for the progress bar.
+        passing: reasons of `rejected` in a shard's statistics that may be gone another time.
 
     Raises:
         FolderError: the folder holds something else or was made with other settings.
@@ -160,12 +182,16 @@ def execute(
     """
     folder = RunFolder(output)
     folder.prepare(command, settings, shards=len(jobs))
+    folder.sweep()
     summary = Summary(len(jobs))
-    pending = _find_pending(jobs, folder, summary, retry_failed=config.retry_failed)
+    pending = _find_pending(jobs, folder, summary, config, passing)
     common = {"settings": settings_hash(settings), "python": platform.python_version()}
-    with ProgressBar(folder, len(jobs), unit=unit, failed=len(summary.failed)) as bar:
+    with (
+        ProgressBar(folder, len(jobs), unit=unit, failed=len(summary.failed)) as bar,
+        contextlib.closing(_outcomes(pending, factory, folder, common, config, bar)) as outcomes,
+    ):
         bar.skip(summary.skipped)
-        for outcome in _outcomes(pending, factory, folder, common, config, bar):
+        for outcome in outcomes:
             if outcome.fatal:
                 raise OSError(f"{outcome.error}; finished shards are kept: mend it and run again")
             if outcome.error:
@@ -173,26 +199,34 @@ def execute(
             else:
                 summary.done += 1
             bar.shard_done(failed=bool(outcome.error))
-            summary.seconds, summary.seen = bar.seconds, bar.items
-    folder.remove(PROGRESS)
+        summary.seconds, summary.seen = bar.seconds, bar.items
+    folder.sweep()  # what workers left behind that were killed for good
     return summary
 
 
 def _find_pending(
-    jobs: Sequence[Job], folder: RunFolder, summary: Summary, *, retry_failed: bool
+    jobs: Sequence[Job],
+    folder: RunFolder,
+    summary: Summary,
+    config: ExecutorConfig,
+    passing: Collection[str],
 ) -> list[Job]:
-    """Jobs that are neither done nor set aside; counts the others and clears old marks."""
+    """Jobs that are neither done nor set aside, and those to be tried again; counts the others."""
     pending = []
     present = set(folder.list_names())
     for job in jobs:
-        if job.name + STATS in present and folder.finished(job.name, job.fingerprint):
-            summary.skipped += 1
-        elif job.name + ERROR in present and not retry_failed:
+        stats = None
+        if job.name + STATS in present:
+            stats = folder.finished(job.name, job.fingerprint)
+        if stats is not None:
+            if config.retry_rejected and set(passing) & set(stats.get("rejected", {})):
+                pending.append(replace(job, again=True))
+            else:
+                summary.skipped += 1
+        elif job.name + ERROR in present and not config.retry_failed:
             summary.failed[job.name] = (folder.read(job.name + ERROR) or {}).get("error", "")
         else:
             pending.append(job)
-        if job.name + RUNNING in present:  # of a run that was killed
-            folder.remove(job.name + RUNNING)
     return pending
 
 
@@ -203,7 +237,7 @@ def _outcomes(
     common: Mapping[str, Any],
     config: ExecutorConfig,
     bar: ProgressBar,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     if not jobs:
         return
     if config.kind == "serial" or config.workers == 0:

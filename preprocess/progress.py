@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from tqdm import tqdm
@@ -12,10 +15,14 @@ from tqdm import tqdm
 from preprocess.run_folder import PROGRESS, RunFolder
 
 HEARTBEAT_SECONDS = 5.0
+SHOW_SECONDS = 0.5
 
 
 class ProgressBar:
-    """Shards done and failed, items a second, time left; on stderr."""
+    """Shards done and failed, items a second, time left; on stderr.
+
+    A thread shows it and writes the heartbeat, for a single shard may take an hour.
+    """
 
     def __init__(self, folder: RunFolder, shards: int, *, unit: str, failed: int = 0) -> None:
         self.folder = folder
@@ -23,11 +30,16 @@ class ProgressBar:
         self.items = 0
         self.failed = failed
         self.made = 0  # shards of this run
-        self._start = 0.0  # of the first item; workers need time to come up
+        self.pull: Callable[[], int | None] = lambda: None  # what workers elsewhere have seen
+        self._start = 0.0  # of the first shard; workers need time to come up
         self._beat = 0.0
         self._bar = tqdm(total=shards, initial=failed, unit="shard", dynamic_ncols=True)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
 
     def __enter__(self) -> ProgressBar:
+        self._beat_now()
+        self._thread.start()
         return self
 
     def __exit__(
@@ -36,19 +48,23 @@ class ProgressBar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._stop.set()
+        self._thread.join()
         self._show()
         self._bar.close()
+        with contextlib.suppress(OSError):  # the output may be what broke
+            self.folder.remove(PROGRESS)
 
     def skip(self, shards: int) -> None:
         """Shards that were done before; they do not count for the time left."""
         self._bar.initial += shards
         self._bar.n += shards
 
-    def add(self, items: int) -> None:
-        """Items that workers have seen since the last call."""
-        self._start = self._start or time.time() - 1e-3
-        self.items += items
-        self._show()
+    def add(self, items: int | None) -> None:
+        """Items that workers have seen since the last call; 0 when one begins, None = no word."""
+        if items is not None:
+            self._start = self._start or time.time()
+            self.items += items
 
     @property
     def seconds(self) -> float:
@@ -59,22 +75,28 @@ class ProgressBar:
         self.failed += failed
         self.made += not failed
         self._bar.update(1)
-        self._show()
+
+    def _loop(self) -> None:
+        while not self._stop.wait(SHOW_SECONDS):
+            self.add(self.pull())
+            self._show()
+            if time.time() - self._beat > HEARTBEAT_SECONDS:
+                self._beat_now()
 
     def _show(self) -> None:
         rate = self.items / max(self.seconds, 1e-3)
         self._bar.set_postfix_str(f"{rate:.1f} {self.unit}s/s, {self.failed} failed", refresh=False)
         self._bar.refresh()
-        if time.time() - self._beat > HEARTBEAT_SECONDS:
-            self._beat = time.time()
-            self.folder.write(
-                PROGRESS,
-                {
-                    "updated": self._beat,
-                    "host": socket.gethostname(),
-                    "pid": os.getpid(),
-                    "items": self.items,
-                    "made": self.made,
-                    "seconds": round(self.seconds, 1),
-                },
-            )
+
+    def _beat_now(self) -> None:
+        self._beat = time.time()
+        content = {
+            "updated": self._beat,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "items": self.items,
+            "made": self.made,
+            "seconds": round(self.seconds, 1),
+        }
+        with contextlib.suppress(OSError):  # a full disk stops the workers, which tell why
+            self.folder.write(PROGRESS, content)

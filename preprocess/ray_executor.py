@@ -10,7 +10,6 @@ import logging
 import os
 import pickle
 import socket
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,20 +20,19 @@ from preprocess.progress import ProgressBar
 from preprocess.run_folder import RunFolder
 
 OBJECT_STORE_BYTES = 100 * 2**20  # jobs and outcomes are small
-POLL_SECONDS = 0.5
 
 
 class _Counter:
     """Adds up what the workers report."""
 
     def __init__(self) -> None:
-        self.items = 0
+        self.items: int | None = None  # None = no word since the last `take`
 
     def add(self, items: int) -> None:
-        self.items += items
+        self.items = (self.items or 0) + items
 
-    def take(self) -> int:
-        items, self.items = self.items, 0
+    def take(self) -> int | None:
+        items, self.items = self.items, None
         return items
 
 
@@ -88,13 +86,11 @@ def run_on_ray(
     if started:
         _start(config)
     try:
-        limits = ray.data.ExecutionOptions(preserve_order=False)
         context = ray.data.DataContext.get_current()
-        context.execution_options = limits
+        context.execution_options = ray.data.ExecutionOptions(preserve_order=False)
         context.enable_progress_bars = False
-        workers = config.workers or int(ray.cluster_resources().get("CPU", 1))
-        workers = max(1, min(workers, len(jobs)))
-        counter = _as_actor(_Counter)
+        workers = min(_count_workers(config, ray.cluster_resources()), len(jobs))
+        counter = _start_counter()
         rows = [{"job": pickle.dumps(job)} for job in jobs]
         outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _RayRunner,
@@ -104,18 +100,47 @@ def run_on_ray(
             num_gpus=config.gpus_per_worker or None,
             fn_constructor_args=(factory, folder, common, counter),
         )
-        with _Poll(lambda: bar.add(ray.get(counter.take.remote()))):
-            for row in outcomes.iter_rows():
-                yield pickle.loads(row["outcome"])
+
+        def pull() -> int | None:
+            try:
+                return ray.get(counter.take.remote())
+            except ray.exceptions.RayError:  # its process was killed: only the rate suffers
+                return None
+
+        bar.pull = pull
+        for row in outcomes.iter_rows():
+            yield pickle.loads(row["outcome"])
+        bar.add(pull())
     finally:
+        bar.pull = lambda: None
         if started:
             ray.shutdown()
 
 
-def _as_actor(kind: type) -> Any:
-    import ray
+def _count_workers(config: ExecutorConfig, resources: Mapping[str, float]) -> int:
+    """How many workers to start: as asked for, or as many as the CPUs and GPUs there are hold."""
+    if config.workers:
+        return config.workers
+    cpus = max(1, int(resources.get("CPU", 1)))
+    if not config.gpus_per_worker:
+        return cpus
+    gpus = resources.get("GPU", 0.0)
+    if gpus < config.gpus_per_worker:
+        raise ValueError(
+            f"--gpus-per-worker {config.gpus_per_worker:g}, but Ray sees {gpus:g} GPUs; leave it "
+            "out, or give --workers where an autoscaler will bring them"
+        )
+    return min(cpus, int(gpus / config.gpus_per_worker))
 
-    return ray.remote(kind).options(num_cpus=0).remote()
+
+def _start_counter() -> Any:
+    """A counter beside the driver, so that no other node takes it along when it goes."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(_Counter)
+    return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
 
 def _start(config: ExecutorConfig) -> None:
@@ -131,25 +156,3 @@ def _start(config: ExecutorConfig) -> None:
         include_dashboard=False,
         **quiet,
     )
-
-
-class _Poll:
-    """Calls a function now and then beside the main thread, and once at the end."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self.function = function
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, daemon=True)
-
-    def __enter__(self) -> _Poll:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.function()
-
-    def _loop(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
-            self.function()

@@ -6,14 +6,18 @@ describes, with one scene shard per input shard.
 
 from __future__ import annotations
 
+import io
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
+from mas.shards import write_file
 from preprocess.executor import ExecutorConfig, Summary, execute
+from preprocess.histogram import draw_histogram
 from preprocess.inputs import find_jobs
 from preprocess.photo import PhotoConfig
-from preprocess.run_folder import SUMMARY, RunFolder
+from preprocess.rejects import PASSING
+from preprocess.run_folder import HISTOGRAM, SUMMARY, RunFolder
 from preprocess.segment import FaceConfig, HumanConfig, PanopticConfig, check_sources
 from preprocess.status import collect, describe_rejects
 from preprocess.worker import SceneConfig, SceneWorker
@@ -39,6 +43,7 @@ def preprocess(
     address: str | None = None,
     gpus_per_worker: float = 0.0,
     retry_failed: bool = False,
+    retry_rejected: bool = False,
 ) -> int:
     """Turn photos with captions into photos with captions and scene maps.
 
@@ -62,6 +67,8 @@ def preprocess(
         address: of a Ray cluster; auto = the one this machine belongs to; default a local Ray.
         gpus_per_worker: share of a GPU each worker holds, as in 0.5.
         retry_failed: also try the shards that failed and were set aside.
+        retry_rejected: also try the samples again that were rejected for a reason that may have
+            passed: no_photo, no_annotation, not_segmented.
     """
     if batch_size < 1 or threads < 0 or (workers or 0) < 0 or gpus_per_worker < 0:
         raise ValueError("batch_size must be at least 1; threads, workers and GPUs at least 0")
@@ -82,7 +89,9 @@ def preprocess(
             address=address,
             gpus_per_worker=gpus_per_worker,
             retry_failed=retry_failed,
+            retry_rejected=retry_rejected,
         ),
+        passing=[reason.value for reason in PASSING],
     )
     _conclude(summary, RunFolder(output))
     return summary.status
@@ -98,9 +107,13 @@ def settings_of(config: SceneConfig) -> dict[str, Any]:
 
 
 def _conclude(summary: Summary, folder: RunFolder) -> None:
-    """Writes summary.json and prints what became of the run."""
+    """Writes summary.json and classes.png and prints what became of the run."""
     totals = collect(folder)
     folder.write(SUMMARY, totals)
+    if totals["classes"]:
+        buffer = io.BytesIO()
+        draw_histogram(totals["classes"], photos=totals["photos_out"]).save(buffer, "PNG")
+        write_file(folder.file(HISTOGRAM), buffer.getvalue())
     rate = summary.seen / max(summary.seconds, 1e-3)
     print(
         f"{summary.done} of {summary.shards} shards done, {summary.skipped} were done before, "
@@ -108,6 +121,9 @@ def _conclude(summary: Summary, folder: RunFolder) -> None:
         f"{totals['photos_in']} photos in, {totals['photos_out']} out"
         + describe_rejects(totals["rejected"])
     )
+    passing = sum(totals["rejected"].get(reason.value, 0) for reason in PASSING)
+    if passing:
+        print(f"{passing} of them may be mended: then run the same command with --retry-rejected")
     for name, error in sorted(summary.failed.items()):
         print(f"failed: {name}: {error}")
     if summary.failed:

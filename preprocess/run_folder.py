@@ -7,9 +7,11 @@ is at it, NAME.stats.json when all of it is written, NAME.error.json when it fai
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -20,8 +22,9 @@ import fsspec
 from mas.shards import ShardError, remove_temporary, write_file
 
 RUN, PROGRESS, SUMMARY = "run.json", "progress.json", "summary.json"
+HISTOGRAM = "classes.png"
 STATS, ERROR, RUNNING = ".stats.json", ".error.json", ".running.json"
-
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # the names `mas.shards` writes under
 
 ALIVE_SECONDS = 60.0  # a run whose heartbeat is older has stopped
 FOREIGN_SECONDS = 20.0  # the same where its process cannot be looked up: on another machine
@@ -73,7 +76,7 @@ class RunFolder:
     def remove(self, *names: str) -> None:
         filesystem, inner = fsspec.core.url_to_fs(self.path)
         for name in names:
-            if filesystem.exists(f"{inner}/{name}"):
+            with contextlib.suppress(FileNotFoundError):
                 filesystem.rm_file(f"{inner}/{name}")
         for name in names:
             remove_temporary(self.file(name))
@@ -134,8 +137,8 @@ class RunFolder:
                     f"and {here.get(key)!r} here; choose another --output or the same settings"
                 )
 
-    def finished(self, name: str, fingerprint: str) -> bool:
-        """True when shard `name` is done.
+    def finished(self, name: str, fingerprint: str) -> dict[str, Any] | None:
+        """The statistics of shard `name`, None where it is not done.
 
         Raises:
             ShardError: it was made from another input.
@@ -146,7 +149,13 @@ class RunFolder:
                 f"{self.file(name)}: was made from another input ({stats.get('input')} there, "
                 f"{fingerprint} here); choose another --output"
             )
-        return stats is not None
+        return stats
+
+    def sweep(self) -> None:
+        """Removes half-written files and marks of workers that were killed. None may be at work."""
+        for name in self.list_names():
+            if name.endswith(RUNNING) or TEMPORARY.fullmatch(name):
+                self.remove(name)
 
 
 def _is_alive(pid: int) -> bool:

@@ -7,8 +7,12 @@ import time
 from collections import Counter
 from typing import Any
 
+from tqdm import tqdm
+
 from mas.scene import CLASS_NAMES
 from preprocess.run_folder import ALIVE_SECONDS, ERROR, PROGRESS, RUN, RUNNING, STATS, RunFolder
+
+LONGEST_SHOWN = 3  # of the shards at work
 
 
 def preprocess_status(folder: str, *, as_json: bool = False) -> int:
@@ -23,25 +27,29 @@ def preprocess_status(folder: str, *, as_json: bool = False) -> int:
     if run is None:
         raise ValueError(f"{folder}: no {RUN}; this is no output of mas preprocess")
     names = run_folder.list_names()
-    done = sum(name.endswith(STATS) for name in names)
+    made = {name.removesuffix(STATS) for name in names if name.endswith(STATS)}
     failed = [name.removesuffix(ERROR) for name in names if name.endswith(ERROR)]
+    failed = [name for name in failed if name not in made]
     errors = {name: (run_folder.read(name + ERROR) or {}).get("error", "") for name in failed}
     progress = run_folder.read(PROGRESS) or {}
     alive = time.time() - progress.get("updated", 0.0) < ALIVE_SECONDS
     totals = collect(run_folder)
-    shards = max(run.get("shards", 0), done)
-    left = shards - done - len(failed)
+    shards = max(run.get("shards", 0), len(made))
+    left = shards - len(made) - len(failed)
+    running = _running(run_folder, names) if alive else {}
     status = {
         "shards": shards,
-        "done": done,
-        "running": sum(name.endswith(RUNNING) for name in names) if alive else 0,
+        "done": len(made),
+        "running": len(running),
+        "left": left,
         "failed": errors,
+        "longest": dict(list(running.items())[:LONGEST_SHOWN]),
         "alive": alive,
         "photos_per_second": _rate(progress) if alive else totals["photos_per_second"],
         "seconds_left": _seconds_left(progress, left) if alive else None,
         **{key: totals[key] for key in ("photos_in", "photos_out", "rejected")},
     }
-    print(json.dumps(status) if as_json else _describe(status, left))
+    print(json.dumps(status) if as_json else _describe(status))
     return 1 if failed else 0
 
 
@@ -107,8 +115,20 @@ def _seconds_left(progress: dict[str, Any], left: int) -> float | None:
     return round(progress["seconds"] / made * left) if made else None
 
 
-def _describe(status: dict[str, Any], left: int) -> str:
-    failed = status["failed"]
+def _running(folder: RunFolder, names: list[str]) -> dict[str, dict[str, Any]]:
+    """The shards that workers are at, the longest first."""
+    marks = {name.removesuffix(RUNNING): name for name in names if name.endswith(RUNNING)}
+    found = {shard: folder.read(mark) for shard, mark in marks.items()}
+    shards = {
+        shard: {**mark, "seconds": round(time.time() - mark["started"], 1)}
+        for shard, mark in found.items()
+        if mark is not None  # finished meanwhile
+    }
+    return dict(sorted(shards.items(), key=lambda item: -item[1]["seconds"]))
+
+
+def _describe(status: dict[str, Any]) -> str:
+    failed, left = status["failed"], status["left"]
     state = "running" if status["alive"] else "finished" if not left else "stopped"
     lines = [
         f"{state}: {status['done']} of {status['shards']} shards done, "
@@ -118,7 +138,12 @@ def _describe(status: dict[str, Any], left: int) -> str:
         f"{status['photos_per_second']} photos/s",
     ]
     if status["seconds_left"] is not None:
-        lines[-1] += f", {status['seconds_left'] / 60:.0f} minutes left"
+        lines[-1] += f", {tqdm.format_interval(status['seconds_left'])} left"
+    for name, mark in status["longest"].items():
+        lines.append(
+            f"longest at work: {name}, for {tqdm.format_interval(mark['seconds'])}, "
+            f"attempt {mark['attempt']}, process {mark['pid']} on {mark['host']}"
+        )
     if state == "stopped":
         lines.append("the run is not at work; give the same command again to go on")
     lines += [f"failed: {name}: {error}" for name, error in failed.items()]

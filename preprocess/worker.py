@@ -23,7 +23,14 @@ import numpy as np
 from PIL import Image
 
 from mas.scene import PERSON, SceneError, Segments, merge
-from mas.shards import Sample, ShardError, ShardWriter, remove_temporary, write_file
+from mas.shards import (
+    Sample,
+    ShardError,
+    ShardWriter,
+    read_shard,
+    remove_temporary,
+    write_file,
+)
 from preprocess.captions import Texts, read_texts
 from preprocess.executor import Job, Report
 from preprocess.landmarks import draw_faces
@@ -37,6 +44,7 @@ from preprocess.photo import (
     sample_square,
 )
 from preprocess.rejects import Reject, RejectError
+from preprocess.run_folder import STATS, RunFolder
 from preprocess.segment import (
     FaceConfig,
     HumanConfig,
@@ -79,6 +87,14 @@ class _Picture:
     faces: list[np.ndarray] = field(default_factory=list)  # landmarks in pixels of the photo
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A sample that an earlier run has finished."""
+
+    index: int  # in the shard
+    sample: Sample  # as it was written
+
+
 class SceneWorker:
     """Turns one shard job into one scene shard; holds the segmenters between jobs."""
 
@@ -104,6 +120,8 @@ class SceneWorker:
     def __call__(self, job: Job, report: Report) -> dict[str, Any]:
         """Writes the shard and returns its statistics.
 
+        A shard that is made again keeps the samples it has; the others get another try.
+
         Raises:
             ShardError: the input shard is broken or holds nothing at all.
             OSError: input or output cannot be reached.
@@ -116,15 +134,20 @@ class SceneWorker:
             warnings.filterwarnings("ignore", module="PIL")  # of EXIF that cannot be read
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             samples = tally.counted(job.source.read(on_reject=tally.reject), report)
-            for sample in self._process(samples, tally):
+            kept = read_shard(path) if job.again else iter(())
+            for sample in self._process(match(samples, kept), tally):
                 with tally.time("write"):
                     writer.write(sample)
             if not tally.samples and not tally.rejected:
                 raise ShardError(f"{job.source.name}: the shard is empty")
+            if job.again:  # from here on the shard is not done until the new statistics are there
+                RunFolder(self.output).remove(job.name + STATS)
             write_file(rejects_path, tally.reject_lines())
         return tally.stats(photos_out=writer.count)
 
-    def _process(self, samples: Iterable[Sample], tally: Tally) -> Iterator[Sample]:
+    def _process(
+        self, samples: Iterable[tuple[Sample, Sample | None]], tally: Tally
+    ) -> Iterator[Sample]:
         """The stages in a row; order is kept, rejected samples are missing."""
         with ThreadPoolExecutor(self.threads) if self.threads else nullcontext() as pool:
             window = self.batch_size + 2 * self.threads  # photos decoded ahead of the segmenters
@@ -132,9 +155,13 @@ class SceneWorker:
             segmented = self._segment_all(filter(None, opened), tally)
             yield from map_ordered(pool, partial(self._finish, tally), segmented, window)
 
-    def _open(self, tally: Tally, numbered: tuple[int, Sample]) -> _Picture | None:
-        """Checks the texts and decodes the photo."""
-        index, sample = numbered
+    def _open(
+        self, tally: Tally, numbered: tuple[int, tuple[Sample, Sample | None]]
+    ) -> _Picture | _Kept | None:
+        """Checks the texts and decodes the photo, unless it is finished."""
+        index, (sample, written) = numbered
+        if written is not None:
+            return _Kept(index, written)
         try:
             with tally.time("decode"):
                 texts = read_texts(sample, max_bytes=self.config.max_caption_bytes)
@@ -147,10 +174,17 @@ class SceneWorker:
             return None
         return _Picture(index, Photo(sample.key, image, sample, original), texts)
 
-    def _segment_all(self, pictures: Iterable[_Picture], tally: Tally) -> Iterator[_Picture]:
+    def _segment_all(
+        self, pictures: Iterable[_Picture | _Kept], tally: Tally
+    ) -> Iterator[_Picture | _Kept]:
         pictures = iter(pictures)
         while batch := list(islice(pictures, self.batch_size)):
-            yield from self._segment(batch, tally)
+            kept = [p for p in batch if isinstance(p, _Kept)]
+            fresh = [p for p in batch if isinstance(p, _Picture)]
+            if fresh:
+                fresh = self._segment(fresh, tally)
+            both: list[_Picture | _Kept] = [*kept, *fresh]
+            yield from sorted(both, key=lambda picture: picture.index)
 
     def _segment(self, batch: list[_Picture], tally: Tally) -> list[_Picture]:
         """The cascade: panoptic on all, human parts and faces where a person is in the square."""
@@ -194,8 +228,11 @@ class SceneWorker:
             tally.reject(pictures[0].photo.key, reason, detail, index=pictures[0].index)
             return []
 
-    def _finish(self, tally: Tally, picture: _Picture) -> Sample:
+    def _finish(self, tally: Tally, picture: _Picture | _Kept) -> Sample:
         """Merges the three segmentations and encodes what is written."""
+        if isinstance(picture, _Kept):
+            tally.add_scene(json.loads(picture.sample.files["json"])["scene"])
+            return picture.sample
         config = self.config.photo
         with tally.time("merge"):
             faces = [_to_square(face, picture.photo, config.size) for face in picture.faces]
@@ -229,6 +266,21 @@ class SceneWorker:
                 "json": fields.encode(),
             },
         )
+
+
+def match(
+    samples: Iterable[Sample], written: Iterator[Sample]
+) -> Iterator[tuple[Sample, Sample | None]]:
+    """Pairs samples with those of an earlier shard, which are some of them in the same order."""
+    candidate = next(written, None)
+    for sample in samples:
+        if candidate is not None and candidate.key == sample.key:
+            yield sample, candidate
+            candidate = next(written, None)
+        else:
+            yield sample, None
+    if candidate is not None:
+        raise ShardError(f"{candidate.key} is in the earlier shard and not in the input any more")
 
 
 def map_ordered(

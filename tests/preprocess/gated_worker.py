@@ -1,0 +1,62 @@
+"""A scene worker that waits where a test says so, and whose disk fails where a test says so."""
+
+import errno
+import io
+import json
+import os
+import time
+from pathlib import Path
+
+import mas.shard_files
+from preprocess.worker import SceneWorker
+
+TROUBLE = {"full": errno.ENOSPC, "readonly": errno.EROFS}
+
+
+class GatedWorker(SceneWorker):
+    """Waits before a photo while `gates/KEY.stop` is there, and tells so in `gates/KEY.reached`."""
+
+    def __init__(self, gates, *args, **options):
+        super().__init__(*args, **options)
+        self.gates, self.segment = Path(gates), self.panoptic
+        self.panoptic = self.wait_and_segment
+        mas.shard_files.open = lambda path, mode: open_on_bad_disk(path, mode, self.gates)
+
+    def wait_and_segment(self, photos):
+        for photo in photos:
+            stop = self.gates / f"{photo.key}.stop"
+            if stop.exists():
+                note = self.gates / f"{photo.key}.writing"
+                note.write_text(json.dumps({"pid": os.getpid(), "node": node_id()}))
+                note.rename(note.with_suffix(".reached"))
+                while stop.exists():
+                    time.sleep(0.01)
+        return self.segment(photos)
+
+
+def node_id():
+    import ray
+
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+
+
+def open_on_bad_disk(path, mode, gates):
+    if mode != "xb":
+        return open(path, mode)
+    return io.BufferedWriter(DiskFile(path, mode, gates))
+
+
+class DiskFile(io.FileIO):
+    """Stores half of a tar's first block and then no more, while `gates/full` is there."""
+
+    def __init__(self, path, mode, gates):
+        self.gates = gates
+        if (gates / "readonly").exists():
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        super().__init__(path, mode)
+
+    def write(self, content):
+        if (self.gates / "full").exists() and ".tar." in self.name:
+            super().write(bytes(content[: len(content) // 2]))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(content)
