@@ -7,6 +7,7 @@ later the square JPEG. The square of any other map of the same photo is cut by t
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from preprocess.rejects import Reject, RejectError
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")  # members that are photos, in this order
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # what they may hold; the name's ending is not believed
+SIGNATURE = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP", re.DOTALL)  # of the same
 EXIF_ORIENTATION = 0x0112
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -79,6 +81,8 @@ def decode(content: bytes, config: PhotoConfig) -> Decoded:
         raise RejectError(Reject.TOO_MANY_PIXELS, str(error)) from error
     except Image.UnidentifiedImageError as error:
         start = content[:12]
+        if SIGNATURE.match(start):
+            raise RejectError(Reject.BROKEN_PHOTO, f"damaged header after {start!r}") from error
         detail = f"not {', '.join(FORMATS)}; it starts with {start!r}" if content else "no bytes"
         raise RejectError(Reject.UNKNOWN_FORMAT, detail) from error
     except Exception as error:  # decoders meet hostile bytes and raise whatever they like
