@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import signal
 import sys
 from pathlib import Path
@@ -46,8 +47,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def checkpoint_step(path: str | Path) -> int:
-    """Optimiser steps behind a checkpoint."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    """Optimiser steps behind a checkpoint.
+
+    Raises:
+        ValueError: the file is no checkpoint of `mas train`, or damaged.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return checkpoint["global_step"]
+    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path}: not a readable checkpoint of mas train ({error!s:.200})"
+        ) from error
 
 
 class StopSignals(Callback):

@@ -136,6 +136,7 @@ class TrainCLI(LightningCLI):
             )
         self.folder = Path(settings.default_root_dir)
         self.checkpoint = find_checkpoint(self.folder, self.config_init.ckpt_path)
+        self.start_step = checkpoint_step(self.checkpoint) if self.checkpoint else 0
         self.checkpoints = self.config_init.checkpoints
         self.checkpoints.config = self.parser.dump(self.config)
         averaging = [Averaging(self.config_init.ema_decay)] if self.config_init.ema_decay else []
@@ -154,6 +155,12 @@ class TrainCLI(LightningCLI):
 
     def run(self) -> None:
         """Trains; a finished run is left as it is."""
+        step = self.start_step
+        if step >= self.trainer.max_steps:
+            logger.info(
+                "nothing to do: the run has its %d steps; raise trainer.max_steps to go on", step
+            )
+            return
         if self.trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(str(self.folder / CONFIG), self.checkpoints.config.encode())
@@ -167,7 +174,7 @@ class TrainCLI(LightningCLI):
             )
 
     def _loggers(self) -> list[Logger]:
-        step = checkpoint_step(self.checkpoint) if self.checkpoint else 0
+        step = self.start_step
         loggers: list[Logger] = [MetricsLog(self.folder, resumed_step=step)]
         if importlib.util.find_spec("tensorboard"):
             loggers.append(

@@ -92,6 +92,23 @@ def test_a_fresh_run_does_not_overwrite_another(words):
         train(words("gpt", trainer__max_steps=1))
 
 
+def test_a_finished_run_is_left_as_it_is(words, tmp_path, caplog):
+    caplog.set_level("INFO", "train")
+    assert train(words("gpt", trainer__max_steps=2)) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
+    assert train([*words("gpt", trainer__max_steps=2), "--ckpt_path=auto"]) == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
+    assert "nothing to do: the run has its 2 steps" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half a zip file"])
+def test_a_damaged_checkpoint_is_named(content, words, tmp_path):
+    path = tmp_path / "damaged.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged\.ckpt: not a readable checkpoint"):
+        train(words("gpt", trainer__max_steps=2, ckpt_path=path))
+
+
 def test_a_loss_that_is_no_number_stops_the_run_before_the_weights(words, monkeypatch, tmp_path):
     original = GPT.losses
 
