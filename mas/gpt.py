@@ -330,16 +330,19 @@ class GPT(nn.Module):
     def _rotation(self, start: int, tokens: int, like: Tensor) -> Rotation:
         """Half of each head turns with the row of a token, half with its column.
 
-        Scene and image share rows and columns, so tokens of the same place are not rotated against
-        each other; text lies on the diagonal before the first row.
+        Places are centres of cells, counted in cells of the finest grid, so that scene and image
+        tokens of the same place are not rotated against each other, also where their grids
+        differ; text lies on the diagonal before the first row.
         """
+        finest = max(stream.grid or 0 for stream in self.layout.streams)
         places = []
         for stream in self.layout.streams:
             index = torch.arange(stream.length, device=like.device)
             if stream.grid is None:
                 places.append(torch.stack([index - stream.length, index - stream.length], -1))
             else:
-                places.append(torch.stack([index // stream.grid, index % stream.grid], -1))
+                cells = torch.stack([index // stream.grid, index % stream.grid], -1)
+                places.append((cells + 0.5) * (finest / stream.grid))
         place_T2 = torch.cat(places)[start : start + tokens].double()
         quarter = self.config.width // self.config.heads // 4
         frequencies = 100.0 ** -(torch.arange(quarter, device=like.device) / quarter).double()

@@ -181,6 +181,20 @@ def test_a_tiny_gpt_overfits_one_batch():
     assert losses.scene_accuracy == 1 and losses.image_accuracy == 1
 
 
+def test_rotation_puts_scene_and_image_cells_of_one_place_together():
+    gpt = GPT(dataclasses.replace(TINY, rotary=True, scene_grid=2, image_grid=4))
+    layout = gpt.layout
+    angles = gpt._rotation(0, layout.length, torch.zeros(1)).cosine
+    scene = angles[layout.scene.start :][: layout.scene.length].unflatten(0, (2, 2))
+    image = angles[layout.image.start :][: layout.image.length].unflatten(0, (4, 4))
+    # The centre of a scene cell is the middle of the four image cells it covers: nearer to each of
+    # them than the centre of any other scene cell.
+    for row in range(4):
+        for column in range(4):
+            away = (scene - image[row, column]).square().sum(-1).flatten()
+            assert int(away.argmin()) == row // 2 * 2 + column // 2
+
+
 def test_saved_and_loaded_networks_agree_and_unknown_keys_are_refused(tmp_path):
     torch.manual_seed(0)
     gpt = GPT(dataclasses.replace(TINY, rotary=True)).eval()
