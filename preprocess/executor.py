@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import platform
+import resource
 import socket
 import time
 import traceback
@@ -140,6 +141,7 @@ class Runner:
             "input": job.fingerprint,
             "started": round(start, 3),
             "finished": round(time.time(), 3),
+            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         }
         self.folder.write(job.name + STATS, stats)
         self.folder.remove(job.name + RUNNING, job.name + ERROR)
