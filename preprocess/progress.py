@@ -16,6 +16,7 @@ from preprocess.run_folder import PROGRESS, RunFolder
 
 HEARTBEAT_SECONDS = 5.0
 SHOW_SECONDS = 0.5
+SETTLED_SECONDS = 2.0  # before that a rate means nothing
 
 
 class ProgressBar:
@@ -84,8 +85,9 @@ class ProgressBar:
                 self._beat_now()
 
     def _show(self) -> None:
-        rate = self.items / max(self.seconds, 1e-3)
-        self._bar.set_postfix_str(f"{rate:.1f} {self.unit}s/s, {self.failed} failed", refresh=False)
+        settled = self.seconds > SETTLED_SECONDS
+        rate = f"{self.items / self.seconds:.1f} {self.unit}s/s, " if settled else ""
+        self._bar.set_postfix_str(f"{rate}{self.failed} failed", refresh=False)
         self._bar.refresh()
 
     def _beat_now(self) -> None:

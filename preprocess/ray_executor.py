@@ -19,6 +19,7 @@ from preprocess.executor import ExecutorConfig, Job, Outcome, Runner, Worker
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import RunFolder
 
+REACH_SECONDS = 10.0
 OBJECT_STORE_BYTES = 100 * 2**20  # jobs and outcomes are small
 
 
@@ -148,11 +149,33 @@ def _start(config: ExecutorConfig) -> None:
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address:
-        ray.init(address=config.address, **quiet)
+        _check_reachable(config.address)
+        try:
+            ray.init(address=config.address, **quiet)
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise OSError(f"cannot join the Ray cluster {config.address}: {reason}") from error
         return
     ray.init(
+        address="local",  # never one that `ray start` or RAY_ADDRESS offers unasked
         num_cpus=config.workers or os.cpu_count(),
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
         **quiet,
     )
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for two minutes and then shows a trace."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdigit():
+        raise ValueError(
+            f"--address {address}: give auto, or HOST:PORT of the head node, on a machine of the "
+            "cluster"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        raise OSError(f"no Ray cluster answers at {address}: {error}") from error

@@ -87,6 +87,28 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path):
     assert tar_bytes(output) == tar_bytes(whole) and not leftovers(output)
 
 
+def test_a_local_run_joins_no_cluster_unasked(shards, undisturbed, tmp_path):
+    command = [sys.executable, "-m", "mas", "preprocess", "--workers", "1", "--input", str(shards)]
+    command += ["--photo.size", "48", "--photo.min-side", "16", "--output", str(tmp_path / "out")]
+    command += ["--human.source", "none", "--face.source", "none"]
+    elsewhere = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
+    subprocess.run(command, check=True, capture_output=True, env=elsewhere, timeout=60)
+    assert tar_bytes(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("127.0.0.1:1", "no Ray cluster answers"), ("ray://head:10001", "give auto, or HOST:PORT")],
+)
+def test_a_cluster_that_cannot_be_joined_is_named_at_once(shards, tmp_path, address, said):
+    command = [sys.executable, "-m", "mas", "preprocess", "--address", address]
+    command += ["--input", str(shards), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("mas: error: ") and said in last
+    assert "Traceback" not in done.stderr
+
+
 def test_a_truncated_tar_fails_alone_and_can_be_mended(shards, undisturbed, tmp_path, capsys):
     photos, output = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
