@@ -12,8 +12,9 @@ import importlib
 import inspect
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import mas
@@ -52,6 +53,14 @@ COMMANDS = {
     "doctor": Command("mas.doctor:doctor", "what is installed, what is missing"),
 }
 OWN_PARSER = {"train"}  # LightningCLI parses these itself
+TYPES = {  # how wrong usage calls them
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "dict": "of the form '{name: value}'",
+    "NoneType": "",
+}
 FLAGS = {"json": "as_json"}  # option -> parameter, where Python's name for it is taken
 
 
@@ -121,11 +130,12 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
     import jsonargparse
 
     documentation = docstring_parser.parse(inspect.getdoc(function) or "")
+
     class Parser(jsonargparse.ArgumentParser):
         """Answers wrong usage with one line."""
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            words = " ".join(message.split())
+            words = plain_words(message, options=self._option_string_actions)
             print(f"mas {name}: error: {words} (see mas {name} --help)", file=sys.stderr)
             raise SystemExit(2)
 
@@ -163,6 +173,34 @@ def _add_dashed_options(parser: Any) -> None:
             if option.startswith("--") and dashed not in parser._option_string_actions:
                 action.option_strings.insert(0, dashed)
                 parser._option_string_actions[dashed] = action
+
+
+def plain_words(message: str, *, options: Container[str]) -> str:
+    """What jsonargparse says about wrong usage, as the person who typed it would say it.
+
+    Args:
+        message: of the parser; one of an unknown form comes back as one line.
+        options: all option strings of the parser, to tell `--output` from a positional.
+    """
+
+    def written(key: str) -> str:
+        option = f"--{key.replace('_', '-')}"
+        return option if option in options else key
+
+    message = " ".join(message.split())
+    if lacking := re.fullmatch(r"the following arguments are required: (.+)", message):
+        return f"{', '.join(map(written, lacking[1].split(', ')))} must be given"
+    about = re.fullmatch(r'Parser key "(.+?)": (.+)', message)
+    if not about:
+        return message
+    option, reason = written(about[1]), about[2]
+    value = re.search(r".*(?:Got|Given) value: (.*)$", reason)
+    found = re.findall(r"<class '(\w+)'>|Literal\[(.+?)\]", reason.partition("Given value")[0])
+    words = [f"one of {choices}" if choices else TYPES.get(kind) for kind, choices in found]
+    if not value or not words or None in words:
+        return f"{option}: {reason}"
+    wanted = " or ".join(dict.fromkeys(filter(None, words)))
+    return f"{option}: {value[1]!r} is not {wanted}"
 
 
 def usage() -> str:

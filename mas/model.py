@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -362,8 +362,11 @@ def _release(tokens_1T: Tensor, free_HW: np.ndarray | None, grid: int, name: str
         return tokens_1T
     if free_HW.dtype != np.bool_ or free_HW.ndim != 2 or free_HW.shape[0] != free_HW.shape[1]:
         raise ModelError(f"{name} must be a square bool array, got {free_HW.dtype} {free_HW.shape}")
-    if free_HW.shape[0] % grid:
-        raise ModelError(f"{name} must have a multiple of {grid} pixels a side, not {len(free_HW)}")
-    free_hw = reduce(free_HW, "(h p) (w q) -> h w", "max", h=grid, w=grid)
+    size = len(free_HW)
+    if size < grid:
+        raise ModelError(f"{name} must have {grid} pixels a side or more, not {size}")
+    free_hw = np.zeros((grid, grid), np.bool_)
+    rows, columns = np.nonzero(free_HW)
+    free_hw[rows * grid // size, columns * grid // size] = True
     free_1T = rearrange(torch.from_numpy(free_hw), "h w -> 1 (h w)")
     return tokens_1T.masked_fill(free_1T, FREE)

@@ -10,11 +10,13 @@ In: a folder, a hub id or `"park"`; or the parts of a model. Out: the checked in
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ CARD = "README.md"
 TOKENIZER = "tokenizer.json"
 NETWORKS = ("vqseg", "vqgan", "gpt")
 FILES = (TOKENIZER, *(f"{n}/{f}" for n in NETWORKS for f in (CONFIG_FILE, WEIGHTS_FILE)))
+OWN = {INDEX, CARD, TOKENIZER, *NETWORKS}  # all that a model folder holds
 SHIPPED = Path(__file__).parent / "models"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -146,15 +149,14 @@ def write_folder(
     """Writes a model folder beside its place and moves it there when it is complete.
 
     Raises:
-        ModelError: the place holds something that is no model.
+        ModelError: the place holds something else than a model, or cannot be exchanged.
+        OSError: the place cannot be written.
     """
     folder = Path(folder)
-    replaceable = not folder.exists() or (folder / INDEX).is_file()
-    if not replaceable and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ModelError(f"{folder}: holds something else than a model; choose a new folder")
+    _check_place(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        new = Path(temporary) / "new"
+    with _folder_beside(folder) as temporary:
+        new = temporary / "new"
         new.mkdir()
         tokenizer.save(new / TOKENIZER)
         for name in NETWORKS:
@@ -170,7 +172,7 @@ def write_folder(
         write_json(new / INDEX, content)
         (new / CARD).write_text(card or _write_card(sizes, sampling), "utf-8")
         if folder.exists():
-            folder.rename(Path(temporary) / "old")
+            folder.rename(temporary / "old")
         new.rename(folder)
 
 
@@ -185,6 +187,37 @@ def push_folder(save: Callable[[Path], None], repo_id: str, *, private: bool) ->
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload the model")
     return str(address)
+
+
+def _check_place(folder: Path) -> None:
+    """Refuses a place where writing a model would take something else away."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: is a file; choose a new folder")
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if name not in OWN]
+    if foreign or (names and INDEX not in names):
+        raise ModelError(
+            f"{folder}: holds something else than a model ({(foreign or names)[0]}); "
+            "choose a new folder"
+        )
+    if folder.is_mount() or folder.resolve() == Path.cwd():
+        raise ModelError(
+            f"{folder}: a mounted or the current folder cannot be exchanged; name one inside it"
+        )
+
+
+@contextlib.contextmanager
+def _folder_beside(folder: Path) -> Iterator[Path]:
+    try:
+        temporary = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    try:
+        yield Path(temporary)
+    finally:
+        shutil.rmtree(temporary)
 
 
 def _sizes(tokenizer: Tokenizer, networks: Mapping[str, nn.Module]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device, dtype=torch.float64)  # the draw of tokens needs it
+        torch.zeros(1, device=device, dtype=torch.float64).item()  # the draw of tokens needs it
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

@@ -110,7 +110,8 @@ def sample(
             machine={"device": str(network.device), "precision": network.precision},
         )
     speed = f"{result.seconds:.1f} s, {result.tokens_per_second:.0f} tokens/s"
-    print(f"{output}: {len(result.images)} pictures, {speed}")
+    plural = "" if len(result.images) == 1 else "s"
+    print(f"{output}: {len(result.images)} picture{plural}, {speed}")
 
 
 def read_captions(caption: str | None, prompts: Path | None, *, empty_is_fine: bool) -> list[str]:
@@ -187,6 +188,7 @@ def writing(output: Path) -> Iterator[Path]:
     if foreign or (old and not killed and not (output / SAMPLES).is_file()):
         name = foreign[0] if foreign else old[0].name
         raise ModelError(f"{output}: holds something else ({name}); choose a new folder")
+    made = [path for path in (output, *output.parents) if not path.exists()]
     output.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=output, prefix=WRITING) as temporary:
@@ -198,8 +200,8 @@ def writing(output: Path) -> Iterator[Path]:
             for path in sorted(Path(temporary).iterdir()):
                 path.replace(output / path.name)
     except BaseException:
-        if not existed:
-            shutil.rmtree(output)
+        if made:
+            shutil.rmtree(made[-1])
         raise
 
 

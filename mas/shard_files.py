@@ -56,21 +56,32 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
             with fsspec.open(path, "wb") as target:
                 shutil.copyfileobj(spool, target, 2**20)
         return
-    folder, name = os.path.split(local)
+    with replacing_path(local) as temporary, open(temporary, "xb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def replacing_path(path: str) -> Iterator[str]:
+    """A name for a local file that becomes `path` on a clean exit and vanishes on any other."""
+    folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, local)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
             os.remove(temporary)
+        if isinstance(error, OSError) and error.filename == temporary:
+            raise OSError(error.errno, error.strerror, path) from error  # the name people know
         raise
-    descriptor = os.open(folder or ".", os.O_RDONLY)
+    _sync(folder or ".")  # the rename itself survives a power cut
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # the rename itself survives a power cut
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
+import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from mas.shard_files import replacing_path, write_file
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -37,8 +38,11 @@ def save_network(network: nn.Module, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = network.config
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    with _replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    with replacing_path(str(folder / WEIGHTS_FILE)) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS_FILE}: cannot be written ({error})") from error
     write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
 
 
@@ -69,7 +73,7 @@ def load_network(
 
 
 def parse_config(config_class: type[Any], values: Any, source: str | Path) -> Any:
-    """`config_class(**values)`, refusing unknown and missing keys by name.
+    """`config_class(**values)`, refusing unknown and missing keys and values of another type.
 
     JSON lists become tuples, so that frozen configs stay hashable.
     """
@@ -87,12 +91,28 @@ def parse_config(config_class: type[Any], values: Any, source: str | Path) -> An
     missing = sorted(required - values.keys())
     if missing:
         raise StorageError(f"{source}: missing config keys {missing}")
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for name, hint in get_type_hints(config_class).items():
+        if name in given and not _is_of(given[name], hint):
+            wanted = hint.__name__ if isinstance(hint, type) else hint
+            raise StorageError(f"{source}: {name} is {values[name]!r}, but must be {wanted}")
     try:
-        return config_class(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        )
+        return config_class(**given)
     except (TypeError, ValueError) as error:
         raise StorageError(f"{source}: {error}") from error
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON fits the annotation of a config field."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_is_of(value, choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:  # tuple[X, ...]
+        return isinstance(value, tuple) and all(_is_of(v, get_args(hint)[0]) for v in value)
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)  # the config names the legal ones
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is hint
 
 
 def check_tensors(
@@ -137,28 +157,4 @@ def read_json(path: str | Path) -> Any:
 
 def write_json(path: str | Path, content: Any) -> None:
     """Writes readable JSON atomically."""
-    with _replacing(Path(path)) as temporary:
-        Path(temporary).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-
-
-class _replacing:
-    """Hands out a temporary path beside `path`; renames it on success, removes it on failure."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> str:
-        handle, self.temporary = tempfile.mkstemp(
-            dir=self.path.parent, prefix=f".{self.path.name}."
-        )
-        os.close(handle)
-        return self.temporary
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is not None:
-            os.unlink(self.temporary)
-            return
-        os.chmod(self.temporary, 0o644)
-        with open(self.temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(self.temporary, self.path)
+    write_file(str(path), (json.dumps(content, indent=2) + "\n").encode())

@@ -129,7 +129,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ShardError(f"{path}: cannot be read ({error}); tokenize again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != TOKEN_FORMAT:
         raise ShardError(f"{path}: not of format {TOKEN_FORMAT}; tokenize again")
-    missing = {"text", "scene", "image", "shards"} - manifest.keys()
-    if missing:
-        raise ShardError(f"{path}: {sorted(missing)} missing; tokenize again")
+    try:
+        sizes = [
+            manifest[stream][size]
+            for stream, length in (("text", "length"), ("scene", "grid"), ("image", "grid"))
+            for size in ("vocabulary", length)
+        ]
+        sizes += [shard[size] for shard in manifest["shards"] for size in ("pictures", "captions")]
+        named = all(isinstance(shard["name"], str) for shard in manifest["shards"])
+    except (KeyError, TypeError) as error:
+        raise ShardError(f"{path}: incomplete ({error}); tokenize again") from error
+    if not named or not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise ShardError(f"{path}: holds a size or a name that cannot be; tokenize again")
     return manifest

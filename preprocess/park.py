@@ -144,10 +144,16 @@ def _claim(folder: Path, config: ParkConfig) -> None:
                 f"{folder}: holds a park world with another {', '.join(differing)}; "
                 "choose another --output or remove that folder"
             )
-    elif any(folder.glob("*.tar")):
-        raise ShardError(f"{folder}: already holds other shards; choose another --output")
+    elif foreign := _first_of_others(folder):
+        raise ShardError(f"{folder}: holds something else ({foreign}); choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(str(path), (json.dumps(settings, indent=1) + "\n").encode())
+
+
+def _first_of_others(folder: Path) -> str | None:
+    """Something in the folder that is not a settings file a killed run was still writing."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    return next((name for name in names if not name.startswith(f".{SETTINGS_FILE}.")), None)
 
 
 def _version() -> str:

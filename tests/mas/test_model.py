@@ -114,6 +114,17 @@ def test_a_partial_scene_keeps_the_given_cells_and_predicts_the_rest(tiny_model)
     )
 
 
+@pytest.mark.parametrize("size", [4, 30, 101])
+def test_a_free_part_of_a_scene_of_any_size_is_predicted(tiny_model, size):
+    scene = make_scene().resized(size)
+    free = np.zeros((size, size), np.bool_)
+    free[-1, -1] = True  # lies in the last cell
+    out = tiny_model.generate(CAPTION, scene=scene, scene_free=free, count=6)
+    given = tiny_model.encode_scene(scene)
+    assert (out.tokens.scene[:, :-1] == given[:, :-1]).all()
+    assert (out.tokens.scene[:, -1] != given[:, -1]).any()
+
+
 def test_part_of_a_picture_can_be_given(tiny_model):
     image = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3))
     free = np.zeros((32, 32), np.bool_)
@@ -188,7 +199,7 @@ def test_smaller_weights_sample_and_leave_the_network_in_float32(tiny_folder, pr
         ({"scene_sampling": {"topp": 0.5}}, "scene_sampling knows guidance.*not topp"),
         ({"scene_free": np.ones((32, 32), np.bool_)}, "give the scene too"),
         ({"image_free": np.ones((32, 32), np.bool_)}, "give both or neither"),
-        ({"scene": make_scene(), "scene_free": np.ones((30, 30), np.bool_)}, "multiple of 4"),
+        ({"scene": make_scene(), "scene_free": np.ones((3, 3), np.bool_)}, "4 pixels a side"),
         ({"scene": make_scene(), "scene_free": np.ones((32, 32))}, "square bool array"),
     ],
 )
@@ -219,6 +230,8 @@ def test_auto_takes_int8_for_large_networks_on_a_cpu(tiny_model, monkeypatch):
 def test_devices_and_precisions_that_do_not_exist_are_refused(tiny_model):
     with pytest.raises(ValueError, match="device 'gpu9'"):
         choose_device("gpu9")
+    with pytest.raises(ValueError, match="device 'meta'"):
+        choose_device("meta")
     with pytest.raises(ValueError, match="precision is 'float8'"):
         choose_precision(tiny_model.gpt, "float8")
 
@@ -287,6 +300,30 @@ def test_a_folder_with_something_else_is_left_alone(tiny_model, tmp_path):
     with pytest.raises(ModelError, match="something else"):
         tiny_model.save_pretrained(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_model_folder_that_holds_something_else_too_is_left_alone(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "thesis.tex").write_text("precious")
+    with pytest.raises(ModelError, match=r"something else than a model \(thesis.tex\)"):
+        tiny_model.save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m" / "thesis.tex").read_text() == "precious"
+    with pytest.raises(ModelError, match="is a file"):
+        tiny_model.save_pretrained(tmp_path / "m" / "thesis.tex")
+
+
+def test_the_current_folder_is_not_pulled_away(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".", tmp_path):
+        with pytest.raises(ModelError, match="name one inside it"):
+            tiny_model.save_pretrained(name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_named(tiny_model):
+    with pytest.raises(OSError) as refusal:
+        tiny_model.save_pretrained("/proc/model")
+    assert refusal.value.filename == "/proc/model"
 
 
 def test_a_failed_save_leaves_nothing_behind(tiny_model, tmp_path, monkeypatch):

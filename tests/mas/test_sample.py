@@ -191,6 +191,33 @@ def test_wrong_flags_exit_with_2(run):
     assert run(CAPTION)[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--count", "two"), "--count: 'two' is not a whole number (see mas sample --help)"),
+        (("--guidance", "nan"), "--guidance: 'nan' is not a number ("),
+        (("--top-k", "[1]"), "--top-k: '[1]' is not a number ("),
+        (("--scene-sampling", "5"), "--scene-sampling: '5' is not of the form '{name: value}' ("),
+        (("--config", "no.yaml"), "--config: File does not exist: "),
+    ],
+)
+def test_wrong_values_are_told_in_plain_words(run, tmp_path, arguments, message):
+    status, _, err = run(CAPTION, "--output", "out", *arguments)
+    assert status == 2 and err.count("\n") == 1 and message in err
+    status, _, err = run(CAPTION)
+    assert (status, err) == (
+        2,
+        "mas sample: error: --output must be given (see mas sample --help)\n",
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_made_for_a_run_that_fails_go_with_it(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    status, _, _ = run(CAPTION, "--output", "mine/new/newer", device="cuda:99")
+    assert status == 1 and [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
 def test_a_folder_with_something_else_is_left_alone(run, tmp_path):
     for name in ("0000.png", "thesis.tex"):
         folder = tmp_path / name.replace(".", "-")

@@ -257,6 +257,28 @@ def test_bad_scene_files_are_named_with_the_mend(tmp_path):
         read_scene(save(Image.new("RGB", (2, 2)), "broken.png"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (["segments_info"], r"a\.json: not in COCO's panoptic form"),
+        ({"annotations": 5, "note": "segments_info"}, r"a\.json: not in COCO's panoptic form"),
+        ({"annotations": [1], "note": "segments_info"}, r"a\.json: not in COCO's panoptic form"),
+        ({"annotations": [], "note": "segments_info"}, r"no annotation with file_name 'a\.png'"),
+        ({"segments_info": None}, r"a\.png with a\.json: segments_info must list"),
+        ({"segments_info": ["a"]}, r"a\.png with a\.json: segments_info must list"),
+        ({"segments_info": [{"id": 7}]}, r"a\.png with a\.json: segments_info must list"),
+        ({"segments_info": [{"id": [7], "category_id": 18}]}, "segments_info must list"),
+        ({"segments_info": [{"id": 7, "category_id": 12}]}, r"a\.json: category_id 12 "),
+        ({"segments_info": []}, r"a\.png with a\.json: segment ids \[7\]"),
+    ],
+)
+def test_a_json_that_does_not_describe_the_scene_is_named(tmp_path, content, message):
+    Image.fromarray(np.array([[[7, 0, 0]]], np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(SceneError, match=message):
+        read_scene(tmp_path / "a.png")
+
+
 def test_scene_maps_refuse_arrays_of_the_wrong_kind():
     with pytest.raises(SceneError, match="uint8"):
         SceneMap(np.zeros((2, 2), np.int64), np.zeros((2, 2), np.bool_))

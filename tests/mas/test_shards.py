@@ -93,6 +93,15 @@ def test_an_error_while_writing_keeps_the_earlier_file(tmp_path):
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("name", ["nowhere/a.json", "folder"])
+def test_a_place_that_cannot_be_written_is_named_and_keeps_nothing(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError) as refusal:
+        write_file(str(tmp_path / name), b"x")
+    assert refusal.value.filename == str(tmp_path / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
 def test_leftovers_of_a_killed_writer_are_removed_for_that_file_only(tmp_path):
     for name in (".00000.tar.0a1b.tmp", ".00001.tar.0a1b.tmp", "00000.tar"):
         (tmp_path / name).touch()
@@ -316,7 +325,25 @@ def test_captions_of_pictures_that_do_not_exist_are_refused(tmp_path):
         TokenShards(tmp_path)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 2}', '{"format": 1}'])
+SIZES = (
+    '"text": {"vocabulary": 9, "length": 4}, "image": {"vocabulary": 9, "grid": 2}, '
+    '"scene": {"vocabulary": 9, "grid": 2}'
+)
+MANIFESTS = [
+    None,
+    "{",
+    "[]",
+    '{"format": 2}',
+    '{"format": 1}',
+    '{"format": 1, "text": 3, "scene": 3, "image": 3, "shards": []}',
+    f'{{"format": 1, {SIZES}}}',
+    f'{{"format": 1, {SIZES}, "shards": [{{"name": "00000", "pictures": 2}}]}}',
+    f'{{"format": 1, {SIZES}, "shards": [{{"name": "00000", "pictures": -1, "captions": 0}}]}}',
+    f'{{"format": 1, {SIZES}, "shards": [{{"name": 0, "pictures": 1, "captions": 1}}]}}',
+]
+
+
+@pytest.mark.parametrize("content", MANIFESTS)
 def test_an_unfinished_token_folder_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)

@@ -16,6 +16,7 @@ from mas.storage import StorageError, file_hash, load_network, save_network
 class LineConfig:
     inputs: int  # features in
     widths: tuple[int, ...] = (3, 2)  # features out of each layer
+    share: float | None = None  # anything
 
     def __post_init__(self):
         if self.inputs < 1:
@@ -65,6 +66,11 @@ def test_half_precision_files_load_as_float32(folder):
         ({"inputs": 0}, "inputs must be positive"),
         ({"widths": [3, 2, 1]}, r"missing tensors: layers\.2\.weight"),
         ({"widths": [3]}, r"2 unexpected tensors: layers\.1\."),
+        ({"inputs": 4.0}, r"inputs is 4\.0, but must be int"),
+        ({"inputs": True}, "inputs is True, but must be int"),
+        ({"widths": 3}, "widths is 3, but must be tuple"),
+        ({"widths": [3, "2"]}, "widths is .*, but must be tuple"),
+        ({"share": "half"}, "share is 'half', but must be float"),
     ],
 )
 def test_configs_that_do_not_fit_are_named(folder, change, message):

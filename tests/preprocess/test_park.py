@@ -71,11 +71,18 @@ def test_shards_of_other_settings_are_not_mixed(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_foreign_shards_are_not_overwritten(tmp_path):
-    (tmp_path / "00000.tar").write_bytes(b"precious")
-    with pytest.raises(ShardError, match="already holds other shards"):
+@pytest.mark.parametrize("name", ["00000.tar", "thesis.tex"])
+def test_a_folder_with_something_else_is_left_alone(tmp_path, name):
+    (tmp_path / name).write_bytes(b"precious")
+    with pytest.raises(ShardError, match=rf"holds something else \({name}\)"):
         park(output=str(tmp_path), count=2, size=32)
-    assert contents(tmp_path) == {"00000.tar": b"precious"}
+    assert contents(tmp_path) == {name: b"precious"}
+
+
+def test_a_run_killed_while_it_claimed_the_folder_can_be_repeated(tmp_path):
+    (tmp_path / ".park.json.0a1b2c3d.tmp").write_bytes(b"{")
+    park(output=str(tmp_path), count=1, size=32)
+    assert (tmp_path / "00000.tar").is_file()
 
 
 def test_output_that_is_a_file_is_refused(tmp_path):
