@@ -8,6 +8,7 @@ Exit status: 0 done, 1 failed, 2 usage. MAS_DEBUG=1 shows tracebacks.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import logging
@@ -104,7 +105,7 @@ def run(name: str, arguments: list[str]) -> int:
     values = parser.instantiate(parser.parse_args(arguments))
     given = {FLAGS.get(k, k): v for k, v in values.as_dict().items() if k != "config"}
     parameters = inspect.signature(function).parameters
-    positional = [given.pop(key) for key, p in parameters.items() if _is_positional(p)]
+    positional = [given.pop(k, p.default) for k, p in parameters.items() if _is_positional(p)]
     return function(*positional, **given) or 0
 
 
@@ -150,7 +151,8 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
     for key, parameter in inspect.signature(function, eval_str=True).parameters.items():
         if _is_positional(parameter):
             optional = parameter.default is not inspect.Parameter.empty
-            extra = {"nargs": "?", "default": parameter.default} if optional else {}
+            # Suppressed, or its absence would undo what --config says.
+            extra = {"nargs": "?", "default": argparse.SUPPRESS} if optional else {}
             parser.add_argument(key, type=parameter.annotation, help=helps.get(key), **extra)
         elif parameter.annotation is bool and parameter.default is False:
             option = next((o for o, name in FLAGS.items() if name == key), key)

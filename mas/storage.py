@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,7 @@ def save_network(network: nn.Module, folder: str | Path) -> None:
             save_file(tensors, temporary, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder / WEIGHTS_FILE}: cannot be written ({error})") from error
+        os.chmod(temporary, 0o644)  # safetensors lets only its owner read it
     write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
 
 

@@ -122,6 +122,13 @@ def test_captions_come_from_a_file_one_a_line(run, tmp_path):
     assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
+def test_a_config_file_may_hold_the_caption_and_the_command_line_replaces_it(run, tmp_path):
+    (tmp_path / "dog.yaml").write_text("caption: a dog\noutput: out\ncount: 1\n")
+    for more, caption in (((), "a dog"), (("a cat",), "a cat")):
+        assert run("--config", "dog.yaml", *more)[0] == 0
+        assert json.loads((tmp_path / "out/samples.json").read_text())["caption"] == caption
+
+
 def test_settings_for_one_stream_only(run, tmp_path):
     flags = ("--image_sampling", '{"temperature": 0}', "--scene-sampling.top_p", "0.5")
     assert run(CAPTION, *flags, "--count=1", "--output", "out")[0] == 0

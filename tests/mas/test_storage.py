@@ -48,6 +48,11 @@ def test_a_network_comes_back_with_its_config_and_weights(folder):
     assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_others_may_read_what_was_saved(folder):
+    for path in folder[0].iterdir():
+        assert path.stat().st_mode & 0o444 == 0o444
+
+
 def test_half_precision_files_load_as_float32(folder):
     path, network = folder
     weights = path / "model.safetensors"
