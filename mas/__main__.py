@@ -152,7 +152,7 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
         if _is_positional(parameter):
             optional = parameter.default is not inspect.Parameter.empty
             # Suppressed, or its absence would undo what --config says.
-            extra = {"nargs": "?", "default": argparse.SUPPRESS} if optional else {}
+            extra: Any = {"nargs": "?", "default": argparse.SUPPRESS} if optional else {}
             parser.add_argument(key, type=parameter.annotation, help=helps.get(key), **extra)
         elif parameter.annotation is bool and parameter.default is False:
             option = next((o for o, name in FLAGS.items() if name == key), key)

@@ -8,7 +8,8 @@ Axes: B pictures, V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +36,32 @@ class Sampling:
             raise ValueError(f"top_k is {k}, use a whole number, or a share between 0 and 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, use more than 0 and at most 1")
+
+
+def by_stream(
+    base: Sampling,
+    common: Mapping[str, float | None],
+    *,
+    scene: Mapping[str, float],
+    image: Mapping[str, float],
+) -> dict[str, Sampling]:
+    """Settings of the scene and the image stream.
+
+    Args:
+        base: what holds where nothing else is said.
+        common: for both streams, by all names of the settings; None: as in `base`.
+        scene: for the scene only, by the same names.
+        image: for the image only.
+
+    Raises:
+        ValueError: an unknown name, or a setting out of its range.
+    """
+    base = replace(base, **{name: value for name, value in common.items() if value is not None})
+    for stream, overrides in (("scene", scene), ("image", image)):
+        unknown = sorted(set(overrides) - set(common))
+        if unknown:
+            raise ValueError(f"{stream}_sampling knows {', '.join(common)}, not {unknown[0]}")
+    return {"scene": replace(base, **scene), "image": replace(base, **image)}
 
 
 def guide(conditional_BV: Tensor, unconditional_BV: Tensor, guidance: float) -> Tensor:

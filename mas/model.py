@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from mas.filter import Sampling
+from mas.filter import Sampling, by_stream
 from mas.generate import Decoder, generate
 from mas.gpt import GPT
 from mas.model_folder import (
@@ -197,10 +197,11 @@ class MakeAScene:
                 not fit, or a batch that does not fit the memory.
         """
         captions = [caption] if isinstance(caption, str) else list(caption)
-        settings = self._settings(
+        settings = by_stream(
+            self.sampling,
             {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p},
-            scene_sampling or {},
-            image_sampling or {},
+            scene=scene_sampling or {},
+            image=image_sampling or {},
         )
         self._check_request(captions, scene is not None or image is not None, count, seed, batch)
         start = time.perf_counter()
@@ -314,19 +315,6 @@ class MakeAScene:
         if image is None:
             return self.gpt.layout.free(self.gpt.layout.image, 1)
         return _release(self.encode_image(image), free, self.vqgan.config.grid, "image_free")
-
-    def _settings(
-        self,
-        common: dict[str, float | None],
-        scene: Mapping[str, float],
-        image: Mapping[str, float],
-    ) -> dict[str, Sampling]:
-        base = replace(self.sampling, **{k: v for k, v in common.items() if v is not None})
-        for name, overrides in (("scene_sampling", scene), ("image_sampling", image)):
-            unknown = sorted(set(overrides) - set(common))
-            if unknown:
-                raise ModelError(f"{name} knows {', '.join(common)}, not {', '.join(unknown)}")
-        return {"scene": replace(base, **scene), "image": replace(base, **image)}
 
     def _check_request(
         self, captions: list[str], conditioned: bool, count: int, seed: int, batch: int

@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import mas
-from mas.filter import Sampling
+from mas.filter import Sampling, by_stream
 from mas.model import Generation, MakeAScene, Progress
 from mas.model_folder import ModelError, find_folder
 from mas.precision import Precision
@@ -80,7 +80,10 @@ def sample(
     """
     captions = read_captions(caption, prompts, empty_is_fine=scene is not None)
     common = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    check_settings(common, scene_sampling, image_sampling, count=count, batch=batch)
+    by_stream(Sampling(), common, scene=scene_sampling or {}, image=image_sampling or {})
+    for name, value in (("count", count), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, use 1 or more")
     if fill_void and scene is None:
         raise ValueError("--fill-void fills the void of a scene: give one with --scene")
     layout = None if scene is None else read_square_scene(scene)
@@ -135,26 +138,6 @@ def read_captions(caption: str | None, prompts: Path | None, *, empty_is_fine: b
     if not captions:
         raise ValueError(f"{prompts}: holds no caption; write one a line")
     return captions
-
-
-def check_settings(
-    common: dict[str, float | None],
-    scene_sampling: dict[str, float] | None,
-    image_sampling: dict[str, float] | None,
-    *,
-    count: int,
-    batch: int,
-) -> None:
-    """Refuses impossible settings before anything is loaded."""
-    given = {name: value for name, value in common.items() if value is not None}
-    for overrides in (scene_sampling or {}, image_sampling or {}):
-        unknown = sorted(set(overrides) - set(common))
-        if unknown:
-            raise ValueError(f"settings are {', '.join(common)}, not {', '.join(unknown)}")
-        Sampling(**given | overrides)
-    for name, value in (("count", count), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, use 1 or more")
 
 
 def read_square_scene(path: Path) -> SceneMap:
