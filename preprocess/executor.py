@@ -141,6 +141,7 @@ class Runner:
             "input": job.fingerprint,
             "started": round(start, 3),
             "finished": round(time.time(), 3),
+            "host": socket.gethostname(),
             "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         }
         self.folder.write(job.name + STATS, stats)
