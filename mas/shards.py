@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 MAX_MEMBER_BYTES = 256 * 2**20  # no photo or annotation is larger; protects the memory
 _BLOCK = 512  # tar works in blocks of this many bytes
+_MAX_PADDING = 2 * tarfile.RECORDSIZE  # bytes behind the last member, end marker included
 
 OnReject = Callable[[str, str, str], None]  # key, reason, detail
 
@@ -143,6 +144,12 @@ def _scan(file: IO[bytes], path: str, on_reject: OnReject) -> dict[str, _Entry]:
         raise ShardError(f"{path}: truncated at byte {size}; download or write it again")
     if any(marker):  # tarfile takes a broken header for the end
         raise ShardError(f"{path}: broken tar header at byte {end}; download or write it again")
+    if size - end > _MAX_PADDING or any(file.read()):
+        # space set aside for a download that was cut reads as zeros, an appended tar is passed over
+        raise ShardError(
+            f"{path}: ends at byte {end} of {size}, what follows is not padding; download or write "
+            "it again"
+        )
     for key, entry in entries.items():
         if entry.repeated:
             names = ", ".join(entry.repeated)

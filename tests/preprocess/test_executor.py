@@ -217,8 +217,41 @@ def test_the_status_of_a_run_at_work_comes_from_its_files(world, capsys):
     )
     ((code, status),) = seen
     assert code == 0 and status["alive"] and status["running"] == 1 and status["done"] == 3
+    ((name, mark),) = status["longest"].items()
+    assert name == "00003" and (mark["attempt"], mark["pid"]) == (1, os.getpid())
+    assert status["left"] == 3 and 0 <= mark["seconds"] < 60
     assert preprocess_status(str(world.output)) == 0
     assert "finished: 6 of 6 shards done" in capsys.readouterr().out
+
+
+def test_the_status_tells_rate_and_time_left_of_a_run_on_another_machine(world, capsys):
+    world.plan(n00005="data")
+    world.run()
+    folder = RunFolder(str(world.output))
+    folder.remove("00003.stats.json", "00004.stats.json")
+    now = time.time()
+    beat = {"updated": now - 10, "host": "node7", "pid": 1, "items": 900, "seconds": 300.0}
+    folder.write("progress.json", {**beat, "made": 3})
+    mark = {"attempt": 2, "host": "node9", "pid": 77, "started": now - 125}
+    folder.write("00004.running.json", mark)
+    code, status = status_of(world, capsys)
+    assert code == 1 and status["alive"] and status["failed"] == {"00005": "the data is bad"}
+    assert (status["photos_per_second"], status["seconds_left"]) == (3.0, 200.0)
+    preprocess_status(str(world.output))
+    printed = capsys.readouterr().out
+    assert "running: 3 of 6 shards done, 1 running, 1 failed, 2 left" in printed
+    assert "3.0 photos/s, 03:20 left" in printed
+    assert "00004, for 02:05, attempt 2, process 77 on node9" in printed
+    folder.write("progress.json", {**beat, "made": 3, "updated": now - 600})
+    preprocess_status(str(world.output))
+    assert "stopped: 3 of 6" in capsys.readouterr().out
+
+
+def test_a_shard_that_was_made_and_failed_before_counts_as_made(world, capsys):
+    world.run()
+    RunFolder(str(world.output)).write("00002.error.json", {"error": "an older attempt"})
+    code, status = status_of(world, capsys)
+    assert code == 0 and status["done"] == 6 and not status["failed"]
 
 
 def test_the_status_of_a_strange_folder_is_an_error(tmp_path):

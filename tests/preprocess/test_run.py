@@ -152,6 +152,35 @@ def test_urls_are_read_and_written(shards, undisturbed):
     assert not [n for n in memory.ls("/cloud/out", False) if "running" in n]
 
 
+def test_a_folder_of_images_may_be_a_url(tmp_path):
+    import fsspec
+
+    write_folder(tmp_path / "images", ["b.jpg", "sub/a.png"])
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{tmp_path}/images/", "/album/", recursive=True)
+    assert run("memory://album", "memory://labelled") == 0
+    assert run(tmp_path / "images", tmp_path / "out") == 0
+    assert memory.cat("/labelled/00000.tar") == (tmp_path / "out" / "00000.tar").read_bytes()
+    assert {"classes.png", "summary.json"} <= {
+        n.rpartition("/")[2] for n in memory.find("labelled")
+    }
+
+
+def test_a_broken_shard_at_a_url_is_set_aside_and_tried_again(shards, undisturbed):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{shards}/", "/mended/in/", recursive=True)
+    whole = memory.cat("/mended/in/00001.tar")
+    memory.pipe("/mended/in/00001.tar", whole[:5000] + bytes(len(whole) - 5000))
+    assert run("memory://mended/in", "memory://mended/out") == 1
+    memory.pipe("/mended/in/00001.tar", whole)
+    assert run("memory://mended/in", "memory://mended/out") == 1
+    assert run("memory://mended/in", "memory://mended/out", retry_failed=True) == 0
+    written = {n.rpartition("/")[2]: memory.cat(n) for n in memory.glob("/mended/out/*.tar")}
+    assert written == undisturbed
+
+
 def test_other_settings_are_refused_by_name(shards, tmp_path):
     run(shards, tmp_path / "out")
     with pytest.raises(ValueError, match=r"photo\.quality is 95 there and 80 here"):

@@ -291,6 +291,11 @@ TARS = {
     "html": (b"<!DOCTYPE html>" * 100, "not a readable tar"),
     "a photo": (encode(noise()), "not a readable tar"),
     "a broken header": (GOOD_TAR.replace(b"1.jpg", b"!.jpg", 1), "broken tar header"),
+    "zeros where a download was cut": (
+        GOOD_TAR[: GOOD_TAR.index(b"1.jpg")].ljust(len(GOOD_TAR), b"\0"),
+        "not padding",
+    ),
+    "two tars in one": (GOOD_TAR + GOOD_TAR, "not padding"),
     "no samples": (tar_of([]), "the shard is empty"),
 }
 
