@@ -196,6 +196,7 @@ def plain_words(message: str, *, options: Container[str]) -> str:
     if not about:
         return message
     option, reason = written(about[1]), about[2]
+    reason = re.sub(r"NestedArg\(key='(.+?)', val='(.*?)'\)", r"\1=\2", reason)
     value = re.search(r".*(?:Got|Given) value: (.*)$", reason)
     found = re.findall(r"<class '(\w+)'>|Literal\[(.+?)\]", reason.partition("Given value")[0])
     words = [f"one of {choices}" if choices else TYPES.get(kind) for kind, choices in found]

@@ -20,7 +20,7 @@ from pathlib import Path
 import PIL
 from tqdm import tqdm
 
-from mas.shards import Sample, ShardError, ShardWriter, write_file
+from mas.shards import Sample, ShardError, ShardWriter, remove_temporary, write_file
 from preprocess.park_truth import picture
 from preprocess.park_world import HELD_OUT_MODES
 
@@ -94,6 +94,7 @@ def park(
     with tqdm(total=len(indices), desc="park", unit="picture", disable=not indices) as bar:
         samples = _paint_all(config, indices, processes)
         for name, span in missing.items():
+            remove_temporary(str(folder / name))  # of a run that was killed
             with ShardWriter(str(folder / name)) as writer:
                 for _ in span:
                     writer.write(next(samples))

@@ -205,6 +205,7 @@ def test_wrong_flags_exit_with_2(run):
         (("--guidance", "nan"), "--guidance: 'nan' is not a number ("),
         (("--top-k", "[1]"), "--top-k: '[1]' is not a number ("),
         (("--scene-sampling", "5"), "--scene-sampling: '5' is not of the form '{name: value}' ("),
+        (("--scene-sampling.top_p", "x"), "--scene-sampling: 'top_p=x' is not a number ("),
         (("--config", "no.yaml"), "--config: File does not exist: "),
     ],
 )

@@ -57,7 +57,7 @@ def test_running_again_completes_what_is_missing_and_touches_nothing_else(tmp_pa
     run()
     before = contents(tmp_path)
     kept = (tmp_path / "00000.tar").stat().st_mtime_ns
-    (tmp_path / "00001.tar").unlink()
+    (tmp_path / "00001.tar").rename(tmp_path / ".00001.tar.0a1b2c3d.tmp")  # killed while it wrote
     run()
     assert contents(tmp_path) == before
     assert (tmp_path / "00000.tar").stat().st_mtime_ns == kept
