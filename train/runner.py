@@ -216,6 +216,9 @@ def _quieten() -> None:
         ".*args parameter is intended to run from within Python.*",
         ".*does not have many workers.*",
         ".*GPU available but not used.*",
-        ".*``instantiate_classes`` was deprecated.*",  # LightningCLI calls it
+        "(?s).*``instantiate_classes`` was deprecated.*",  # LightningCLI calls it
+        "(?s).*JsonargparseDeprecationWarning per type.*",
+        ".*LeafSpec.*",  # in Lightning's own code
+        "Mismatch dtype between input and weight.*",  # norms under mixed precision
     ):
         warnings.filterwarnings("ignore", message=message)
