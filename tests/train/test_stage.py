@@ -21,7 +21,7 @@ def test_the_rate_warms_up_and_decays_to_its_final_share():
     assert (
         rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     )
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     constant = Optimiser(learning_rate=1.0, warmup_steps=0, schedule="constant")
     assert {constant.rate(step, steps=5) for step in range(9)} == {1.0}
 
