@@ -33,7 +33,8 @@ from preprocess.worker import SceneConfig, SceneWorker
 
 PHOTO, PANOPTIC, HUMAN, FACE = PhotoConfig(), PanopticConfig(), HumanConfig(), FaceConfig()
 WIDTH, HEIGHT = 640, 480
-DISTINCT = 50  # generated photos; they come again in every shard
+DISTINCT = 50  # generated photos; they come again and again
+SHARD_PHOTOS = 250  # a shard of generated photos; real ones are larger still
 REGIONS = 12  # segments a generated photo, as many as COCO's have
 QUALITY = 95  # makes generated photos about as long as those of COCO, 170 kB
 NETWORK_PHOTOS = 400
@@ -68,7 +69,7 @@ def bench_preprocess(
     config = SceneConfig(photo=photo, panoptic=panoptic, human=human, face=face)
     with tempfile.TemporaryDirectory() as folder:
         shards = f"{folder}/in"
-        samples = list(_read(input)) if input else [make_sample(i) for i in range(DISTINCT)]
+        samples = list(_read(input)) if input else make_samples(min(photos, SHARD_PHOTOS))
         write_shards(shards, samples, photos=photos)
         serial = _run(config, shards, f"{folder}/serial", ExecutorConfig(kind="serial"))
         on_ray = {
@@ -92,6 +93,11 @@ def bench_preprocess(
         "network_ms": network_ms,
         "cores": os.cpu_count(),
     }
+
+
+def make_samples(count: int) -> list[Sample]:
+    """`count` samples with keys of their own; every `DISTINCT`th shows the same."""
+    return [replace(make_sample(number % DISTINCT), key=f"{number:09d}") for number in range(count)]
 
 
 @lru_cache(DISTINCT)
@@ -156,13 +162,7 @@ def measure_overhead(config: SceneConfig, folder: str, *, seconds: float, thread
     CPU to themselves. Half of the time goes to the panoptic network, 3/10 to human parts, 2/10 to
     faces.
     """
-    samples = [make_sample(i) for i in range(DISTINCT)]
-    repeated = [
-        replace(sample, key=f"{sample.key}-{turn}")
-        for turn in range(NETWORK_PHOTOS // DISTINCT)
-        for sample in samples
-    ]
-    write_shards(f"{folder}/photos", repeated, photos=len(repeated))
+    write_shards(f"{folder}/photos", make_samples(NETWORK_PHOTOS), photos=NETWORK_PHOTOS)
     Path(f"{folder}/networks").mkdir()
     labels = np.full((HEIGHT, WIDTH), PERSON, np.uint8)
     face = np.random.default_rng(0).uniform(200, 300, (68, 2))

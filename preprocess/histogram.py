@@ -15,6 +15,7 @@ from mas.scene import CLASS_NAMES, PALETTE
 ROWS = 53  # a column; three columns hold all 157 classes
 ROW = 18  # pixels
 NAME, BAR, NUMBERS = 170, 200, 150  # pixels of a column's three parts
+SWATCH = 4  # pixels; the shortest bar that shows its colour
 GAP = 16  # pixels around columns
 BACKGROUND, INK = (250, 249, 246), (45, 45, 48)
 FONT_SIZE = 12
@@ -43,7 +44,7 @@ def draw_histogram(classes: Mapping[str, Mapping[str, int]], *, photos: int) -> 
         x = GAP + column * (NAME + BAR + NUMBERS + GAP)
         y = 2 * GAP + ROW * (1 + row)
         colour = tuple(int(c) for c in PALETTE[CLASS_NAMES.index(name)])
-        length = max(1, round(BAR * classes[name]["pixels"] / longest))
+        length = max(SWATCH, round(BAR * classes[name]["pixels"] / longest))
         share = classes[name]["pixels"] / total
         draw.text((x, y), name, fill=INK, font=font)
         draw.rectangle((x + NAME, y + 2, x + NAME + length, y + ROW - 5), fill=colour, outline=INK)
