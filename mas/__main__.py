@@ -51,6 +51,11 @@ COMMANDS = {
     ),
     "assemble": Command("train.assemble:assemble", "tokenizers + GPT → one model folder"),
     "sample": Command("mas.sample:sample", "caption (+ scene) → pictures"),
+    "bench preprocess": Command(
+        "preprocess.bench:bench_preprocess",
+        "photos per second, against what limits them",
+        "preprocess",
+    ),
     "doctor": Command("mas.doctor:doctor", "what is installed, what is missing"),
 }
 OWN_PARSER = {"train"}  # LightningCLI parses these itself
@@ -78,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"mini-make-a-scene {mas.__version__}")
         return 0
-    name, rest = words[0], words[1:]
+    length = 2 if " ".join(words[:2]) in COMMANDS else 1
+    name, rest = " ".join(words[:length]), words[length:]
     if name not in COMMANDS:
         print(f"mas: error: no command {name!r}; see mas --help", file=sys.stderr)
         return 2
@@ -109,7 +115,20 @@ def run(name: str, arguments: list[str]) -> int:
     given = {FLAGS.get(k, k): v for k, v in values.as_dict().items() if k != "config"}
     parameters = inspect.signature(function).parameters
     positional = [given.pop(k, p.default) for k, p in parameters.items() if _is_positional(p)]
-    return function(*positional, **given) or 0
+    if not name.startswith("bench "):
+        return function(*positional, **given) or 0
+    print_figures(function, positional, given)
+    return 0
+
+
+def print_figures(
+    function: Callable[..., Any], positional: list[Any], options: dict[str, Any]
+) -> None:
+    """Prints what a benchmark returns: one JSON object, on one line with `--json`."""
+    import json
+
+    indent = None if options.pop("as_json") else 2
+    print(json.dumps(function(*positional, **options), indent=indent))
 
 
 def load(name: str) -> Callable[..., int | None]:
@@ -166,6 +185,8 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
     parser.add_function_arguments(
         function, as_group=False, as_positional=False, skip=special, fail_untyped=True
     )
+    if name.startswith("bench "):
+        parser.add_argument("--json", action="store_true", help="print the object on one line")
     _add_dashed_options(parser)
     return parser
 

@@ -133,3 +133,15 @@ def test_doctor_reports_the_installation(capsys):
     assert {"panoptic", "human", "face"} <= {weights["stage"] for weights in report["weights"]}
     assert cli.main(["doctor"]) == 0
     assert "plain install: complete" in capsys.readouterr().out
+
+
+def test_a_benchmark_prints_one_json_object(monkeypatch, capsys):
+    def bench(*, photos: int = 3) -> dict[str, int]:
+        """Counts photos."""
+        return {"photos": photos}
+
+    monkeypatch.setattr(cli, "load", lambda name: bench)
+    assert cli.main(["bench", "preprocess", "--photos", "5", "--json"]) == 0
+    assert capsys.readouterr().out == '{"photos": 5}\n'
+    assert cli.main(["bench", "preprocess"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"photos": 3}
