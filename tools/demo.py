@@ -205,9 +205,9 @@ def show_folder(folder: Path, names: list[str]) -> list[Picture]:
 
 
 def show_training(folder: Path) -> list[Picture]:
-    """The last picture sheet of a run folder."""
-    sheets = sorted((folder / "pictures").glob("*.png"))
-    return [Picture(f"validation pictures after {int(sheets[-1].stem)} steps", sheets[-1])]
+    """The last picture sheet of a run folder; the GPT's trainer draws none."""
+    sheets = sorted((folder / "pictures").glob("*.png"))[-1:]
+    return [Picture(f"held-out pictures after {int(s.stem)} steps", s) for s in sheets]
 
 
 def park_source(output: Path, options: argparse.Namespace) -> list[Step]:
