@@ -22,7 +22,7 @@ demo: $(VENV)/installed  ## the main job: park world → scenes → tokens → t
 	$(BIN)/python tools/demo.py --output demo
 
 smoke-photos: $(VENV)/installed  ## the same on real photos: make smoke-photos DATA=DIR (shards + COCO panoptic annotations)
-	$(BIN)/python tools/smoke_photos.py $(DATA) --output demo/photos
+	$(BIN)/python tools/demo.py --photos $(DATA) --output demo/photos
 
 test: $(VENV)/installed  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests

@@ -266,6 +266,10 @@ def train_step(stage: str, title: str, text: str, data: Path, options: argparse.
     if options.steps:
         steps = str(options.steps)
         overrides = ["--trainer.max_steps", steps, "--trainer.val_check_interval", steps]
+    if options.photos:
+        overrides += ["--data.holdout", "10"]
+    if stage == "gpt":
+        overrides += ["--model.network.text_vocabulary", str(options.vocab_size)]
     return Step(
         title=title,
         text=text,
@@ -293,7 +297,8 @@ def training_steps(scenes: Path, options: argparse.Namespace) -> list[Step]:
         Step(
             title="Fit the text tokenizer",
             text="Byte-level BPE on every caption of the shards.",
-            command=["fit-bpe", "--input", str(scenes), "--vocab-size", "512", "--length", "32",
+            command=["fit-bpe", "--input", str(scenes), "--length", "32",
+                     "--vocab-size", str(options.vocab_size),
                      "--output", str(output / "tokenizer.json")],
         ),
         train_step("vqseg", "Train VQ-SEG", "Scene maps ↔ a few discrete tokens: which thing is "
@@ -365,11 +370,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--photos", type=Path, help="folder of real photos in the form of COCO")
     parser.add_argument("--steps", type=int, help="optimiser steps of each training")
     options = parser.parse_args(arguments)
-    options.captions = CAPTIONS
+    options.captions, options.vocab_size = CAPTIONS, 512
     if options.photos:
         if not (options.photos / "panoptic_train.json").is_file():
             parser.error(f"{options.photos} holds no panoptic_train.json (make … DATA=DIR)")
-        options.captions = CAPTIONS[:1]
+        # A few dozen captions do not fill 512 entries, and nothing needs long training here.
+        options.captions, options.vocab_size = CAPTIONS[:1], 300
+        options.steps = options.steps or 150
     return options
 
 
