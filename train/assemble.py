@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mas.filter import Sampling
 from mas.gpt import GPT
 from mas.model import MakeAScene
 from mas.storage import WEIGHTS_FILE, file_hash, read_json
@@ -20,7 +21,18 @@ from mas.vqseg import VQSEG
 MANIFEST = "tokens.json"  # in a GPT's run folder: which tokenizers wrote its training tokens
 
 
-def assemble(*, tokenizer: str, vqseg: str, vqgan: str, gpt: str, output: str) -> None:
+def assemble(
+    *,
+    tokenizer: str,
+    vqseg: str,
+    vqgan: str,
+    gpt: str,
+    output: str,
+    guidance: float = 3.0,
+    temperature: float = 1.0,
+    top_k: float | None = None,
+    top_p: float | None = None,
+) -> None:
     """Puts a text tokenizer, VQ-SEG, VQ-GAN and GPT together into a model folder.
 
     Args:
@@ -29,7 +41,12 @@ def assemble(*, tokenizer: str, vqseg: str, vqgan: str, gpt: str, output: str) -
         vqgan: run folder of the VQ-GAN, or what import-vqgan wrote.
         gpt: run folder of the GPT.
         output: the model folder to write.
+        guidance: how much the caption counts unless a request says otherwise.
+        temperature: likewise, of the draw; a model trained for minutes wants less than 1.
+        top_k: likewise, tokens kept; below 1 a share of the vocabulary.
+        top_p: likewise, total probability of the tokens kept.
     """
+    sampling = Sampling(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
     manifest = Path(gpt) / MANIFEST
     if manifest.is_file():
         check_hashes(read_json(manifest), tokenizer=tokenizer, vqseg=vqseg, vqgan=vqgan)
@@ -38,6 +55,7 @@ def assemble(*, tokenizer: str, vqseg: str, vqgan: str, gpt: str, output: str) -
         vqseg=VQSEG.from_pretrained(vqseg),
         vqgan=VQGAN.from_pretrained(vqgan),
         gpt=GPT.from_pretrained(gpt),
+        sampling=sampling,
     )
     model.save_pretrained(output)
     millions = sum(p.numel() for p in model.gpt.parameters()) / 1e6

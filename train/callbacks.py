@@ -229,7 +229,7 @@ class Progress(Callback):
         loss = trainer.callback_metrics.get("train/loss")
         self.bar.set_postfix_str(
             f"loss {loss:.4f}, {rate * pictures * pl_module.per_picture:,.0f} {pl_module.unit}/s",
-            refresh=True,
+            refresh=False,  # shown with the next update
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:

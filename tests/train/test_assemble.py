@@ -66,8 +66,9 @@ def test_captions_of_nothing_are_refused(tmp_path):
 
 
 def test_assembled_parts_generate(parts, tmp_path):
-    assemble(**arguments(parts), output=str(tmp_path / "model"))
+    assemble(**arguments(parts), output=str(tmp_path / "model"), guidance=5, top_p=0.9)
     model = MakeAScene.from_pretrained(tmp_path / "model", device="cpu")
+    assert (model.sampling.guidance, model.sampling.top_p) == (5, 0.9)
     result = model.generate("a dog on the grass", seed=1)
     assert result.images[0].size == (32, 32)
     assert result.scenes[0].size == (32, 32)
