@@ -1,6 +1,7 @@
 """A run that is killed and resumed equals, bit for bit, one that was not."""
 
 import csv
+import logging
 import os
 import signal
 
@@ -144,6 +145,7 @@ def test_a_longer_run_goes_on_where_the_finished_one_stopped(words, tmp_path):
 
 
 def test_changed_settings_are_told_and_another_network_is_refused(words, caplog):
+    caplog.set_level(logging.INFO, logger="train")
     assert train(words("gpt", trainer__max_steps=1)) == 0
     changed = words("gpt", trainer__max_steps=2, model__caption_dropout__share=0.5)
     assert train([*changed, "--ckpt_path=last"]) == 0
