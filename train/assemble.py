@@ -75,7 +75,14 @@ def check_hashes(manifest: Any, *, tokenizer: str, vqseg: str, vqgan: str) -> No
     ):
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
-        if file_hash(path) != manifest[stream]["sha256"]:
+        try:
+            wanted = manifest[stream]["sha256"]
+        except (KeyError, TypeError, IndexError):
+            raise ValueError(
+                f"{MANIFEST} of the GPT's run folder names no {stream} tokenizer: it is damaged; "
+                "copy manifest.json of the training tokens in its place"
+            ) from None
+        if file_hash(path) != wanted:
             raise ValueError(
                 f"{path} is not what the {stream} tokens of the GPT's training were made with: "
                 "give that one, or tokenize and train the GPT again"

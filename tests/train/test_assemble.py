@@ -1,6 +1,7 @@
 """From captions to a vocabulary, from run folders to a model folder."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -86,4 +87,13 @@ def test_parts_of_another_training_are_named(part, parts, tmp_path):
         network.save_pretrained(other)
     with pytest.raises(ValueError, match=r"other.* is not what the (text|scene|image) tokens"):
         assemble(**arguments(parts, **{part: str(other)}), output=str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"text": 3}'])
+def test_a_damaged_record_of_tokenizers_is_named(parts, tmp_path, content):
+    shutil.copytree(parts / "gpt", tmp_path / "gpt")
+    (tmp_path / "gpt/tokens.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokens\.json .* is damaged"):
+        assemble(**arguments(parts, gpt=str(tmp_path / "gpt")), output=str(tmp_path / "model"))
     assert not (tmp_path / "model").exists()
