@@ -1,7 +1,7 @@
 """How good tokenizers are: scenes, pictures and codes compared with what went in.
 
-In: predictions and truth, batch by batch. Out: plain numbers. Used by validation during training
-and by `mas evaluate`, so that both mean the same.
+In: predictions and truth, batch by batch. Out: plain numbers, defined once, so that everybody who
+reports them means the same.
 Axes: B batch, C channels, H W pixels, K classes or codebook size, T tokens.
 """
 
