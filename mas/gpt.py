@@ -200,6 +200,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.layout = config.layout
+        self.checkpoint_blocks = False  # training: recompute blocks backwards, for less memory
         streams = self.layout.streams
         self.embeddings = nn.ModuleDict(
             {s.name: nn.Embedding(s.vocabulary, config.width) for s in streams}
@@ -289,7 +290,10 @@ class GPT(nn.Module):
         x_BTD = self.dropout(x_BTD)
         rotation = self._rotation(start, x_BTD.shape[1], x_BTD) if self.config.rotary else None
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rotation=rotation, cache=cache, layer=layer, start=start)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, rotation=rotation, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, rotation=rotation, cache=cache, layer=layer, start=start)
         return self.norm(x_BTD)
 
     def _predicting_states(

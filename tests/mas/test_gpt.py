@@ -158,6 +158,27 @@ def test_the_loss_in_pieces_has_the_values_and_gradients_of_the_whole(monkeypatc
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_checkpointed_blocks_give_the_same_gradients_and_keep_less(options):
+    results = []
+    for checkpointed in (False, True):
+        gpt = build(dropout=0.3, **options).train()
+        gpt.checkpoint_blocks = checkpointed
+        kept = []
+
+        def keep(tensor, kept=kept):
+            kept.append(tensor.numel())
+            return tensor
+
+        torch.manual_seed(5)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            losses = gpt.losses(*draw(gpt.layout, 3))
+        sum(losses[:3]).backward()
+        results.append((torch.cat([p.grad.flatten() for p in gpt.parameters()]), sum(kept)))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-12)
+    assert results[1][1] < 0.5 * results[0][1]
+
+
 def test_a_fresh_network_predicts_nearly_uniformly_and_keeps_its_scale_with_depth():
     for layers in (2, 12):
         torch.manual_seed(0)
