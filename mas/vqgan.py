@@ -32,7 +32,8 @@ class VQGANConfig:
     code_width: int = 256  # numbers a codebook entry
     quantizer: QuantizerName = "nearest"  # nearest | cosine | gumbel
     features: int = 256  # channels of the encoder's output and the decoder's input
-    width: int = 128  # channels at full resolution
+    patch: int = 1  # pixels a side folded into channels before the first convolution; published: 1
+    width: int = 128  # channels of the finest level
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of width, finest level first; halving between
     blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
     attention: tuple[int, ...] = (4,)  # levels with self-attention, 0 = full resolution
@@ -47,13 +48,14 @@ class VQGANConfig:
             raise ValueError(
                 f"quantizer {self.quantizer!r}: use one of {', '.join(get_args(QuantizerName))}"
             )
-        for name in ("size", "codes", "code_width", "features"):
+        for name in ("size", "codes", "code_width", "features", "patch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.size % backbone.factor:
+        factor = self.patch * backbone.factor
+        if self.size % factor:
             raise ValueError(
-                f"size {self.size} must be a multiple of {backbone.factor}, which is what the "
-                f"{len(self.multipliers)} multipliers shrink a picture by"
+                f"size {self.size} must be a multiple of {factor}, which is what patches of "
+                f"{self.patch} and the {len(self.multipliers)} multipliers shrink a picture by"
             )
 
     @property
@@ -70,7 +72,7 @@ class VQGANConfig:
     @property
     def grid(self) -> int:
         """Tokens a side."""
-        return self.size // self.backbone.factor
+        return self.size // (self.patch * self.backbone.factor)
 
 
 class Reconstruction(NamedTuple):
@@ -87,8 +89,9 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = ConvEncoder(3, config.features, config.backbone)
-        self.decoder = ConvDecoder(config.features, 3, config.backbone)
+        channels = 3 * config.patch**2
+        self.encoder = ConvEncoder(channels, config.features, config.backbone)
+        self.decoder = ConvDecoder(config.features, channels, config.backbone)
         self.quantizer: Codebook | GumbelCodebook
         if config.quantizer == "gumbel":
             self.quantizer = GumbelCodebook(config.codes, config.code_width)
@@ -152,17 +155,23 @@ class VQGAN(nn.Module):
         """One way through encoder, quantizer and decoder, with gradients; pictures in [0, 1]."""
         self._check_image(image_BCHW)
         quantized = self.quantizer(self.encode_features(image_BCHW * 2 - 1))
-        raw_BCHW = self.decoder(self.post_quant(quantized.z_BCHW))
+        raw_BCHW = self._unfold(self.decoder(self.post_quant(quantized.z_BCHW)))
         tokens_BT = rearrange(quantized.tokens_BHW, "b h w -> b (h w)")
         return Reconstruction(raw_BCHW * 0.5 + 0.5, quantized.loss, tokens_BT)
 
     def encode_features(self, raw_BCHW: Tensor) -> Tensor:
         """Features before the quantizer, B C H W, of pictures in [-1, 1]."""
-        return self.pre_quant(self.encoder(raw_BCHW))
+        p = self.config.patch
+        folded = rearrange(raw_BCHW, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
+        return self.pre_quant(self.encoder(folded))
 
     def decode_raw(self, tokens_BHW: Tensor) -> Tensor:
         """Pictures as the network draws them: about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant(self.quantizer.lookup(tokens_BHW)))
+        return self._unfold(self.decoder(self.post_quant(self.quantizer.lookup(tokens_BHW))))
+
+    def _unfold(self, folded_BCHW: Tensor) -> Tensor:
+        p = self.config.patch
+        return rearrange(folded_BCHW, "b (c p q) h w -> b c (h p) (w q)", p=p, q=p)
 
     def _check_image(self, image_BCHW: Tensor) -> None:
         size = self.config.size

@@ -60,6 +60,17 @@ def test_training_reaches_every_parameter(quantizer):
     assert [name for name in still if not name.endswith("key.bias")] == []
 
 
+def test_folding_patches_moves_the_pictures_of_a_token_but_no_pixels_between_tokens():
+    vqgan = network(patch=2, multipliers=(1, 2), attention=(), quantizer="nearest").eval()
+    assert vqgan.config.grid == network().config.grid
+    pixels = pictures()
+    with torch.no_grad():
+        assert vqgan.decode(vqgan.encode(pixels)).shape == pixels.shape
+        folded = torch.nn.functional.pixel_unshuffle(pixels, 2)
+        assert torch.equal(vqgan._unfold(folded), pixels)
+        assert torch.equal(vqgan.encode_features(pixels), vqgan.pre_quant(vqgan.encoder(folded)))
+
+
 def test_a_few_steps_on_one_batch_lower_the_error():
     vqgan = network()
     optimizer = torch.optim.Adam(vqgan.parameters(), lr=3e-3)
