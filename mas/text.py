@@ -13,7 +13,9 @@ import json
 import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 import torch
@@ -186,14 +188,21 @@ class Tokenizer:
         rows = [[token for token in row if token != PAD] for row in tokens_BT.tolist()]
         return [text.strip() for text in self._tokenizer.decode_batch(rows)]
 
+    @cached_property
+    def _pieces(self) -> _Pieces:
+        model = json.loads(self._tokenizer.to_str())["model"]
+        vocabulary: dict[str, int] = model["vocab"]
+        return _Pieces(
+            vocabulary,
+            {tuple(pair): rank for rank, pair in enumerate(model["merges"])},
+            model["end_of_word_suffix"] or "",
+            vocabulary.get(model["unk_token"] or "", PAD),
+        )
+
     def _encode_with_dropout(
         self, texts: Sequence[str], dropout: float, rng: random.Random
     ) -> Tensor:
-        model = json.loads(self._tokenizer.to_str())["model"]
-        vocabulary: dict[str, int] = model["vocab"]
-        ranks = {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
-        suffix = model["end_of_word_suffix"] or ""
-        unknown = vocabulary.get(model["unk_token"] or "", PAD)
+        vocabulary, ranks, suffix, unknown = self._pieces
         tokens_BT = torch.full((len(texts), self.length), PAD)
         for row, text in enumerate(texts):
             normalized = self._tokenizer.normalizer.normalize_str(text)
@@ -205,6 +214,15 @@ class Tokenizer:
             ][: self.length]
             tokens_BT[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
         return tokens_BT
+
+
+class _Pieces(NamedTuple):
+    """What splitting a word by hand needs of the library's model."""
+
+    vocabulary: dict[str, int]
+    ranks: dict[tuple[str, ...], int]  # a pair of pieces -> when it was learnt to be one
+    suffix: str  # of a word's last character
+    unknown: int  # id of what the vocabulary lacks
 
 
 class _Counted:
