@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from mas.scene import CLASS_NAMES, SceneMap, find_edges
 from mas.shards import ShardIndex, TokenShards, expand_shards
+from train.boxes import draw_boxes, face_boxes, thing_boxes
 from train.stream import Fixed, Items, Numbers, Stream, StreamLoader, ignore_signals
 
 logger = logging.getLogger(__name__)
@@ -84,15 +85,19 @@ class PictureItems:
         flip: bool,
         photos: bool,
         scenes: bool,
+        boxes: int = 0,
     ) -> None:
         self.index, self.part, self.size = index, part, size
-        self.flip, self.photos, self.scenes = flip, photos, scenes
+        self.flip, self.photos, self.scenes, self.boxes = flip, photos, scenes, boxes
 
     def __len__(self) -> int:
         return len(self.part)
 
     def item(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
         """`key`, and as asked for `image` (uint8 C H W), `labels` (uint8 H W), `edges` (bool H W).
+
+        With `boxes` also that many `faces` and `things` of the scene (int64 boxes × 4), drawn by
+        `rng`; all zeros where there are fewer.
 
         Raises:
             ValueError: a picture of another size, or one that cannot be read.
@@ -104,12 +109,16 @@ class PictureItems:
             image_HWC = self._read_photo(sample.key, sample.files["jpg"])
             image_HWC = image_HWC[:, ::-1] if flipped else image_HWC
             item["image"] = torch.from_numpy(image_HWC.transpose(2, 0, 1).copy())
-        if self.scenes:
+        if self.scenes or self.boxes:
             scene = SceneMap.from_png(io.BytesIO(sample.files["scene.png"]))
             self._check(sample.key, scene.size)
             scene = mirror(scene) if flipped else scene
+        if self.scenes:
             item["labels"] = torch.from_numpy(scene.labels.copy())
             item["edges"] = torch.from_numpy(scene.edges.copy())
+        if self.boxes:
+            for name, find in (("faces", face_boxes), ("things", thing_boxes)):
+                item[name] = torch.from_numpy(draw_boxes(find(scene), self.boxes, rng))
         return item
 
     def _read_photo(self, key: str, content: bytes) -> np.ndarray:
@@ -214,6 +223,7 @@ class PictureData(StreamData):
 
     photos = False  # which files of a sample a stage reads
     scenes = False
+    boxes = 0  # faces and things of the scene that a picture brings along
 
     def __init__(
         self,
@@ -230,7 +240,8 @@ class PictureData(StreamData):
         self.input, self.flip, self.size = input, flip, size
 
     def open(self) -> int:
-        wanted = [name for name, on in (("jpg", self.photos), ("scene.png", self.scenes)) if on]
+        reads = (("jpg", self.photos), ("scene.png", self.scenes or self.boxes > 0))
+        wanted = [name for name, on in reads if on]
         self.index = ShardIndex(expand_shards(self.input), extensions=tuple(wanted))
         return len(self.index)
 
@@ -242,6 +253,7 @@ class PictureData(StreamData):
             flip=self.flip,
             photos=self.photos,
             scenes=self.scenes,
+            boxes=self.boxes,
         )
 
 
@@ -252,9 +264,18 @@ class SceneData(PictureData):
 
 
 class PhotoData(PictureData):
-    """The photos of scene shards; arguments as for PictureData."""
+    """The photos of scene shards.
+
+    Args:
+        boxes: faces and things of its scene that a photo brings along; linked to model.crops.
+        arguments: as for PictureData.
+    """
 
     photos = True
+
+    def __init__(self, *, boxes: int = 0, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.boxes = boxes
 
 
 class TokenData(StreamData):
