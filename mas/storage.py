@@ -1,8 +1,8 @@
 """Weights travel with their config: a network's folder is config.json + model.safetensors.
 
 In: a network with a `.config` dataclass, or such a folder. Out: the folder, or the network in
-evaluation mode. Files are written under a temporary name and renamed, so a folder never holds half
-a file.
+evaluation mode. On the disk weights may have fewer bits (mas/rounding.py). Files are written under
+a temporary name and renamed, so a folder never holds half a file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -20,11 +20,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from mas.rounding import Weights, narrow, widen
 from mas.shard_files import replacing_path, write_file
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+FILLS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_, torch.Tensor.fill_)
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -33,12 +37,33 @@ class StorageError(ValueError):
     """A folder that does not hold what it should; the message names the file and the mend."""
 
 
-def save_network(network: nn.Module, folder: str | Path) -> None:
-    """Writes `network.config` and the state dict (contiguous, on the CPU) into `folder`."""
+class _Unfilled(TorchFunctionMode):
+    """Leaves out start values: parameters stay as they are allocated, their memory untouched."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if function in (torch.rand, torch.randn):
+            return torch.empty(*args, **kwargs)
+        if function in FILLS and isinstance(args[0], nn.Parameter):
+            return args[0]
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def save_network(network: nn.Module, folder: str | Path, *, weights: Weights = "float32") -> None:
+    """Writes `network.config` and the state dict (contiguous, on the CPU) into `folder`.
+
+    Args:
+        network: with a frozen dataclass `.config`.
+        folder: is made where it does not exist.
+        weights: number format on the disk; what is loaded again is float32, rounded to it.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = network.config
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    tensors = narrow(tensors, weights)
     with replacing_path(str(folder / WEIGHTS_FILE)) as temporary:
         try:
             save_file(tensors, temporary, metadata={"format": "pt"})
@@ -63,15 +88,23 @@ def load_network(
     if not weights_file.is_file():
         raise StorageError(f"{weights_file}: no such file; {folder} is no complete model folder")
     try:
-        tensors = load_file(weights_file)
-    except (SafetensorError, OSError) as error:
+        tensors = widen(load_file(weights_file))
+    except (SafetensorError, OSError, ValueError) as error:
         raise StorageError(f"{weights_file}: not a readable safetensors file ({error})") from error
-    with torch.device("meta"):
-        network = network_class(config)
+    network = build_unfilled(network_class, config)
     check_tensors(network.state_dict(), tensors, weights_file)
-    floats = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-    network.load_state_dict(floats, assign=True)
+    network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False)
+
+
+def build_unfilled(network_class: Callable[[Any], Network], config: Any) -> Network:
+    """A network whose tensors `load_state_dict(…, assign=True)` shall replace.
+
+    Not on the meta device: random functions there import torch's compiler, which takes longer than
+    everything else about loading; and tables that are no part of the state would stay empty.
+    """
+    with _Unfilled():
+        return network_class(config)
 
 
 def parse_config(config_class: type[Any], values: Any, source: str | Path) -> Any:

@@ -1,0 +1,81 @@
+"""Weights in fewer bits: how they are rounded for the disk.
+
+In: the tensors of a network. Out: the same in float16 or int8, a half or a quarter of the bytes;
+and back to float32. Only tensors of two or more axes are rounded: vectors (norms, biases, running
+means) weigh nothing and matter most.
+Axes: V rows (outputs, or entries of a table), K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Weights = Literal["float32", "float16", "int8"]
+LARGEST_INT8 = 127
+SCALE = ":scale"  # behind the name of an int8 tensor: the name of its scales
+
+
+class Int8(NamedTuple):
+    """A matrix as `integers * scale`."""
+
+    integers_VK: Tensor  # int8, -127 … 127
+    scale_V: Tensor  # bfloat16, one a row
+
+
+def to_int8(weight_VK: Tensor) -> Int8:
+    """Rounds to the nearest; symmetric, the largest of each row becomes ±127."""
+    weight_VK = weight_VK.detach().float()
+    largest_V = weight_VK.abs().amax(1).clamp(min=1e-12)
+    # Rounded to bfloat16 first, so that the integers make up for the rounding of the scale.
+    scale_V = (largest_V / LARGEST_INT8).bfloat16()
+    integers_VK = (weight_VK / scale_V.float()[:, None]).round()
+    return Int8(integers_VK.clamp(-LARGEST_INT8, LARGEST_INT8).char(), scale_V)
+
+
+def from_int8(rounded: Int8) -> Tensor:
+    """The float32 matrix that `to_int8` rounded to; rounding it again changes nothing."""
+    return rounded.integers_VK.float() * rounded.scale_V.float()[:, None]
+
+
+def narrow(tensors: Mapping[str, Tensor], weights: Weights) -> dict[str, Tensor]:
+    """Rounds the tensors of a network for the disk; int8 is for matrices, others get float16.
+
+    Raises:
+        ValueError: an unknown format, or a tensor that is too large for float16, by name.
+    """
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights are {weights!r}, use one of {', '.join(get_args(Weights))}")
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if weights == "float32" or tensor.ndim < 2 or not tensor.is_floating_point():
+            result[name] = tensor
+        elif weights == "int8" and tensor.ndim == 2:
+            result[name], result[name + SCALE] = to_int8(tensor)
+        else:
+            result[name] = tensor.half()
+            if not result[name].isfinite().all():
+                raise ValueError(f"{name} holds numbers too large for float16: use float32")
+    return result
+
+
+def widen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every number of `narrow` in float32, under the names that went into it.
+
+    Raises:
+        ValueError: an int8 tensor and its scales that do not fit together, by name.
+    """
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(SCALE) and name.removesuffix(SCALE) in tensors:
+            continue
+        scale_V = tensors.get(name + SCALE)
+        if scale_V is not None:
+            if (tensor.dtype, tensor.ndim, tensor.shape[:1]) != (torch.int8, 2, scale_V.shape):
+                raise ValueError(f"{name} and its scales do not fit together")
+            tensor = from_int8(Int8(tensor, scale_V))
+        result[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return result
