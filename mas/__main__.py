@@ -44,7 +44,7 @@ COMMANDS = {
         "preprocess.weights:fetch_weights", "download what the configs name, checked", "preprocess"
     ),
     "fit-bpe": Command("train.bpe:fit_bpe", "fit the text tokenizer on captions"),
-    "train": Command("train.cli:train", "train vqseg, vqgan or gpt with Lightning", "train"),
+    "train": Command("train.cli:train", "train vqseg, vqgan, gpt or reader with Lightning", "train"),
     "tokenize": Command("preprocess.tokens:tokenize", "scene shards → token shards", "preprocess"),
     "import-vqgan": Command(
         "mas.pretrained:import_vqgan", "convert a published VQ-GAN checkpoint to a vqgan folder"
