@@ -39,6 +39,7 @@ from mas.precision import (
     pictures_that_fit,
 )
 from mas.progress import Decoders, Progress, Reporter
+from mas.rounding import Weights
 from mas.scene import SceneMap
 from mas.sequence import FREE, Streams
 from mas.text import Tokenizer
@@ -60,6 +61,7 @@ class Generation:
     settings: dict[str, dict[str, Any]]  # sampling of scene and image
     seconds: float  # sampling and decoding, without loading the model
     tokens_per_second: float  # sampled tokens of all pictures
+    scores: list[float] | None = None  # of mas/rerank.py, where pictures were compared
 
 
 class MakeAScene:
@@ -126,15 +128,20 @@ class MakeAScene:
         model.card = (folder / "README.md").read_text("utf-8")
         return model
 
-    def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, card: str | None = None, weights: Weights = "float32"
+    ) -> None:
         """Writes a model folder, whole or not at all; an older model there is replaced.
 
         Args:
             folder: new, empty or a model folder.
             card: text of README.md; the one it was loaded with, or a generated one otherwise.
+            weights: number format on the disk; int8 is for the GPT's matrices, the tokenizers
+                then get float16. Loaded again, weights are float32, rounded to it.
 
         Raises:
             ModelError: the folder holds something else.
+            ValueError: weights that the format cannot hold.
         """
         write_folder(
             folder,
@@ -142,6 +149,7 @@ class MakeAScene:
             networks={"vqseg": self.vqseg, "vqgan": self.vqgan, "gpt": self.gpt},
             sampling=self.sampling,
             card=card or self.card,
+            weights=weights,
         )
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:

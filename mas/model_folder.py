@@ -25,6 +25,7 @@ from torch import nn
 
 from mas.filter import Sampling
 from mas.gpt import GPT
+from mas.rounding import Weights
 from mas.storage import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -145,6 +146,7 @@ def write_folder(
     networks: Mapping[str, nn.Module],
     sampling: Sampling,
     card: str | None,
+    weights: Weights = "float32",
 ) -> None:
     """Writes a model folder beside its place and moves it there when it is complete.
 
@@ -159,13 +161,17 @@ def write_folder(
         new = temporary / "new"
         new.mkdir()
         tokenizer.save(new / TOKENIZER)
+        # A tokenizer must find the code it found in training, so it keeps the finer numbers.
+        finer: Weights = "float16" if weights == "int8" else weights
+        formats: dict[str, Weights] = {"vqseg": finer, "vqgan": finer, "gpt": weights}
         for name in NETWORKS:
-            save_network(networks[name], new / name)
+            save_network(networks[name], new / name, weights=formats[name])
         hashes = {name: file_hash(new / name) for name in FILES}
         sizes = _sizes(tokenizer, networks)
         content = {
             "format": FORMAT,
             "sizes": sizes,
+            "weights": formats,
             "sampling": asdict(sampling),
             "sha256": hashes,
         }
@@ -239,16 +245,13 @@ def _write_card(sizes: dict[str, Any], sampling: Sampling) -> str:
         for stream, size in sizes.items()
         if stream != "parameters"
     )
-    return f"""# A mini Make-A-Scene model
+    return f"""---
+pipeline_tag: text-to-image
+tags: [make-a-scene, text-to-image, scene-to-image]
+---
+# A mini Make-A-Scene model
 
 Caption → scene → picture of {sizes["image"]["pixels"]} x {sizes["image"]["pixels"]} pixels.
-
-| stream | vocabulary | length or tokens a side |
-|---|---|---|
-{rows}
-
-Parameters: {", ".join(f"{name} {count:,}" for name, count in parameters.items())}.
-Sampling defaults: `{json.dumps(asdict(sampling))}`.
 
 ```python
 from mas import MakeAScene
@@ -257,7 +260,28 @@ model = MakeAScene.from_pretrained("this folder")
 model.generate("two dogs in the park", count=4).images[0].show()
 ```
 
-Training data, licence, measured numbers and limits: not stated by who saved this model.
+| stream | vocabulary | length or tokens a side |
+|---|---|---|
+{rows}
+
+Parameters: {", ".join(f"{name} {count:,}" for name, count in parameters.items())}.
+Sampling defaults: `{json.dumps(asdict(sampling))}`.
+
+## Data
+
+Not stated by who saved this model: which pictures and captions, how many, from where.
+
+## Licences
+
+Not stated by who saved this model: of these weights, and of data and weights they come from.
+
+## Numbers
+
+Not stated by who saved this model: what `mas evaluate` measured, and on what.
+
+## Limits
+
+Not stated by who saved this model: what it draws badly, and what it must not be used for.
 """
 
 

@@ -1,6 +1,7 @@
 """What a generation shows while it runs: the scene once it is predicted, the picture row by row.
 
-In: the sequences so far. Out: scenes and partial pictures, decoded only when somebody asks.
+In: the sequences so far. Out: scenes and partial pictures, decoded only when somebody asks; whoever
+shows them asks when there is something new.
 Axes: B pictures, T tokens, H W grid.
 """
 
@@ -37,6 +38,9 @@ class Progress:
     scene_BT: Tensor  # scene tokens of the batch, FREE where not yet sampled
     image_BT: Tensor  # likewise image tokens
     grid: int  # image tokens a side
+    rows: int  # rows of image tokens that are complete in every picture, from the top
+    new_scene: bool  # this step completed the scenes, or they were given
+    new_rows: int  # rows this step completed, those given in advance included
     decoders: Decoders
 
     def scenes(self) -> list[SceneMap] | None:
@@ -47,10 +51,10 @@ class Progress:
 
     def images(self) -> list[Image.Image] | None:
         """The pictures of the batch down to the last complete row of tokens, grey below."""
-        tokens_BHW = rearrange(self.image_BT, "b (h w) -> b h w", h=self.grid)
-        rows = int((tokens_BHW != FREE).all(2).all(0).long().cumprod(0).sum())
+        rows = self.rows
         if rows == 0:
             return None
+        tokens_BHW = rearrange(self.image_BT, "b (h w) -> b h w", h=self.grid)
         # The network needs a full grid: the rows to come repeat the last one and are greyed after.
         filled_BHW = tokens_BHW.clone()
         filled_BHW[:, rows:] = tokens_BHW[:, rows - 1 : rows]
@@ -76,11 +80,14 @@ class Reporter:
     ) -> None:
         self.tell, self.layout, self.decoders = tell, layout, decoders
         self.first, self.before, self.total = first, before, total
+        self.scene_shown, self.rows_shown = False, 0
 
     def __call__(self, given_BT: Tensor, tokens_BT: Tensor) -> None:
         _, scene_BT, image_BT = self.layout.unpack(tokens_BT)
         sampled = int((given_BT == FREE).sum()) - int((tokens_BT == FREE).sum())
         grid = self.layout.image_grid
+        rows = complete_rows(image_BT, grid)
+        scene_complete = not (scene_BT == FREE).any()
         self.tell(
             Progress(
                 first=self.first,
@@ -89,6 +96,16 @@ class Reporter:
                 scene_BT=scene_BT,
                 image_BT=image_BT,
                 grid=grid,
+                rows=rows,
+                new_scene=scene_complete and not self.scene_shown,
+                new_rows=rows - self.rows_shown,
                 decoders=self.decoders,
             )
         )
+        self.scene_shown, self.rows_shown = scene_complete, rows
+
+
+def complete_rows(image_BT: Tensor, grid: int) -> int:
+    """Rows of image tokens, from the top, that are complete in every picture."""
+    tokens_BHW = rearrange(image_BT, "b (h w) -> b h w", h=grid)
+    return int((tokens_BHW != FREE).all(2).all(0).long().cumprod(0).sum())

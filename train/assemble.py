@@ -13,6 +13,7 @@ from typing import Any
 from mas.filter import Sampling
 from mas.gpt import GPT
 from mas.model import MakeAScene
+from mas.rounding import Weights
 from mas.storage import WEIGHTS_FILE, file_hash, read_json
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN
@@ -32,6 +33,8 @@ def assemble(
     temperature: float = 1.0,
     top_k: float | None = None,
     top_p: float | None = None,
+    weights: Weights = "float32",
+    card: Path | None = None,
 ) -> None:
     """Puts a text tokenizer, VQ-SEG, VQ-GAN and GPT together into a model folder.
 
@@ -45,8 +48,13 @@ def assemble(
         temperature: likewise, of the draw; a model trained for minutes wants less than 1.
         top_k: likewise, tokens kept; below 1 a share of the vocabulary.
         top_p: likewise, total probability of the tokens kept.
+        weights: number format on the disk; int8 is for the GPT's matrices, the tokenizers then get
+            float16.
+        card: text of the model card, README.md: data, licences, numbers, limits (default: one that
+            knows the sizes only).
     """
     sampling = Sampling(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    text = None if card is None else read_card(card)
     manifest = Path(gpt) / MANIFEST
     if manifest.is_file():
         check_hashes(read_json(manifest), tokenizer=tokenizer, vqseg=vqseg, vqgan=vqgan)
@@ -57,9 +65,21 @@ def assemble(
         gpt=GPT.from_pretrained(gpt),
         sampling=sampling,
     )
-    model.save_pretrained(output)
+    model.save_pretrained(output, card=text, weights=weights)
     millions = sum(p.numel() for p in model.gpt.parameters()) / 1e6
-    print(f"{output}: GPT of {millions:.1f}M parameters; mas sample --model {output} 'a caption'")
+    megabytes = sum(file.stat().st_size for file in Path(output).rglob("*.*")) / 1e6
+    print(f"{output}: GPT of {millions:.1f}M parameters, {megabytes:.1f} MB on the disk")
+    print(f"mas sample --model {output} 'a caption'")
+
+
+def read_card(path: Path) -> str:
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a UTF-8 text file ({error.reason})") from error
+    if not text.strip():
+        raise ValueError(f"{path}: the card is empty; say what the model learned from")
+    return text
 
 
 def check_hashes(manifest: Any, *, tokenizer: str, vqseg: str, vqgan: str) -> None:

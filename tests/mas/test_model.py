@@ -175,6 +175,40 @@ def test_progress_shows_the_scene_first_then_the_picture_row_by_row(tiny_model):
     assert np.array_equal(np.asarray(last[0].images()[0]), pixels(out)[0])
 
 
+def test_progress_says_when_there_is_something_new_to_show(tiny_model):
+    news = []
+
+    def watch(progress):
+        assert (progress.scenes() is None) == (progress.done <= 15)
+        news.append((progress.done, progress.new_scene, progress.new_rows, progress.rows))
+
+    tiny_model.generate(CAPTION, on_progress=watch)
+    assert [done for done, new_scene, _, _ in news if new_scene] == [16]
+    assert [(done, rows) for done, _, new, rows in news if new] == [
+        (20, 1),
+        (24, 2),
+        (28, 3),
+        (32, 4),
+    ]
+    assert {new for _, _, new, _ in news} == {0, 1}
+
+
+def test_progress_shows_at_once_what_was_given(tiny_model):
+    free = np.zeros((32, 32), np.bool_)
+    free[16:] = True
+    image = Image.new("RGB", (32, 32), "red")
+    news = []
+    tiny_model.generate(
+        CAPTION,
+        scene=make_scene(),
+        image=image,
+        image_free=free,
+        on_progress=lambda p: news.append((p.new_scene, p.new_rows)),
+    )
+    row = [(False, 0)] * 3 + [(False, 1)]
+    assert news == [(True, 2), *row[1:], *row]
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 def test_smaller_weights_sample_and_leave_the_network_in_float32(tiny_folder, precision):
     model = MakeAScene.from_pretrained(tiny_folder, device="cpu", precision=precision)
@@ -278,6 +312,14 @@ def test_the_folder_holds_what_it_should_and_describes_itself(tiny_folder):
     assert index["sizes"]["scene"] == {"vocabulary": 24, "grid": 4, "pixels": 32}
     assert index["sizes"]["image"] == {"vocabulary": 20, "grid": 4, "pixels": 32}
     assert index["sampling"] == dataclasses.asdict(Sampling())
+    assert index["weights"] == dict.fromkeys(("vqseg", "vqgan", "gpt"), "float32")
+    card = (tiny_folder / "README.md").read_text()
+    assert [line for line in card.splitlines() if line.startswith("## ")] == [
+        "## Data",
+        "## Licences",
+        "## Numbers",
+        "## Limits",
+    ]
     for name, digest in index["sha256"].items():
         assert hashlib.sha256((tiny_folder / name).read_bytes()).hexdigest() == digest
     assert GPT.from_pretrained(tiny_folder / "gpt").config.layers == 2

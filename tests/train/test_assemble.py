@@ -8,6 +8,7 @@ import torch
 
 from mas.gpt import GPT, GPTConfig
 from mas.model import MakeAScene
+from mas.rounding import narrow, widen
 from mas.storage import file_hash
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN, VQGANConfig
@@ -73,6 +74,36 @@ def test_assembled_parts_generate(parts, tmp_path):
     result = model.generate("a dog on the grass", seed=1)
     assert result.images[0].size == (32, 32)
     assert result.scenes[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("weights", ["float16", "int8"])
+def test_smaller_weights_load_as_what_they_were_rounded_to(parts, tmp_path, weights):
+    sizes = {}
+    for name in ("float32", weights):
+        assemble(**arguments(parts), output=str(tmp_path / name), weights=name)
+        sizes[name] = sum(p.stat().st_size for p in (tmp_path / name).rglob("model.safetensors"))
+    assert sizes[weights] < 0.56 * sizes["float32"]
+    index = json.loads((tmp_path / weights / "model_index.json").read_text())
+    assert index["weights"] == {"vqseg": "float16", "vqgan": "float16", "gpt": weights}
+    whole = MakeAScene.from_pretrained(tmp_path / "float32", device="cpu")
+    small = MakeAScene.from_pretrained(tmp_path / weights, device="cpu")
+    for part, format_ in index["weights"].items():
+        expected = widen(narrow(getattr(whole, part).state_dict(), format_))
+        for name, tensor in getattr(small, part).state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+    assert small.generate("a dog on the grass").images[0].size == (32, 32)
+
+
+def test_a_card_goes_with_the_model_and_must_say_something(parts, tmp_path):
+    (tmp_path / "card.md").write_text("# Park\n40,000 drawn pictures.\n", "utf-8")
+    options = {"output": str(tmp_path / "model"), "card": tmp_path / "card.md"}
+    assemble(**arguments(parts), **options)
+    assert (tmp_path / "model/README.md").read_text("utf-8").startswith("# Park\n40,000")
+    for content, message in ((b" \n", "card is empty"), (b"\xff\xfe", "not a UTF-8")):
+        (tmp_path / "card.md").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            assemble(**arguments(parts), **options)
+    assert (tmp_path / "model/README.md").read_text("utf-8").startswith("# Park")
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "vqseg", "vqgan"])
