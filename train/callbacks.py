@@ -1,4 +1,4 @@
-"""What happens around a training run: checkpoints, averaged weights, progress, picture sheets.
+"""What happens around a training run: checkpoints, averaged weights, signals, picture sheets.
 
 In: the running trainer. Out: the run folder: checkpoints/last.ckpt and best.ckpt, config.json +
 model.safetensors (so that the folder can be used as the network at any time), pictures/*.png.
@@ -6,11 +6,9 @@ model.safetensors (so that the folder can be used as the network at any time), p
 
 from __future__ import annotations
 
-import copy
 import logging
 import pickle
 import signal
-import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,14 +19,16 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
 from torch import Tensor
-from tqdm import tqdm
 
-from mas.shard_files import replacing
+from mas.shard_files import replacing, write_file
 from mas.sheet import contact_sheet
 from mas.storage import save_network
+from train.stream import STOPPING
 
 logger = logging.getLogger(__name__)
 
+CONFIG = "config.yaml"
+MARK = "# mas train"  # how the config.yaml of a run begins
 LAST = Path("checkpoints/last.ckpt")
 BEST = Path("checkpoints/best.ckpt")
 UNIMPORTANT = {"ckpt_path", "config"}  # keys that may differ between a run and its resumption
@@ -46,28 +46,31 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
 
-def checkpoint_step(path: str | Path) -> int:
-    """Optimiser steps behind a checkpoint.
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of `mas train`; its tensors are read when they are used.
 
     Raises:
         ValueError: the file is no checkpoint of `mas train`, or damaged.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return checkpoint["global_step"]
-    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        if not {"global_step", "network", "config"} <= checkpoint.keys():
+            raise KeyError("not written by mas train")
+        return checkpoint
+    except (RuntimeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path}: not a readable checkpoint of mas train ({error!s:.200})"
         ) from error
 
 
 class StopSignals(Callback):
-    """SIGTERM or SIGINT stops the run after the step at hand, so that it is saved and resumable.
+    """SIGTERM, SIGINT or SIGUSR1 stops the run after the step at hand, saved and resumable.
 
-    A second signal stops at once. As a context manager it leaves the handlers as they were before.
+    SLURM can be told to send either TERM or USR1 before the time is up. A second signal stops at
+    once. As a context manager it leaves the handlers as they were before.
     """
 
-    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+    NUMBERS = STOPPING
 
     def __init__(self) -> None:
         self.received = 0  # number of the signal, 0 = none
@@ -117,10 +120,21 @@ class Checkpoints(Checkpoint):
         if every_n_steps < 1:
             raise ValueError(f"checkpoints.every_n_steps is {every_n_steps}, use 1 or more")
         self.every_n_steps, self.monitor = every_n_steps, monitor
+        self.stage = ""  # which network is trained
         self.config = ""  # the run's resolved YAML, kept in every checkpoint
+        self.defaults = ""  # the YAML of a config that sets nothing
         self.best = float("inf")
         self._stepped = 0  # optimiser steps at the end of the last batch
         self._weights: dict[str, Tensor] = {}  # of the network, as the last checkpoint has them
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        # Data and settings have passed all checks by now: a run refused leaves nothing behind.
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(str(folder / CONFIG), f"{MARK} {self.stage}\n{self.config}".encode())
+            millions = sum(p.numel() for p in pl_module.network.parameters()) / 1e6
+            logger.info("%s: %.2fM parameters, run folder %s", self.stage, millions, folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stepped = trainer.global_step
@@ -136,8 +150,10 @@ class Checkpoints(Checkpoint):
             folder = Path(trainer.default_root_dir)
             trainer.save_checkpoint(folder / LAST)
             if trainer.is_global_zero:
-                network: Any = copy.deepcopy(pl_module.network)
-                network.load_state_dict(self._weights)
+                before: Any = pl_module.network
+                with torch.device("meta"):
+                    network = type(before)(before.config)
+                network.load_state_dict(self._weights, assign=True)
                 save_network(network, folder)
             self._weights = {}
 
@@ -166,11 +182,16 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        before, now = (_flatten(yaml.safe_load(c)) for c in (checkpoint["config"], self.config))
+        before, now, defaults = (
+            _flatten(yaml.safe_load(content) or {})
+            for content in (checkpoint["config"], self.config, self.defaults)
+        )
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key) and key not in UNIMPORTANT:
+            # A key the checkpoint does not know is newer than it: it had what is now the default.
+            value = before.get(key, defaults.get(key))
+            if value != now.get(key) and key not in UNIMPORTANT:
                 logger.warning(
-                    "%s was %s until this checkpoint, is now %s", key, before.get(key), now.get(key)
+                    "%s was %s until this checkpoint, is now %s", key, value, now.get(key)
                 )
 
 
@@ -197,59 +218,34 @@ class Averaging(WeightAveraging):
             raise ValueError(f"averaging.decay is {decay}, use a number between 0 and 1")
         self.decay = decay
         # Buffers (codebooks, counters) are moving averages themselves: copied, not averaged.
-        super().__init__(use_buffers=False, avg_fn=self._average)
+        super().__init__(use_buffers=False, avg_fn=self.average)
 
-    def _average(self, average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+    def average(self, average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
         warm = (1 + int(count)) / (10 + int(count))
         return torch.lerp(average, current, 1 - min(self.decay, warm))
 
 
-class Progress(Callback):
-    """One bar over all steps: loss, throughput, time left."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.bar = tqdm(
-            total=trainer.max_steps,
-            initial=trainer.global_step,
-            unit="step",
-            desc=pl_module.name,
-            disable=not trainer.is_global_zero,
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
-            dynamic_ncols=True,
-        )
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        done = trainer.global_step - self.bar.n
-        if not done or not self.bar.update(done):
-            return
-        rate = self.bar.format_dict["rate"] or done / max(self.bar.format_dict["elapsed"], 1e-9)
-        pictures = len(batch["number"]) * trainer.world_size * trainer.accumulate_grad_batches
-        loss = trainer.callback_metrics.get("train/loss")
-        self.bar.set_postfix_str(
-            f"loss {loss:.4f}, {rate * pictures * pl_module.per_picture:,.0f} {pl_module.unit}/s",
-            refresh=False,  # shown with the next update
-        )
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.bar.close()
-
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        if hasattr(self, "bar"):
-            self.bar.close()
-
-
 class Pictures(Callback):
-    """Writes a contact sheet of the first validation batch, pictures/STEP.png.
+    """Writes contact sheets of the first validation batch, always the same: pictures/STEP.png.
 
     Args:
-        count: rows of a sheet; 0 writes none.
+        count: rows of a sheet, at most data.batch_size; 0 writes none.
         cell: pixels a side of a picture in the sheet.
+        every_n_steps: optimiser steps from one sheet to the next, rounded up to a validation;
+            0 writes one at every validation.
     """
 
-    def __init__(self, count: int = 8, cell: int = 128) -> None:
-        self.count, self.cell = count, cell
+    def __init__(self, count: int = 8, cell: int = 128, every_n_steps: int = 0) -> None:
+        if count < 0 or cell < 1 or every_n_steps < 0:
+            raise ValueError("pictures needs count ≥ 0, cell ≥ 1 and every_n_steps ≥ 0")
+        self.count, self.cell, self.every_n_steps = count, cell, every_n_steps
+        self.drawn = 0  # optimiser step of the last sheet
+
+    def state_dict(self) -> dict[str, int]:
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.drawn = state_dict["drawn"]
 
     def on_validation_batch_end(
         self,
@@ -260,7 +256,10 @@ class Pictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx or not self.count or not trainer.is_global_zero:
+        if batch_idx or not self.count or trainer.global_step - self.drawn < self.every_n_steps:
+            return
+        self.drawn = trainer.global_step
+        if not trainer.is_global_zero:
             return
         rows = pl_module.rows({name: values[: self.count] for name, values in batch.items()})
         if not rows:

@@ -9,7 +9,9 @@ Axes: B batch, C channels, H W pixels, T tokens.
 
 from __future__ import annotations
 
+import bisect
 import io
+import itertools
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +20,22 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from pytorch_lightning import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mas.scene import CLASS_NAMES, SceneMap, find_edges
-from mas.shards import ShardIndex, TokenShards, expand_shards
+from mas.shards import ShardError, ShardIndex, TokenShards, expand_shards
+from mas.storage import file_hash
+from mas.text import Tokenizer
 from train.boxes import draw_boxes, face_boxes, thing_boxes
-from train.stream import Fixed, Items, Numbers, Stream, StreamLoader, ignore_signals
+from train.stream import (
+    Fixed,
+    Items,
+    Numbers,
+    PlainLoader,
+    Stream,
+    StreamLoader,
+    ignore_signals,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -139,20 +150,59 @@ class PictureItems:
 
 
 class TokenItems:
-    """One caption, the scene and the image of a picture, as tokens."""
+    """One caption, the scene and the image of a picture, as tokens.
 
-    def __init__(self, shards: TokenShards, part: Part) -> None:
+    With a tokenizer and `bpe_dropout`, a caption's tokens are turned into text and encoded anew,
+    each merge skipped with that probability (arXiv 1910.13267).
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        part: Part,
+        *,
+        tokenizer: Tokenizer | None = None,
+        bpe_dropout: float = 0.0,
+    ) -> None:
         self.shards, self.part = shards, part
+        self.tokenizer, self.bpe_dropout = tokenizer, bpe_dropout
+        counts = [shard["pictures"] for shard in shards.manifest["shards"]]
+        self.stops = list(itertools.accumulate(counts))  # of the shards, in pictures
 
     def __len__(self) -> int:
         return len(self.part)
 
-    def item(self, index: int, rng: np.random.Generator | None) -> dict[str, Tensor]:
-        """`text`, `scene`, `image`: long T each; a caption at random, without `rng` the first."""
-        text_CT, scene, image = self.shards[self.part[index]]
+    def item(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
+        """`key` and `text`, `scene`, `image`: long T; a caption at random, without `rng` the first.
+
+        Raises:
+            ShardError: a token that its stream's vocabulary does not have; names file and picture.
+        """
+        picture = self.part[index]
+        text_CT, scene, image = self.shards[picture]
         caption = 0 if rng is None else int(rng.integers(len(text_CT)))
         streams = {"text": text_CT[caption], "scene": scene, "image": image}
-        return {name: torch.from_numpy(np.int64(tokens)) for name, tokens in streams.items()}
+        key = self._key(picture)
+        for name, tokens in streams.items():
+            vocabulary = self.shards.manifest[name]["vocabulary"]
+            if (largest := tokens.max()) >= vocabulary:
+                shard, _, row = key.partition("/")
+                raise ShardError(
+                    f"{self.shards.folder / shard}.{name}.npy: token {largest} of picture {row} "
+                    f"is not of 0-{vocabulary - 1}; tokenize again"
+                )
+        tensors = {name: torch.from_numpy(np.int64(tokens)) for name, tokens in streams.items()}
+        if rng is not None and self.tokenizer is not None and self.bpe_dropout:
+            words = self.tokenizer.decode(tensors["text"][None])
+            seed = int(rng.integers(2**63))
+            tensors["text"] = self.tokenizer.encode(words, dropout=self.bpe_dropout, seed=seed)[0]
+        return {"key": key, **tensors}
+
+    def _key(self, picture: int) -> str:
+        """SHARD/ROW, by which the picture can be found."""
+        shard = bisect.bisect_right(self.stops, picture)
+        row = picture - (self.stops[shard - 1] if shard else 0)
+        return f"{self.shards.manifest['shards'][shard]['name']}/{row}"
 
 
 class StreamData(LightningDataModule):
@@ -173,7 +223,7 @@ class StreamData(LightningDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        """Raises ValueError when there is less data than one batch of all ranks."""
+        """Raises ValueError when there is too little data for one batch of all ranks."""
         count = self.open()
         self.training = self.items(Part(count, holdout=self.holdout, part="train"))
         self.validation = self.items(Part(count, holdout=self.holdout, part="validation"))
@@ -183,6 +233,11 @@ class StreamData(LightningDataModule):
             raise ValueError(
                 f"{count} pictures ({len(self.training)} without those held out) are fewer than "
                 f"one batch of {wanted}: give more data or a smaller data.batch_size"
+            )
+        if 0 < len(self.validation) < world:
+            raise ValueError(
+                f"{len(self.validation)} pictures are held out for {world} processes, so some "
+                "would have none to validate on: give more data or a smaller data.holdout"
             )
         self.training.item(0, None)  # what is wrong with all of the data shows here, in one line
         if rank == 0:
@@ -197,7 +252,7 @@ class StreamData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         rank, world = self._rank()
-        return DataLoader(
+        return PlainLoader(
             Fixed(self.validation, rank=rank, world=world),
             batch_size=self.batch_size,
             num_workers=min(self.workers, 1),
@@ -286,6 +341,9 @@ class TokenData(StreamData):
         batch_size: pictures a step and rank.
         workers: processes that read; 0 reads in the training process.
         holdout: every n-th picture is kept for validation.
+        bpe_dropout: probability with which a merge is skipped when captions are encoded anew in
+            training; 0 takes the tokens as they are stored.
+        tokenizer: the tokenizer.json behind the text tokens; needed by bpe_dropout.
         seed: of the order and the choice of captions; linked to seed_everything.
     """
 
@@ -296,14 +354,28 @@ class TokenData(StreamData):
         batch_size: int = 16,
         workers: int = 0,
         holdout: int = 50,
+        bpe_dropout: float = 0.0,
+        tokenizer: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, workers=workers, holdout=holdout, seed=seed)
-        self.input = input
+        if not 0 <= bpe_dropout < 1:
+            raise ValueError(f"data.bpe_dropout is {bpe_dropout}, use 0 ≤ p < 1")
+        if bpe_dropout and tokenizer is None:
+            raise ValueError("data.bpe_dropout needs data.tokenizer, the captions' tokenizer.json")
+        self.input, self.bpe_dropout, self.tokenizer_file = input, bpe_dropout, tokenizer
 
     def open(self) -> int:
         self.shards = TokenShards(Path(self.input))
+        self.tokenizer: Tokenizer | None = None
+        if self.bpe_dropout and self.tokenizer_file is not None:
+            self.tokenizer = Tokenizer.from_file(self.tokenizer_file)
+            if file_hash(self.tokenizer_file) != self.shards.manifest["text"]["sha256"]:
+                raise ValueError(
+                    f"{self.tokenizer_file} is not the tokenizer of {self.input}: give the one "
+                    "that mas tokenize was given"
+                )
         return len(self.shards)
 
     def items(self, part: Part) -> Items:
-        return TokenItems(self.shards, part)
+        return TokenItems(self.shards, part, tokenizer=self.tokenizer, bpe_dropout=self.bpe_dropout)

@@ -27,7 +27,9 @@ from mas.text import PAD, Tokenizer
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 from train.assemble import MANIFEST, check_hashes
-from train.stage import Optimiser, Rows, Stage
+from train.flops import training_flops
+from train.sharding import shard
+from train.stage import Optimiser, Rows, Stage, to_step
 from train.vqgan import to_picture
 
 
@@ -51,17 +53,21 @@ class StreamWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionDropout:
-    """How often a caption is replaced by padding, for classifier-free guidance."""
+    """How often a caption is replaced by padding, for classifier-free guidance.
 
-    share: float = 0.1  # of the captions, 0-1; the paper has 0.2 in a last phase
-    start: int = 0  # optimiser step from which captions are dropped
+    The default is the paper's: only in a last phase. `share: 0.1, start: 0` drops all along.
+    """
+
+    share: float = 0.2  # of the captions, 0-1
+    start: float = 0.82  # when it begins: an optimiser step, below 1 a share of the run
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1 or self.start < 0:
             raise ValueError(f"caption dropout needs 0 ≤ share < 1 and start ≥ 0, got {self}")
 
-    def __call__(self, text_BT: Tensor, *, step: int) -> Tensor:
-        if not self.share or step < self.start:
+    def __call__(self, text_BT: Tensor, *, step: int, steps: int) -> Tensor:
+        """Text tokens with some captions all padding, for optimiser step `step` of `steps`."""
+        if not self.share or step < to_step(self.start, steps=steps):
             return text_BT
         dropped_B1 = torch.rand(len(text_BT), 1, device=text_BT.device) < self.share
         return text_BT.masked_fill(dropped_B1, PAD)
@@ -75,6 +81,11 @@ class Preview:
     vqseg: str | None = None  # run folder
     vqgan: str | None = None  # run folder
     guidance: float = 3.0  # of the samples
+
+    @property
+    def complete(self) -> bool:
+        """Whether sheets can be drawn."""
+        return None not in (self.tokenizer, self.vqseg, self.vqgan)
 
 
 class Painter:
@@ -111,6 +122,8 @@ class GPTTraining(Stage):
         weights: of the streams in the loss.
         caption_dropout: how often captions are dropped.
         preview: what is needed to show samples; without it no sheets are written.
+        compile: fuse the blocks' operations (torch.compile; the first steps take minutes).
+        checkpoint_blocks: recompute blocks backwards: a fraction of the memory, a third more time.
         seed: of the random numbers of a step; linked to seed_everything.
     """
 
@@ -126,6 +139,8 @@ class GPTTraining(Stage):
         weights: StreamWeights,
         caption_dropout: CaptionDropout,
         preview: Preview,
+        compile: bool = False,
+        checkpoint_blocks: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(GPT(network), optimiser, seed=seed)
@@ -135,20 +150,34 @@ class GPTTraining(Stage):
         self.sampling = Sampling(guidance=preview.guidance)
         self.painter: Painter | None = None
         self.per_picture = network.layout.length
+        self.flops_per_picture = training_flops(network)
+        self.network.checkpoint_blocks = checkpoint_blocks
+        if compile:  # one block after the other: one compilation serves them all
+            for block in self.network.blocks:
+                block.compile()
+
+    def configure_model(self) -> None:
+        shard(self)
 
     def setup(self, stage: str) -> None:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
-        manifest = data.shards.manifest
-        check_manifest(manifest, self.network.config)
+        check_manifest(self._manifest, self.network.config)
+        if self.trainer.is_global_zero and self.preview.complete:
+            self.painter = Painter(self.preview, self._manifest)
+
+    def on_fit_start(self) -> None:
         if self.trainer.is_global_zero:
-            folder = Path(self.trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / MANIFEST, {name: manifest[name] for name in Streams._fields})
-            if all((self.preview.tokenizer, self.preview.vqseg, self.preview.vqgan)):
-                self.painter = Painter(self.preview, manifest)
+            streams = {name: self._manifest[name] for name in Streams._fields}
+            write_json(Path(self.trainer.default_root_dir) / MANIFEST, streams)
+
+    @property
+    def _manifest(self) -> dict[str, Any]:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
+        return data.shards.manifest
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        text_BT = self.caption_dropout(batch["text"], step=self.global_step)
+        text_BT = self.caption_dropout(
+            batch["text"], step=self.global_step, steps=self.trainer.max_steps
+        )
         return self._losses("train", text_BT, batch)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -176,8 +205,9 @@ class GPTTraining(Stage):
             "scene": self.sampling,
             "image": self.sampling,
         }
-        guided = generate(self.network, text_BT, scene_BT=scene_BT, **how)
-        free = generate(self.network, text_BT, **how)
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks know only whole sequences
+            guided = generate(self.network, text_BT, scene_BT=scene_BT, **how)
+            free = generate(self.network, text_BT, **how)
         columns = (
             self.painter.captions(text_BT),
             self.painter.scenes(scene_BT),

@@ -13,31 +13,34 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+import torch
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from mas.shards import write_file
 from train.callbacks import (
+    CONFIG,
     LAST,
+    MARK,
     AtomicCheckpointIO,
     Averaging,
     Checkpoints,
     Pictures,
-    Progress,
     StopSignals,
-    checkpoint_step,
+    read_checkpoint,
 )
 from train.data import PhotoData, SceneData, TokenData
 from train.gpt import GPTTraining
 from train.metrics_log import MetricsLog
+from train.progress import Progress
+from train.reader import ReaderData, ReaderTraining
+from train.sharding import Sharded, ShardedAveraging
 from train.vqgan import VQGANTraining
 from train.vqseg import VQSEGTraining
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
 TRAINER_DEFAULTS = {
     "max_steps": -1,
     "max_epochs": -1,  # the data stream has no end: training is counted in optimiser steps
@@ -63,6 +66,7 @@ JOBS = {
     "vqseg": Job(VQSEGTraining, SceneData, True),
     "vqgan": Job(VQGANTraining, PhotoData, True),
     "gpt": Job(GPTTraining, TokenData, False),
+    "reader": Job(ReaderTraining, ReaderData, True),
 }
 
 
@@ -124,6 +128,8 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         if JOBS[self.name].needs_size:
             parser.link_arguments("model.network.size", "data.size")
+        if self.name == "vqgan":
+            parser.link_arguments("model.boxes", "data.boxes", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init.trainer
@@ -136,13 +142,24 @@ class TrainCLI(LightningCLI):
             )
         self.folder = Path(settings.default_root_dir)
         self.checkpoint = find_checkpoint(self.folder, self.config_init.ckpt_path)
-        self.start_step = checkpoint_step(self.checkpoint) if self.checkpoint else 0
-        self.checkpoints = self.config_init.checkpoints
+        self.start_step = 0
+        if self.checkpoint:
+            checkpoint = read_checkpoint(self.checkpoint)
+            self.model.on_load_checkpoint(checkpoint)
+            self.start_step = checkpoint["global_step"]
+        self.checkpoints: Checkpoints = self.config_init.checkpoints
+        self.checkpoints.stage = self.name
         self.checkpoints.config = self.parser.dump(self.config)
-        averaging = [Averaging(self.config_init.ema_decay)] if self.config_init.ema_decay else []
+        self.checkpoints.defaults = self.parser.dump(
+            self.parser.get_defaults(), skip_validation=True
+        )
+        sharded = settings.strategy == "fsdp"
+        if sharded:
+            check_sharding(self.name, self.model)
+            kwargs["strategy"] = Sharded()
         callbacks = [
             *(settings.callbacks or []),
-            *averaging,
+            *self._averaging(sharded=sharded),
             self.config_init.pictures,
             Progress(),
             self.signals,
@@ -151,7 +168,13 @@ class TrainCLI(LightningCLI):
         kwargs |= {"callbacks": callbacks, "plugins": [AtomicCheckpointIO()]}
         if settings.logger in (None, True):
             kwargs["logger"] = self._loggers()
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if sharded and trainer.world_size == 1:
+            raise ValueError(
+                "trainer.strategy fsdp shards the network over several processes, and here is "
+                "one: leave the strategy out, or set trainer.devices"
+            )
+        return trainer
 
     def run(self) -> None:
         """Trains; a finished run is left as it is."""
@@ -161,51 +184,108 @@ class TrainCLI(LightningCLI):
                 "nothing to do: the run has its %d steps; raise trainer.max_steps to go on", step
             )
             return
-        if self.trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_file(str(self.folder / CONFIG), self.checkpoints.config.encode())
-            parameters = sum(p.numel() for p in self.model.network.parameters())
-            logger.info(
-                "%s: %.2fM parameters, run folder %s", self.name, parameters / 1e6, self.folder
-            )
         with self.signals:
-            self.trainer.fit(
-                self.model, self.datamodule, ckpt_path=self.checkpoint, weights_only=True
-            )
+            try:
+                self.trainer.fit(
+                    self.model, self.datamodule, ckpt_path=self.checkpoint, weights_only=True
+                )
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise ValueError(self._advise_on_memory()) from error
+
+    def _averaging(self, *, sharded: bool) -> list[Callback]:
+        decay = self.config_init.ema_decay
+        if not decay:
+            return []
+        averaging = Averaging(decay)
+        return [ShardedAveraging(averaging.average) if sharded else averaging]
+
+    def _advise_on_memory(self) -> str:
+        size = self.datamodule.batch_size
+        accumulate = (
+            "model.accumulate" if self.name == "vqgan" else ("trainer.accumulate_grad_batches")
+        )
+        recompute = "set model.checkpoint_blocks true, or " if self.name == "gpt" else ""
+        return (
+            f"a batch of {size} pictures does not fit into the memory of "
+            f"{self.trainer.strategy.root_device}: {recompute}divide data.batch_size and "
+            f"multiply {accumulate} by the same number; the last checkpoint is untouched"
+        )
 
     def _loggers(self) -> list[Logger]:
         step = self.start_step
         loggers: list[Logger] = [MetricsLog(self.folder, resumed_step=step)]
         if importlib.util.find_spec("tensorboard"):
             loggers.append(
-                TensorBoardLogger(
-                    str(self.folder), name="", version="tensorboard", purge_step=step or None
-                )
+                TensorBoardLogger(str(self.folder), name="", version="tensorboard", purge_step=step)
             )
         return loggers
 
 
 def find_checkpoint(folder: Path, wanted: str | None) -> str | None:
-    """The checkpoint a run starts from, None for a fresh start.
+    """The checkpoint a run in `folder` starts from, None for a fresh start.
 
     Raises:
-        ValueError: the checkpoint is missing, or a fresh run would overwrite one that is there.
+        ValueError: the checkpoint is missing, or a fresh run would overwrite what is there.
     """
     last = folder / LAST
-    if wanted is None:
-        if last.exists():
-            raise ValueError(
-                f"{folder} already holds a run: go on with --ckpt_path last, "
-                "or give another --trainer.default_root_dir"
-            )
-        return None
-    if wanted == "auto":
-        return str(last) if last.exists() else None
-    path = last if wanted == "last" else Path(wanted)
-    if not path.is_file():
-        hint = ": start without --ckpt_path" if wanted == "last" else ""
-        raise ValueError(f"there is no checkpoint {path}{hint}")
-    return str(path)
+    if wanted not in (None, "auto"):
+        path = last if wanted == "last" else Path(str(wanted))
+        if not path.is_file():
+            hint = ": start without --ckpt_path" if wanted == "last" else ""
+            raise ValueError(f"there is no checkpoint {path}{hint}")
+        if not last.exists():
+            check_folder(folder)
+        return str(path)
+    if last.exists():
+        if wanted == "auto":
+            return str(last)
+        raise ValueError(
+            f"{folder} already holds a run: go on with --ckpt_path last, "
+            "or give another --trainer.default_root_dir"
+        )
+    check_folder(folder)
+    return None
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder of other things; empty ones and those of earlier tries may be used.
+
+    Raises:
+        ValueError: names up to three of the things that are there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give a folder as --trainer.default_root_dir")
+    found = sorted(path.name for path in folder.glob("[!.]*"))
+    config = folder / CONFIG
+    if not found or (config.is_file() and config.read_bytes().startswith(MARK.encode())):
+        return
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    raise ValueError(
+        f"{folder} holds {', '.join(found[:3])}{more}, which no mas train has written: "
+        "give a new or empty folder as --trainer.default_root_dir"
+    )
+
+
+def check_sharding(name: str, model: Any) -> None:
+    """Refuses what `trainer.strategy fsdp` cannot do.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    if name != "gpt":
+        raise ValueError(f"trainer.strategy fsdp is for gpt; {name} fits every card: use ddp")
+    if model.preview.complete:
+        raise ValueError(
+            "trainer.strategy fsdp draws no sheets of samples, no process holds the whole "
+            "network: leave model.preview out and run mas sample on the run folder"
+        )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether `error` says that a card or the machine has not enough memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _quieten() -> None:
@@ -219,6 +299,7 @@ def _quieten() -> None:
         "(?s).*``instantiate_classes`` was deprecated.*",  # LightningCLI calls it
         "(?s).*JsonargparseDeprecationWarning per type.*",
         ".*LeafSpec.*",  # in Lightning's own code
+        ".*WeightAveraging callback with a model that overrides.*",  # it shards with fsdp only
         "Mismatch dtype between input and weight.*",  # norms under mixed precision
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -11,18 +11,26 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NoReturn
 
 import torch
 from PIL import Image
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from train.stream import mix
 
 logger = logging.getLogger(__name__)
 
 Rows = list[list[Image.Image | str]]
+NAMED = 4  # samples that a message about a batch names; the saved batch has all
+
+
+def to_step(when: float, *, steps: int) -> int:
+    """The optimiser step meant by `when`: itself, or below 1 a share of the run's `steps`."""
+    return round(when * steps) if when < 1 else int(when)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +41,16 @@ class Optimiser:
     betas: tuple[float, float] = (0.9, 0.95)  # of Adam
     weight_decay: float = 0.01  # of the weights of linear and convolution layers; nothing else
     warmup_steps: int = 500  # optimiser steps from 0 to the peak
-    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
-    final_share: float = 0.05  # of the peak, at the end of the cosine
+    schedule: Literal["cosine", "step", "constant"] = "cosine"  # after the warm-up
+    drop_at: float = 0.235  # step: where the rate drops; a step, below 1 a share of the run
+    final_share: float = 0.05  # of the peak, at the end of the cosine and after the drop
     clip: float = 1.0  # largest norm of all gradients together; 0 = no clipping
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.warmup_steps < 0 or self.clip < 0:
             raise ValueError("learning_rate must be above 0, warmup_steps and clip not below 0")
+        if self.drop_at < 0 or not 0 <= self.final_share <= 1:
+            raise ValueError("drop_at must not be below 0, final_share lie between 0 and 1")
 
     def rate(self, step: int, *, steps: int) -> float:
         """Learning rate of optimiser step `step` (from 0) of `steps`."""
@@ -47,6 +58,9 @@ class Optimiser:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return self.learning_rate
+        if self.schedule == "step":
+            dropped = step >= to_step(self.drop_at, steps=steps)
+            return self.learning_rate * (self.final_share if dropped else 1)
         progress = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.learning_rate * (self.final_share + (1 - self.final_share) * cosine)
@@ -80,12 +94,14 @@ class Stage(LightningModule):
     network: Any  # which one, says the subclass
     unit = "pictures"  # of the throughput in the progress bar
     per_picture = 1  # units a picture
+    flops_per_picture = 0.0  # of forward and backward pass, for the MFU; 0 = not known
 
     def __init__(self, network: nn.Module, optimiser: Optimiser, *, seed: int) -> None:
         super().__init__()
         self.network = network
         self.optimiser = optimiser
         self.seed = seed
+        self._batch: dict[str, Any] = {}  # the one at hand, to be saved should it break the run
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["network"] = asdict(self.network.config)
@@ -107,6 +123,7 @@ class Stage(LightningModule):
         # Dropout, restarts of codes and the like draw from the global generator. Seeded by the
         # samples of the batch, a step draws the same numbers whether or not the run was resumed.
         torch.manual_seed(mix(self.seed, int(batch["number"][0])))
+        self._batch = batch
         rate = self.optimiser.rate(self.global_step, steps=self.trainer.max_steps)
         for optimizer in self._raw_optimizers():
             for group in optimizer.param_groups:
@@ -123,22 +140,38 @@ class Stage(LightningModule):
         self.log("gradient_norm", norm)
 
     def clip(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Clips the gradients as configured and returns their norm before."""
-        return nn.utils.clip_grad_norm_(parameters, self.optimiser.clip or math.inf)
-
-    def check(self, loss: Tensor, batch: dict[str, Any]) -> None:
-        """Stops at a loss that is no number, before it reaches the weights.
+        """Clips the gradients as configured and returns their norm before.
 
         Raises:
-            ValueError: names the step and the samples.
+            ValueError: a gradient is no number; names the step and the samples.
+        """
+        norm = nn.utils.clip_grad_norm_(parameters, self.optimiser.clip or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not torch.isfinite(norm):
+            self._refuse(f"the gradient norm is {float(norm)}", self._batch)
+        return norm
+
+    def check(self, loss: Tensor, batch: dict[str, Any]) -> None:
+        """Stops at a loss that is no number, before it reaches the weights, and saves the batch.
+
+        Raises:
+            ValueError: names the step, the samples and the file.
         """
         if not torch.isfinite(loss):
-            numbers = batch["number"].tolist()
-            raise ValueError(
-                f"the loss is {float(loss.detach())} at step {self.global_step}, batch of samples "
-                f"{numbers[0]}-{numbers[-1]} {batch.get('key', '')}: lower the learning rate or "
-                "look at this data; the last checkpoint is untouched"
-            )
+            self._refuse(f"the loss is {float(loss.detach())}", batch)
+
+    def _refuse(self, what: str, batch: dict[str, Any]) -> NoReturn:
+        numbers, keys = batch["number"].tolist(), batch.get("key", [])
+        more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+        rank = f".{self.global_rank}" if self.trainer.world_size > 1 else ""
+        path = Path(self.trainer.default_root_dir) / f"failed_batch{rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({k: v.cpu() if isinstance(v, Tensor) else v for k, v in batch.items()}, path)
+        raise ValueError(
+            f"{what} at step {self.global_step}, batch of samples {numbers[0]}-{numbers[-1]} "
+            f"(keys {', '.join(keys[:NAMED])}{more}), saved as {path}: lower the learning rate "
+            "or look at this data; the last checkpoint is untouched"
+        )
 
     def log_losses(self, part: str, values: dict[str, Tensor], *, count: int) -> None:
         """Logs `values` as part/name; validation values are averages over pictures and ranks."""

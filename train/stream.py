@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that end a run
 ENDLESS = 2**40  # batches; training stops by steps, never because a loader runs dry
 FEISTEL_ROUNDS = 6
 
@@ -84,7 +85,20 @@ class Numbers(Sampler[list[int]]):
         return ENDLESS
 
 
-class StreamLoader(DataLoader):
+class PlainLoader(DataLoader):
+    """A loader whose workers' errors read like those of the training process."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # any iterator will do
+        try:
+            yield from super().__iter__()
+        except (ValueError, OSError) as error:
+            if not str(error).startswith("Caught "):
+                raise
+            # The text is the worker's traceback; its last line is `module.Error: message`.
+            raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+
+
+class StreamLoader(PlainLoader):
     """Loads a stream and remembers how much of it was handed out (not: prefetched)."""
 
     def __init__(self, stream: Stream, numbers: Numbers, *, workers: int) -> None:
@@ -110,16 +124,19 @@ def ignore_signals(worker: int) -> None:
 
     It stops after the step at hand and saves; a worker that died of the signal would spoil that.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
 class Fixed(Dataset):
-    """Every `world`-th item in order, without chance: validation."""
+    """Every `world`-th item in order, without chance: validation.
+
+    Ranks step together, so all get as many; up to `world` - 1 items at the end are left out.
+    """
 
     def __init__(self, items: Items, *, rank: int = 0, world: int = 1) -> None:
         self.items = items
-        self.indices = range(rank, len(items), world)
+        self.indices = range(rank, len(items) // world * world, world)
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -131,7 +131,7 @@ EXTRAS = {
         "model.adversary.levels": 1,
         "model.adversary.learning_rate": 0.5,
     },
-    "gpt": {"model.caption_dropout.share": 0.3},
+    "gpt": {"model.caption_dropout.share": 0.3, "model.caption_dropout.start": 0},
 }
 
 

@@ -56,11 +56,11 @@ def test_stream_weights_make_a_weighted_mean():
 def test_captions_are_dropped_whole_and_as_often_as_asked():
     torch.manual_seed(0)
     text_BT = torch.ones(2000, 4, dtype=torch.long)
-    dropped = CaptionDropout(share=0.25, start=10)(text_BT, step=10)
+    dropped = CaptionDropout(share=0.25, start=10)(text_BT, step=10, steps=20)
     rows = (dropped == PAD).sum(1)
     assert set(rows.tolist()) == {0, 4}
     assert (rows == 4).float().mean() == pytest.approx(0.25, abs=0.03)
-    assert torch.equal(CaptionDropout(share=0.25, start=10)(text_BT, step=9), text_BT)
+    assert torch.equal(CaptionDropout(share=0.25, start=10)(text_BT, step=9, steps=20), text_BT)
 
 
 def test_the_adversary_starts_on_time_and_warms_up():
@@ -86,8 +86,8 @@ def test_the_adaptive_weight_balances_the_gradients():
 def test_averaging_warms_up_and_then_keeps_its_decay():
     averaging = Averaging(0.9)
     one, zero = torch.ones(()), torch.zeros(())
-    assert averaging._average(one, zero, 0) == pytest.approx(0.1)
-    assert averaging._average(one, zero, 1000) == pytest.approx(0.9)
+    assert averaging.average(one, zero, 0) == pytest.approx(0.1)
+    assert averaging.average(one, zero, 1000) == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize(
