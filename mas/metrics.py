@@ -7,8 +7,6 @@ Axes: B batch, C channels, H W pixels, K classes or codebook size, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,6 +52,11 @@ class SceneMetrics:
         )
         self.edge_counts += torch.stack(counts).cpu()
 
+    @property
+    def totals(self) -> tuple[Tensor, ...]:
+        """What is summed up; adding those of several processes in place merges their metrics."""
+        return self.confusion_KK, self.edge_counts
+
     def class_iou(self) -> dict[str, float]:
         """Intersection over union of every class that occurs in the truth, by name."""
         right = self.confusion_KK.diagonal()
@@ -96,9 +99,14 @@ class CodeMetrics:
     def update(self, tokens_BT: Tensor) -> None:
         self.counts_K += torch.bincount(tokens_BT.flatten(), minlength=len(self.counts_K)).cpu()
 
+    @property
+    def totals(self) -> tuple[Tensor, ...]:
+        """As of SceneMetrics."""
+        return (self.counts_K,)
+
     def compute(self) -> dict[str, float]:
         """`usage`: share of the codes that occur; `perplexity`: exp of the entropy, 1 to K."""
-        share = self.counts_K / self.counts_K.sum().clamp(min=1)
+        share = self.counts_K.double() / self.counts_K.sum().clamp(min=1)
         entropy = -torch.special.xlogy(share, share).sum()
         return {
             "usage": float((self.counts_K > 0).double().mean()),
@@ -110,19 +118,25 @@ class PictureMetrics:
     """Mean PSNR and SSIM of pictures against their originals, picture by picture."""
 
     def __init__(self) -> None:
-        self.sums = {"psnr": 0.0, "ssim": 0.0}
-        self.pictures = 0
+        self.sums = torch.zeros(3, dtype=torch.double)  # psnr, ssim, pictures
 
     def update(self, image_BCHW: Tensor, *, true_image_BCHW: Tensor) -> None:
         """Adds a batch in [0, 1]; values outside are clamped as a PNG would."""
         image, truth = image_BCHW.float().clamp(0, 1), true_image_BCHW.float().clamp(0, 1)
-        self.sums["psnr"] += float(psnr(image, truth).sum())
-        self.sums["ssim"] += float(ssim(image, truth).sum())
-        self.pictures += len(image)
+        values_3B = torch.stack(
+            [psnr(image, truth), ssim(image, truth), image.new_ones(len(image))]
+        )
+        self.sums += values_3B.double().sum(1).cpu()
 
-    def compute(self) -> Mapping[str, float]:
+    @property
+    def totals(self) -> tuple[Tensor, ...]:
+        """As of SceneMetrics."""
+        return (self.sums,)
+
+    def compute(self) -> dict[str, float]:
         """`psnr` in dB, `ssim` up to 1; NaN where nothing was seen."""
-        return {name: _ratio(value, self.pictures) for name, value in self.sums.items()}
+        psnr_sum, ssim_sum, pictures = self.sums.tolist()
+        return {"psnr": _ratio(psnr_sum, pictures), "ssim": _ratio(ssim_sum, pictures)}
 
 
 def psnr(image_BCHW: Tensor, true_image_BCHW: Tensor) -> Tensor:

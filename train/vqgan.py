@@ -1,22 +1,22 @@
 """Training of the VQ-GAN: pictures through the network and back, judged by a discriminator.
 
-In: scene shards (their photos). Out: a run folder that `VQGAN.from_pretrained` reads. Loss: L1 +
-codebook + adversarial term with adaptive weight (Esser et al., arXiv 2012.09841). Two optimisers
-take turns by hand; only the VQ-GAN's steps count as steps of the run.
+In: scene shards: their photos and, for the crop terms, boxes of their scene maps. Out: a run folder
+that `VQGAN.from_pretrained` reads. Loss: L1 + perceptual + codebook + adversarial term with
+adaptive weight (Esser et al., arXiv 2012.09841), + terms for faces and things (Make-A-Scene, arXiv
+2203.13131, sections 3.3 and 3.4). Two optimisers take turns by hand; only the VQ-GAN's steps count
+as steps of the run.
 Axes: B batch, C channels, H W pixels.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mas.storage import parse_config, read_json
+from mas.metrics import CodeMetrics, PictureMetrics
 from mas.vq_codebook import perplexity
 from mas.vqgan import VQGAN, VQGANConfig
 from train.adversary import (
@@ -26,7 +26,11 @@ from train.adversary import (
     discriminator_loss,
     generator_loss,
 )
+from train.crops import CropsConfig, Judges
+from train.perceptual import PerceptualConfig
 from train.stage import Optimiser, Rows, Stage
+from train.start import start_from
+from train.totals import log_totals
 
 
 class VQGANTraining(Stage):
@@ -36,10 +40,12 @@ class VQGANTraining(Stage):
         network: sizes of the VQ-GAN.
         optimiser: how both players are trained.
         adversary: the discriminator; weight 0 trains without one.
+        perceptual: LPIPS by VGG-16, whose weights are given by file; weight 0 leaves it out.
+        crops: terms for faces and things of the scene map; weights 0 leave them out.
         codebook_weight: of the codebook loss; L1 has weight 1.
         gradient_weight: of the L1 between differences of neighbouring pixels; 0 leaves it out.
         accumulate: batches whose gradients are added up for one step.
-        initial: a folder with trained weights to fine-tune; its sizes must be those of `network`.
+        init_from: folder of a trained VQ-GAN to fine-tune: a run, or what mas import-vqgan wrote.
         seed: of the random numbers of a step; linked to seed_everything.
     """
 
@@ -52,10 +58,12 @@ class VQGANTraining(Stage):
         network: VQGANConfig,
         optimiser: Optimiser,
         adversary: AdversaryConfig,
+        perceptual: PerceptualConfig,
+        crops: CropsConfig,
         codebook_weight: float = 1.0,
         gradient_weight: float = 0.0,
         accumulate: int = 1,
-        initial: str | None = None,
+        init_from: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(VQGAN(network), optimiser, seed=seed)
@@ -64,8 +72,23 @@ class VQGANTraining(Stage):
         self.codebook_weight, self.gradient_weight = codebook_weight, gradient_weight
         self.accumulate = accumulate
         self.discriminator = PatchDiscriminator(self.adversary) if self.adversary.weight else None
-        if initial is not None:
-            self._start_from(Path(initial))
+        self.perceptual_weight, self.crops = perceptual.weight, crops
+        self.judges = Judges(perceptual, crops)
+        if init_from is not None:
+            start_from(self.network, init_from)
+
+    @property
+    def boxes(self) -> int:
+        """Faces and things that each photo must bring along; tells the data."""
+        return self.crops.boxes
+
+    def on_fit_start(self) -> None:
+        """Raises ValueError for float16, whose scaled gradients the two players would share."""
+        super().on_fit_start()
+        if self.trainer.precision == "16-mixed":
+            raise ValueError(
+                "the VQ-GAN does not train in float16: set trainer.precision bf16-mixed"
+            )
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         players = [self.network, self.discriminator]
@@ -74,9 +97,16 @@ class VQGANTraining(Stage):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         real_BCHW = batch["image"].float() / 255
         fake_BCHW, codebook_loss, tokens_BT = self.network(real_BCHW)
-        reconstruction = self.reconstruction(real_BCHW, fake_BCHW)
-        values = {"reconstruction": reconstruction, "codebook": codebook_loss}
+        values = self.reconstruction(real_BCHW, fake_BCHW)
+        reconstruction = values.pop("sum")
+        values["codebook"] = codebook_loss
         loss = reconstruction + self.codebook_weight * codebook_loss
+        if self.crops.face_weight:
+            values["faces"] = self.judges.faces(fake_BCHW, real_BCHW, batch["faces"])
+            loss = loss + self.crops.face_weight * values["faces"]
+        if self.crops.object_weight:
+            values["things"] = self.judges.things(fake_BCHW, real_BCHW, batch["things"])
+            loss = loss + self.crops.object_weight * values["things"]
         say = self.adversary.say(self.global_step)
         if self.discriminator is not None and say:
             values["adversarial"] = generator_loss(self.judge(fake_BCHW, frozen=True))
@@ -99,15 +129,21 @@ class VQGANTraining(Stage):
             self.step(judged=bool(say))
         return loss
 
-    def reconstruction(self, real_BCHW: Tensor, fake_BCHW: Tensor) -> Tensor:
-        """L1 between pictures and, if weighted, between their differences of neighbours."""
-        loss = F.l1_loss(fake_BCHW, real_BCHW)
+    def reconstruction(self, real_BCHW: Tensor, fake_BCHW: Tensor) -> dict[str, Tensor]:
+        """`reconstruction`: L1 between pictures and, if weighted, between their differences of
+        neighbours; `perceptual`, if weighted; `sum`: both, weighted.
+        """
+        error_BCHW = fake_BCHW - real_BCHW
+        loss = error_BCHW.abs().mean()
         if self.gradient_weight:
-            error_BCHW = fake_BCHW - real_BCHW
             across = error_BCHW.diff(dim=3).abs().mean()
             down = error_BCHW.diff(dim=2).abs().mean()
             loss = loss + self.gradient_weight * (across + down)
-        return loss
+        if not self.perceptual_weight:
+            return {"reconstruction": loss, "sum": loss}
+        perceptual = self.judges.perceptual(fake_BCHW, real_BCHW)
+        total = loss + self.perceptual_weight * perceptual
+        return {"reconstruction": loss, "perceptual": perceptual, "sum": total}
 
     def judge(self, image_BCHW: Tensor, *, frozen: bool = False) -> Tensor:
         """Scores of pictures in [0, 1]; `frozen` keeps the gradient from the discriminator."""
@@ -132,20 +168,20 @@ class VQGANTraining(Stage):
             other.step()
             other.zero_grad()
 
+    def on_validation_epoch_start(self) -> None:
+        self._pictures, self._codes = PictureMetrics(), CodeMetrics(self.network.config.codes)
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         real_BCHW = batch["image"].float() / 255
-        fake_BCHW, codebook_loss, _ = self.network(real_BCHW)
-        errors_B = (fake_BCHW.clamp(0, 1) - real_BCHW).square().mean(dim=(1, 2, 3))
-        reconstruction = self.reconstruction(real_BCHW, fake_BCHW)
-        self.log_losses(
-            "validation",
-            {
-                "loss": reconstruction + self.codebook_weight * codebook_loss,
-                "reconstruction": reconstruction,
-                "psnr": -10 * errors_B.clamp(min=1e-10).log10().mean(),
-            },
-            count=len(real_BCHW),
-        )
+        fake_BCHW, codebook_loss, tokens_BT = self.network(real_BCHW)
+        self._pictures.update(fake_BCHW, true_image_BCHW=real_BCHW)
+        self._codes.update(tokens_BT)
+        values = self.reconstruction(real_BCHW, fake_BCHW)
+        values["loss"] = values.pop("sum") + self.codebook_weight * codebook_loss
+        self.log_losses("validation", values, count=len(real_BCHW))
+
+    def on_validation_epoch_end(self) -> None:
+        log_totals(self, [self._pictures, self._codes])
 
     def header(self) -> list[str]:
         return ["photo", "reconstruction"]
@@ -158,15 +194,6 @@ class VQGANTraining(Stage):
             [to_picture(real), to_picture(fake)]
             for real, fake in zip(real_BCHW, fake_BCHW, strict=True)
         ]
-
-    def _start_from(self, folder: Path) -> None:
-        config = parse_config(VQGANConfig, read_json(folder / "config.json"), folder)
-        if config != self.network.config:
-            raise ValueError(
-                f"{folder} holds a {config}, model.network asks for {self.network.config}: "
-                "copy its sizes into the config"
-            )
-        self.network.load_state_dict(VQGAN.from_pretrained(folder).state_dict())
 
 
 def to_picture(image_CHW: Tensor) -> Image.Image:

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mas.scene import VOID, SceneMap
+from mas.metrics import CodeMetrics, SceneMetrics
+from mas.scene import SceneMap
 from mas.vq_codebook import perplexity
 from mas.vqseg import VQSEG, VQSEGConfig
 from train.stage import Optimiser, Rows, Stage
+from train.start import start_from
+from train.totals import log_totals
 
 
 class VQSEGTraining(Stage):
@@ -24,6 +27,7 @@ class VQSEGTraining(Stage):
     Args:
         network: sizes of the VQ-SEG.
         optimiser: how it is trained.
+        init_from: folder of a trained VQ-SEG to fine-tune; its picture size may be another.
         seed: of the random numbers of a step; linked to seed_everything.
     """
 
@@ -35,9 +39,12 @@ class VQSEGTraining(Stage):
         *,
         network: VQSEGConfig,
         optimiser: Optimiser,
+        init_from: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(VQSEG(network), optimiser, seed=seed)
+        if init_from is not None:
+            start_from(self.network, init_from)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.network.loss(batch["labels"], batch["edges"])
@@ -55,23 +62,25 @@ class VQSEGTraining(Stage):
         )
         return losses.total
 
+    def on_validation_epoch_start(self) -> None:
+        self._scenes, self._codes = SceneMetrics(), CodeMetrics(self.network.config.codes)
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         labels_BHW, edges_BHW = batch["labels"], batch["edges"]
         losses = self.network.loss(labels_BHW, edges_BHW)
         decoded_BHW, decoded_edges_BHW = self.network.decode(losses.tokens_BT)
-        labelled = labels_BHW != VOID
-        right = (decoded_BHW == labels_BHW)[labelled].float()
-        both = (decoded_edges_BHW & edges_BHW).sum()
-        either = decoded_edges_BHW.sum() + edges_BHW.sum()
+        self._scenes.update(
+            decoded_BHW, decoded_edges_BHW, true_labels_BHW=labels_BHW, true_edges_BHW=edges_BHW
+        )
+        self._codes.update(losses.tokens_BT)
         self.log_losses(
             "validation",
-            {
-                "loss": losses.total,
-                "pixel_accuracy": right.mean() if len(right) else torch.ones(()),
-                "edge_f1": 2 * both / either.clamp(min=1),
-            },
+            {"loss": losses.total, "reconstruction": losses.reconstruction},
             count=len(labels_BHW),
         )
+
+    def on_validation_epoch_end(self) -> None:
+        log_totals(self, [self._scenes, self._codes])
 
     def header(self) -> list[str]:
         return ["scene", "reconstruction", "its edges"]

@@ -1,0 +1,79 @@
+"""Fine-tuning: a network of a run starts from the weights of another.
+
+In: a fresh network, and a folder with a trained one (a run folder, an imported `vqgan/`, a part of
+a model folder). Out: the network with those weights. What decides the tensors and their meaning
+must agree; picture size and settings of the training may differ, since the networks are
+convolutional.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from mas.vqgan import VQGAN
+from mas.vqseg import VQSEG
+
+logger = logging.getLogger(__name__)
+
+# Of the network's config: what may differ from the folder's.
+MAY_DIFFER = {
+    "size",
+    "grid",
+    "commitment",
+    "averaging",
+    "restart",
+    "codebook_weight",
+    "face_weight",
+}
+
+
+def start_from(network: VQSEG | VQGAN, folder: str | Path) -> None:
+    """Copies the weights of `folder` into `network`.
+
+    A VQ-SEG may also have patches a whole number of times larger than the folder's: it then starts
+    as the same network that sees every pixel enlarged by that number. So one trained at 128 px and
+    16×16 tokens starts one at 256 px and 16×16 tokens.
+
+    Raises:
+        StorageError: the folder holds no such network.
+        ValueError: another network; names the keys of its config that must be copied.
+    """
+    trained: Any = type(network).from_pretrained(folder)
+    before, now = asdict(trained.config), asdict(network.config)
+    differing = {key for key in now if before[key] != now[key]}
+    state = trained.state_dict()
+    if "patch" in differing and isinstance(network, VQSEG) and network.head is not None:
+        times, rest = divmod(now["patch"], before["patch"])
+        if not rest:
+            _enlarge_patches(state, before["patch"], times)
+            differing.remove("patch")
+    wrong = sorted(differing - MAY_DIFFER)
+    if wrong:
+        raise ValueError(
+            f"{folder} holds another network: "
+            + ", ".join(f"{key} is {before[key]}, not {now[key]}" for key in wrong)
+            + "; set model.network to what it has"
+        )
+    network.load_state_dict(state)
+    for key in sorted(differing):
+        logger.info("%s was %s in %s, is now %s", key, before[key], folder, now[key])
+
+
+@torch.no_grad()
+def _enlarge_patches(state: dict[str, Tensor], patch: int, times: int) -> None:
+    """Every pixel of a patch becomes `times` × `times` pixels: read as one, drawn alike."""
+    sizes = {"p": patch, "q": patch, "k": times, "l": times}
+    inward, outward = "stem.project.weight", ("head.project.weight", "head.project.bias")
+    state[inward] = (
+        repeat(state[inward], "o (p q d) -> o (p k q l d)", **sizes)
+        / times**2  # mean of the copies
+    )
+    for name in outward:
+        state[name] = repeat(state[name], "(p q d) ... -> (p k q l d) ...", **sizes)
