@@ -51,7 +51,10 @@ def write_token_shard(
 
 
 class TokenShards:
-    """All pictures of a token folder, memory-mapped: shards[i] -> (text C T, scene S, image I)."""
+    """All pictures of a token folder, memory-mapped: shards[i] -> (text C T, scene S, image I).
+
+    A picture with a token out of its vocabulary raises a ShardError that names the file.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         """Opens every array and checks it against the manifest.
@@ -79,11 +82,16 @@ class TokenShards:
         shard = bisect.bisect_right(self._starts, index) - 1
         streams, picture = self._streams[shard], index - self._starts[shard]
         first, last = np.searchsorted(streams["row"], [picture, picture + 1])
-        return (
-            np.asarray(streams["text"][first:last]),
-            np.asarray(streams["scene"][picture]),
-            np.asarray(streams["image"][picture]),
-        )
+        tokens = streams["text"][first:last], streams["scene"][picture], streams["image"][picture]
+        for stream, array in zip(("text", "scene", "image"), tokens, strict=True):
+            largest, vocabulary = array.max(initial=0), self.manifest[stream]["vocabulary"]
+            if largest >= vocabulary:
+                name = self.manifest["shards"][shard]["name"]
+                raise ShardError(
+                    f"{self.folder / name}.{stream}.npy: picture {picture} has token {largest}, "
+                    f"not of 0-{vocabulary - 1}; tokenize again"
+                )
+        return tokens
 
     def _open(self, shard: dict[str, Any]) -> dict[str, np.ndarray]:
         pictures, captions = shard["pictures"], shard["captions"]
@@ -108,8 +116,8 @@ class TokenShards:
                     f"{path}: {array.dtype} {array.shape}, the manifest promises "
                     f"{np.dtype(dtype)} {shape}; tokenize again"
                 )
-            streams[stream] = array
-        row = np.asarray(streams["row"])
+            streams[stream] = np.asarray(array)  # still mapped; np.memmap itself indexes slowly
+        row = streams["row"]
         if captions and (
             row[0] != 0 or row[-1] != pictures - 1 or not np.isin(np.diff(row), (0, 1)).all()
         ):
