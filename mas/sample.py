@@ -1,8 +1,9 @@
 """`mas sample`: a caption, and a scene if there is one, to a folder of pictures.
 
-In: caption or file of captions, scene file, model. Out: 0000.png …, 0000.scene.png …, grid.png and
-samples.json. The caption and the settings also stand in the text chunks of every PNG. The same
-command writes the same PNGs; a command that fails leaves nothing behind.
+In: caption or file of captions, scene file, picture to complete, model. Out: 0000.png …,
+0000.scene.png …, grid.png and samples.json. The caption and the settings also stand in the text
+chunks of every PNG. The same command writes the same PNGs; a command that fails leaves nothing
+behind.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
@@ -24,12 +26,15 @@ from mas.filter import Sampling, by_stream
 from mas.model import Generation, MakeAScene, Progress
 from mas.model_folder import ModelError, find_folder
 from mas.precision import Precision
-from mas.scene import VOID, SceneMap, read_scene
+from mas.rerank import CLIP, Clip, check_rerank
+from mas.rerank import rerank as rerank_pictures
+from mas.scene import MAX_PIXELS, VOID, SceneMap, read_scene
 from mas.sheet import contact_sheet
 from mas.storage import write_json
 
 SAMPLES = "samples.json"
 SHEET = "grid.png"
+OPAQUE = 255  # alpha of a pixel that is given
 WRITING = ".writing."  # prefix of the hidden folder that a run fills first
 OWN_FILE = re.compile(r"\d{4,}(\.scene)?\.png|grid\.png|samples\.json")
 SMALLEST_CELL, LARGEST_CELL = 128, 256  # pixels of a picture in the contact sheet
@@ -41,9 +46,13 @@ def sample(
     output: Path,
     scene: Path | None = None,
     fill_void: bool = False,
+    image: Path | None = None,
     prompts: Path | None = None,
     model: str = "park",
     count: int = 4,
+    rerank: Literal["clip"] | None = None,
+    keep: int | None = None,
+    clip: str = CLIP,
     guidance: float | None = None,
     temperature: float | None = None,
     top_k: float | None = None,
@@ -63,9 +72,13 @@ def sample(
         scene: layout to follow, square: scene PNG, grey PNG of ids, image in palette colours, or
             COCO panoptic PNG with its JSON beside it.
         fill_void: the model invents what is void (black, transparent) in the scene.
+        image: square PNG or WebP of which a part is given: the model paints what is transparent.
         prompts: text file with one caption a line, instead of a caption.
         model: park, a model folder, or a model of the Hugging Face hub.
         count: pictures a caption; picture i has the seed `seed` + i.
+        rerank: clip: order the pictures of each caption by how well they fit it.
+        keep: with rerank: write only the best so many of the `count` pictures a caption.
+        clip: which CLIP: a folder, or a hub id that was downloaded before; needs the extra eval.
         guidance: how much more the caption counts; 1 = as it is, 3-5 = stronger (default: the
             model's, as for the next three).
         temperature: below 1 likelier tokens, above 1 wilder ones, 0 = always the likeliest.
@@ -78,7 +91,8 @@ def sample(
         device: auto, cpu, cuda, …
         precision: of the GPT; auto takes what is best on the device.
     """
-    captions = read_captions(caption, prompts, empty_is_fine=scene is not None)
+    conditioned = scene is not None or image is not None
+    captions = read_captions(caption, prompts, empty_is_fine=conditioned)
     common = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     by_stream(Sampling(), common, scene=scene_sampling or {}, image=image_sampling or {})
     for name, value in (("count", count), ("batch", batch)):
@@ -86,15 +100,23 @@ def sample(
             raise ValueError(f"{name} is {value}, use 1 or more")
     if fill_void and scene is None:
         raise ValueError("--fill-void fills the void of a scene: give one with --scene")
+    if rerank is None and keep is not None:
+        raise ValueError("--keep keeps the best by --rerank: give that too, or a smaller --count")
+    if rerank is not None:
+        check_rerank(captions, count=count, keep=keep)
     layout = None if scene is None else read_square_scene(scene)
+    picture, unpainted = (None, None) if image is None else read_picture(image)
     find_folder(model)
     with writing(output) as folder:
+        judge = None if rerank is None else Clip.from_pretrained(clip, device=device)
         network = MakeAScene.from_pretrained(model, device=device, precision=precision)
         with tqdm(desc="sample", unit=" tokens", disable=None) as bar:
             result = network.generate(
                 captions,
                 scene=layout,
                 scene_free=layout.labels == VOID if layout is not None and fill_void else None,
+                image=picture,
+                image_free=unpainted,
                 count=count,
                 guidance=guidance,
                 temperature=temperature,
@@ -106,12 +128,16 @@ def sample(
                 batch=batch,
                 on_progress=lambda progress: advance(bar, progress),
             )
-        write_result(
-            folder,
-            result,
-            model={"name": model, "sha256": network.sha256},
-            machine={"device": str(network.device), "precision": network.precision},
-        )
+        about = {
+            "model": {"name": model, "sha256": network.sha256},
+            "device": str(network.device),
+            "precision": network.precision,
+        }
+        dropped = None
+        if judge is not None:
+            result, dropped = rerank_pictures(result, judge, keep=keep)
+            about["rerank"] = {"by": rerank, "model": clip, "keep": keep or count}
+        write_result(folder, result, about=about, dropped=dropped)
     speed = f"{result.seconds:.1f} s, {result.tokens_per_second:.0f} tokens/s"
     plural = "" if len(result.images) == 1 else "s"
     print(f"{output}: {len(result.images)} picture{plural}, {speed}")
@@ -146,6 +172,31 @@ def read_square_scene(path: Path) -> SceneMap:
         width, height = scene.size
         raise ValueError(f"{path}: a scene must be square, this one is {width}x{height}; crop it")
     return scene
+
+
+def read_picture(path: Path) -> tuple[Image.Image, np.ndarray]:
+    """A picture of which a part is given, and where it is not: bool H W.
+
+    Raises:
+        ValueError: no readable square PNG or WebP with a transparent part; names the file.
+    """
+    try:
+        image = Image.open(path, formats=["PNG", "WEBP"])
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{path}: {image.width}x{image.height} is too large")
+        bands_HWC = np.asarray(image.convert("RGBA"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable PNG or WebP ({error})") from error
+    if image.width != image.height:
+        raise ValueError(
+            f"{path}: a picture must be square, this one is {image.width}x{image.height}; crop it"
+        )
+    free_HW = bands_HWC[..., 3] < OPAQUE
+    if not free_HW.any():
+        raise ValueError(f"{path}: nothing is left to paint; make the part to paint transparent")
+    return Image.fromarray(bands_HWC[..., :3].copy()), free_HW
 
 
 def advance(bar: tqdm, progress: Progress) -> None:
@@ -189,44 +240,61 @@ def writing(output: Path) -> Iterator[Path]:
 
 
 def write_result(
-    folder: Path, result: Generation, *, model: dict[str, Any], machine: dict[str, str]
+    folder: Path,
+    result: Generation,
+    *,
+    about: dict[str, Any],
+    dropped: Generation | None = None,
 ) -> None:
-    """Writes pictures, scenes, contact sheet and samples.json."""
-    origin = {"settings": result.settings, "model": model["sha256"]}
+    """Writes pictures, scenes, contact sheet and samples.json.
+
+    Args:
+        folder: is empty.
+        result: the pictures to write.
+        about: what samples.json says of model and machine.
+        dropped: candidates of which only seed and score are noted.
+    """
+    origin = {"settings": result.settings, "model": about["model"]["sha256"]}
     pictures = []
     for i, (image, scene) in enumerate(zip(result.images, result.scenes, strict=True)):
-        about = {"caption": result.captions[i], "seed": result.seeds[i]}
-        image.save(folder / f"{i:04}.png", pnginfo=png_text(about | origin))
-        scene.to_png(folder / f"{i:04}.scene.png")
-        pictures.append({"image": f"{i:04}.png", "scene": f"{i:04}.scene.png", **about})
+        files = {"image": f"{i:04}.png", "scene": f"{i:04}.scene.png"}
+        image.save(folder / files["image"], pnginfo=png_text(describe(result, i) | origin))
+        scene.to_png(folder / files["scene"])
+        pictures.append(files | describe(result, i))
     captions = list(dict.fromkeys(result.captions))
-    about = {"caption": "; ".join(captions), "seed": result.seeds[0]}
-    draw_sheet(result).save(folder / SHEET, pnginfo=png_text(about | origin))
-    write_json(
-        folder / SAMPLES,
-        {
-            "caption": captions[0] if len(captions) == 1 else captions,
-            "seed": result.seeds[0],
-            "settings": result.settings,
-            "model": model,
-            **machine,
-            "version": mas.__version__,
-            "seconds": round(result.seconds, 3),
-            "tokens_per_second": round(result.tokens_per_second, 1),
-            "pictures": pictures,
-        },
-    )
+    first_seed = min(result.seeds + (dropped.seeds if dropped else []))
+    text = png_text({"caption": "; ".join(captions), "seed": first_seed} | origin)
+    draw_sheet(result).save(folder / SHEET, pnginfo=text)
+    content = {
+        "caption": captions[0] if len(captions) == 1 else captions,
+        "seed": first_seed,
+        "settings": result.settings,
+        **about,
+        "version": mas.__version__,
+        "seconds": round(result.seconds, 3),
+        "tokens_per_second": round(result.tokens_per_second, 1),
+        "pictures": pictures,
+    }
+    if dropped is not None:
+        content["dropped"] = [describe(dropped, i) for i in range(len(dropped.images))]
+    write_json(folder / SAMPLES, content)
+
+
+def describe(result: Generation, i: int) -> dict[str, Any]:
+    """What picture i was made from, and its score where there is one."""
+    about: dict[str, Any] = {"caption": result.captions[i], "seed": result.seeds[i]}
+    return about if result.scores is None else about | {"score": round(result.scores[i], 5)}
 
 
 def draw_sheet(result: Generation) -> Image.Image:
     """One row a picture: caption, scene in palette colours with edges, picture."""
     cell = min(max(result.images[0].width, SMALLEST_CELL), LARGEST_CELL)
-    rows = [
-        (f"{caption or '(no caption)'}\n\nseed {seed}", scene.to_rgb(edges=True), image)
-        for caption, seed, scene, image in zip(
-            result.captions, result.seeds, result.scenes, result.images, strict=True
-        )
-    ]
+    rows = []
+    for i, (image, scene) in enumerate(zip(result.images, result.scenes, strict=True)):
+        text = f"{result.captions[i] or '(no caption)'}\n\nseed {result.seeds[i]}"
+        if result.scores is not None:
+            text += f"\nscore {result.scores[i]:.3f}"
+        rows.append((text, scene.to_rgb(edges=True), image))
     return contact_sheet(rows, cell=cell, header=("caption", "scene", "picture"))
 
 

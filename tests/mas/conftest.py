@@ -74,3 +74,33 @@ def tiny_folder(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tiny_model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A CLIP of the smallest sizes with random weights; its words are single letters."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.utils import logging
+
+    folder = tmp_path_factory.mktemp("clip") / "tiny"
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[]).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "projection_dim": 8}
+    special = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
+    special["pad_token_id"] = special["eos_token_id"]
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={"vocab_size": len(words), "max_position_embeddings": 16, **sizes, **special},
+        vision_config={"image_size": 32, "patch_size": 16, **sizes},
+        projection_dim=8,
+    )
+    logging.disable_progress_bar()
+    CLIPModel(config).save_pretrained(folder)
+    logging.enable_progress_bar()
+    side = {"height": 32, "width": 32}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side)
+    processor.save_pretrained(folder)
+    return folder

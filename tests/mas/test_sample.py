@@ -1,13 +1,20 @@
+import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import mas.model
 import mas.sample
 from mas.__main__ import main
+from mas.filter import Sampling
+from mas.model_folder import write_folder
 from mas.scene import SceneMap
+from mas.vqgan import VQGAN
 
 CAPTION = "two dogs on a bench"
 
@@ -129,6 +136,80 @@ def test_a_config_file_may_hold_the_caption_and_the_command_line_replaces_it(run
         assert json.loads((tmp_path / "out/samples.json").read_text())["caption"] == caption
 
 
+def drawn(size=32):
+    """A picture whose lower half is transparent."""
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 4), np.uint8)
+    pixels[..., 3] = 255
+    pixels[size // 2 :, :, 3] = 0
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("caption", [(CAPTION,), ()])
+def test_a_picture_is_completed_where_it_is_transparent(run, tmp_path, tiny_model, caption):
+    drawn().save("half.png")
+    flags = ("--image", "half.png", "--count=3", "--output", "out")
+    assert run(*caption, *flags)[0] == 0
+    upper = drawn().convert("RGB")
+    free = np.zeros((32, 32), np.bool_)
+    free[16:] = True
+    expected = tiny_model.generate(*caption, image=upper, image_free=free, count=3)
+    for i, image in enumerate(expected.images):
+        written = np.asarray(Image.open(tmp_path / f"out/{i:04}.png"))
+        assert np.array_equal(written, np.asarray(image))
+    given = tiny_model.encode_image(upper)
+    assert (expected.tokens.image[:, :8] == given[:, :8]).all()
+
+
+def test_the_best_candidates_are_written_in_the_order_of_their_scores(run, tmp_path, clip_folder):
+    (tmp_path / "prompts.txt").write_text("a dog\ntwo cats\n")
+    flags = ("--prompts", "prompts.txt", "--count=4", "--seed=3", "--clip", str(clip_folder))
+    status, out, err = run(*flags, "--rerank=clip", "--keep=2", "--output", "best")
+    assert (status, err) == (0, "") and out.startswith("best: 4 pictures")
+    assert {f"{i:04}.png" for i in range(5)} & set(files(tmp_path / "best")) == {
+        f"{i:04}.png" for i in range(4)
+    }
+    content = json.loads((tmp_path / "best/samples.json").read_text())
+    assert content["rerank"] == {"by": "clip", "model": str(clip_folder), "keep": 2}
+    assert content["seed"] == 3
+    for caption in ("a dog", "two cats"):
+        kept = [p for p in content["pictures"] if p["caption"] == caption]
+        dropped = [p for p in content["dropped"] if p["caption"] == caption]
+        scores = [p["score"] for p in kept + dropped]
+        assert scores == sorted(scores, reverse=True) and len(set(scores)) == 4
+        assert sorted(p["seed"] for p in kept + dropped) == [3, 4, 5, 6]
+    assert run("--prompts", "prompts.txt", "--count=4", "--seed=3", "--output", "all")[0] == 0
+    for picture in content["pictures"]:
+        i = picture["seed"] - 3 + 4 * (picture["caption"] == "two cats")
+        best, same = (
+            Image.open(tmp_path / n) for n in (f"best/{picture['image']}", f"all/{i:04}.png")
+        )
+        assert np.array_equal(np.asarray(best), np.asarray(same))
+        assert float(best.text["score"]) == picture["score"]
+
+
+def test_reranking_alone_keeps_every_picture(run, tmp_path, clip_folder):
+    flags = ("--rerank=clip", "--clip", str(clip_folder), "--count=3", "--output", "out")
+    assert run(CAPTION, *flags)[0] == 0
+    content = json.loads((tmp_path / "out/samples.json").read_text())
+    assert len(content["pictures"]) == 3 and content["dropped"] == []
+
+
+def test_another_process_and_batch_write_the_same_bytes(run, tmp_path, tiny_folder):
+    flags = [CAPTION, "--count=3", "--seed=2"]
+    assert run(*flags, "--output", "a")[0] == 0
+    options = ["--model", str(tiny_folder), "--device=cpu", "--batch=1", "--output", "b"]
+    subprocess.run([sys.executable, "-m", "mas", "sample", *flags, *options], check=True)
+    a, b = files(tmp_path / "a"), files(tmp_path / "b")
+    assert set(a) == set(b)
+    assert all(a[name] == b[name] for name in a if name.endswith(".png"))
+
+
+def test_the_progress_bar_counts_tokens(run, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    status, _, err = run(CAPTION, "--count=2", "--output", "out")
+    assert status == 0 and "64/64" in err and "tokens/s]" in err
+
+
 def test_settings_for_one_stream_only(run, tmp_path):
     flags = ("--image_sampling", '{"temperature": 0}', "--scene-sampling.top_p", "0.5")
     assert run(CAPTION, *flags, "--count=1", "--output", "out")[0] == 0
@@ -138,7 +219,10 @@ def test_settings_for_one_stream_only(run, tmp_path):
 
 
 def prepare_bad_input():
+    drawn().save("half.png")
     SceneMap.from_labels(np.zeros((32, 48), np.uint8)).to_png("wide.png")
+    Image.new("RGBA", (32, 48)).save("wide-picture.png")
+    Image.new("RGB", (32, 32)).save("whole.png")
     with open("empty.txt", "w") as file:
         file.write("\n \n")
     with open("binary.txt", "wb") as file:
@@ -164,6 +248,15 @@ def prepare_bad_input():
         ([CAPTION, "--scene", "none.png"], "none.png: no such file"),
         ([CAPTION, "--scene", "file"], "not a readable PNG"),
         ([CAPTION, "--fill-void"], "give one with --scene"),
+        ([CAPTION, "--image", "wide-picture.png"], "a picture must be square, this one is 32x48"),
+        ([CAPTION, "--image", "whole.png"], "whole.png: nothing is left to paint"),
+        ([CAPTION, "--image", "none.png"], "none.png: no such file"),
+        ([CAPTION, "--image", "file"], "not a readable PNG or WebP"),
+        ([CAPTION, "--keep", "2"], "--keep keeps the best by --rerank"),
+        ([CAPTION, "--rerank", "clip", "--keep", "5"], "keep is 5, use 1 to 4"),
+        ([CAPTION, "--rerank", "clip", "--keep", "0"], "keep is 0, use 1 to 4"),
+        (["--image", "half.png", "--rerank", "clip"], "compares pictures with their caption"),
+        ([CAPTION, "--rerank", "clip", "--clip", "no/such/clip"], "no such folder with a CLIP"),
         ([CAPTION, "--prompts", "empty.txt"], "not both"),
         (["--prompts", "empty.txt"], "holds no caption"),
         (["--prompts", "binary.txt"], "not a UTF-8"),
@@ -192,9 +285,38 @@ def test_unusable_models_and_devices_are_one_line_and_leave_nothing(run, tmp_pat
         assert not (tmp_path / "out").exists()
 
 
+def test_parts_that_do_not_fit_are_one_line(run, tmp_path, parts):
+    config = dataclasses.replace(parts["vqgan"].config, codes=21)
+    networks = {"vqseg": parts["vqseg"], "vqgan": VQGAN(config), "gpt": parts["gpt"]}
+    write_folder(
+        tmp_path / "mixed",
+        tokenizer=parts["tokenizer"],
+        networks=networks,
+        sampling=Sampling(),
+        card=None,
+    )
+    status, out, err = run(CAPTION, "--output", "out", model=tmp_path / "mixed")
+    assert (status, out) == (1, "") and err == (
+        "mas: error: VQ-GAN and GPT do not fit together: number of codes 21 against 20; "
+        "use the parts that were trained together\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_names_the_batch_that_fits(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(mas.model, "pictures_that_fit", lambda decoder, config: 5)
+    status, _, err = run(CAPTION, "--count=8", "--output", "out")
+    assert status == 1 and not (tmp_path / "out").exists()
+    assert err == (
+        "mas: error: 8 pictures at a time do not fit into the memory, 5 do: use batch 5\n"
+    )
+    assert run(CAPTION, "--count=8", "--batch=5", "--output", "out")[0] == 0
+
+
 def test_wrong_flags_exit_with_2(run):
     assert run(CAPTION, "--output", "out", "--precision", "float8")[0] == 2
     assert run(CAPTION, "--output", "out", "--guidance", "nan")[0] == 2
+    assert run(CAPTION, "--output", "out", "--rerank", "taste")[0] == 2
     assert run(CAPTION)[0] == 2
 
 
