@@ -5,8 +5,8 @@ Paper: Make-A-Scene (arXiv 2203.13131) section 3.2. The paper's network reads 15
 at full resolution; the default here looks each label up in a table and folds a patch of pixels
 into channels at once, so that nothing wide ever stands at full resolution. `layout: published`
 keeps the paper's way for comparison.
-Axes: B batch, C channels (157 classes + edge), D features, H W pixels (or grid), P pixels in any
-order, T tokens.
+Axes: B batch, C channels (157 classes + edge), D features, H W pixels (or grid), K ids, P pixels
+in any order, T tokens.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class VQSEGConfig:
     restart: float = 0.03  # codes used less than this share of the average are moved; 0 = never
     codebook_weight: float = 1.0  # of the codebook loss in the total
     face_weight: float = 20.0  # of face parts where they are present
+    pixels: float = 1.0  # share of the pixels that a training step computes its loss from
+    balance: float = 0.0  # of that draw: 0 = all pixels alike … 1 = all classes of a batch alike
 
     def __post_init__(self) -> None:
         for name, legal in (("layout", Layout), ("quantizer", QuantizerName)):
@@ -67,6 +69,15 @@ class VQSEGConfig:
         for name in ("size", "grid", "codes", "code_width", "embedding", "patch", "features"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.pixels <= 1 or not 0 <= self.balance <= 1:
+            raise ValueError(
+                "pixels must be above 0 and at most 1, balance 0 to 1, got "
+                f"{self.pixels} and {self.balance}"
+            )
+        if self.pixels < 1 and self.layout == "published":
+            raise ValueError("the published layout has a loss of all pixels: set pixels to 1")
+        if self.balance and self.pixels == 1:
+            raise ValueError("balance needs pixels to draw from: set pixels below 1")
         if self.layout == "published" and self.patch != 1:
             raise ValueError(
                 f"the published layout folds no pixels: set patch to 1, not {self.patch}"
@@ -238,13 +249,18 @@ class VQSEG(nn.Module):
             reconstruction = self._dense_loss(hidden, labels_BHW, edges_BHW)
         else:
             features_PD, classifier = self.head(hidden), self.head.classifier
+            labels_P = fold_patches(labels_BHW, self.config.patch).flatten()
+            edges_P = fold_patches(edges_BHW, self.config.patch).flatten()
+            if self.training and self.config.pixels < 1:
+                drawn = draw_pixels(labels_P, self.config.pixels, balance=self.config.balance)
+                features_PD, labels_P, edges_P = features_PD[drawn], labels_P[drawn], edges_P[drawn]
             with torch.autocast(features_PD.device.type, enabled=False):
                 reconstruction = scene_loss(
                     features_PD.float(),
                     classifier.weight,
                     classifier.bias,
-                    labels_P=fold_patches(labels_BHW, self.config.patch).flatten(),
-                    edges_P=fold_patches(edges_BHW, self.config.patch).flatten(),
+                    labels_P=labels_P,
+                    edges_P=edges_P,
                     face_weight=self.config.face_weight,
                 )
         total = reconstruction + self.config.codebook_weight * quantized.loss
@@ -309,6 +325,25 @@ class VQSEG(nn.Module):
         if unknown.any():
             ids = labels_BHW[unknown].unique().tolist()
             raise ValueError(f"unknown class ids {ids}: use 0-{CLASSES - 1}, or {VOID} for void")
+
+
+def draw_pixels(labels_P: Tensor, share: float, *, balance: float) -> Tensor:
+    """Indices of about `share` of the pixels, drawn from the global generator.
+
+    A pixel's chance falls with the number of pixels of its class in the batch to the power of
+    `balance`: most of a scene is sky and ground, most of what is hard to draw is not.
+
+    Args:
+        labels_P: uint8.
+        share: of the pixels, in expectation; less where whole classes would be drawn twice.
+        balance: 0 = all pixels alike, 1 = all classes alike.
+    """
+    labels_P = labels_P.int()
+    counts_K = torch.bincount(labels_P, minlength=VOID + 1).double()
+    odds_K = counts_K.clamp(min=1) ** -balance
+    chances_K = (odds_K * (share * len(labels_P) / (odds_K * counts_K).sum())).float()
+    drawn_P = torch.rand(len(labels_P), device=labels_P.device) < chances_K[labels_P]
+    return drawn_P.nonzero()[:, 0]
 
 
 def fold_patches(x_BHW: Tensor, patch: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from mas.scene import CHANNELS, CLASSES, EDGE_CHANNEL, FACE_IDS, VOID, find_edges
 from mas.storage import StorageError
-from mas.vqseg import VQSEG, VQSEGConfig, find_changes, fold_patches, one_hot
+from mas.vqseg import VQSEG, VQSEGConfig, draw_pixels, find_changes, fold_patches, one_hot
 from mas.vqseg_loss import decide, positive_weights, scene_loss
 
 TINY = dict(size=16, grid=4, codes=16, code_width=4, patch=2, width=16, groups=4)
@@ -179,6 +179,31 @@ def test_a_pixel_is_void_where_that_is_more_probable_than_all_classes_together()
     assert edges.tolist() == [True, True, False, False]
 
 
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_pixels_are_drawn_by_the_rarity_of_their_class(balance):
+    torch.manual_seed(0)
+    labels = torch.cat([torch.full((90_000,), 3), torch.full((10_000,), 7)]).to(torch.uint8)
+    drawn = draw_pixels(labels, 0.1, balance=balance)
+    assert len(drawn) == pytest.approx(10_000, rel=0.05)
+    rare = (labels[drawn] == 7).sum().item() / len(drawn)
+    ratio = 9 ** (balance - 1)  # of rare to frequent pixels drawn
+    assert rare == pytest.approx(ratio / (1 + ratio), rel=0.1)
+
+
+def test_only_training_steps_draw_pixels():
+    labels, edges = scenes()
+
+    def reconstruction(*, training, **changes):
+        part = network(**changes).train(training)
+        torch.manual_seed(1)
+        return part.loss(labels, edges).reconstruction.item()
+
+    few = dict(pixels=0.5, balance=0.5)
+    assert reconstruction(training=False, **few) == reconstruction(training=False)
+    assert reconstruction(training=True, **few) == reconstruction(training=True, **few)
+    assert reconstruction(training=True, **few) != reconstruction(training=True)
+
+
 @pytest.mark.parametrize("changes", [{}, {"quantizer": "nearest"}, PUBLISHED])
 def test_tokens_and_scenes_have_the_promised_form(changes):
     vqseg = network(**changes).eval()
@@ -275,6 +300,9 @@ def test_usual_sizes_and_grids_are_possible(size, grid, patch, multipliers):
         ({"layout": "published"}, "set patch to 1, not 2"),
         ({"quantizer": "gumbel"}, "quantizer 'gumbel': use one of nearest, cosine"),
         ({"codes": 0}, "codes must be at least 1"),
+        ({"pixels": 0.0}, "pixels must be above 0"),
+        ({"balance": 0.5}, "balance needs pixels to draw from"),
+        ({**PUBLISHED, "pixels": 0.5}, "set pixels to 1"),
     ],
 )
 def test_impossible_configs_are_refused(changes, words):
