@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 
 LARGEST_SEED = 2**63 - 1
+CPU_ALLOCATOR = "DefaultCPUAllocator"  # how torch's error begins when the CPU's memory is used up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,8 +298,8 @@ class MakeAScene:
                 before=int(free_B[: rows.start].sum()),
                 total=int(free_B.sum()),
             )
-            parts.append(
-                generate(
+            with _room_for(len(part.text)):
+                sampled = generate(
                     self.decoder,
                     part.text,
                     seeds=seeds[rows],
@@ -307,7 +309,7 @@ class MakeAScene:
                     image=settings["image"],
                     on_progress=report,
                 )
-            )
+            parts.append(sampled)
         return Streams(*(torch.cat(streams).cpu() for streams in zip(*parts, strict=True)))
 
     def _given_scene(self, scene: SceneMap | None, free: np.ndarray | None) -> Tensor:
@@ -345,6 +347,21 @@ class MakeAScene:
                 if fitting
                 else "not even one picture fits into the free memory: use a smaller model"
             )
+
+
+@contextmanager
+def _room_for(pictures: int) -> Iterator[None]:
+    """Says what to do when the memory runs out all the same: others take from it, too."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not out_of_memory and CPU_ALLOCATOR not in str(error):
+            raise
+        mend = f"try batch {pictures // 2}" if pictures > 1 else "use a smaller model"
+        raise ModelError(
+            f"the memory ran out with {pictures} pictures at a time: {mend}"
+        ) from error
 
 
 def _batches(count: int, size: int) -> Iterator[slice]:

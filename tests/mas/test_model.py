@@ -255,6 +255,29 @@ def test_a_batch_too_large_for_the_memory_says_which_one_fits(tiny_model, monkey
         tiny_model.generate(CAPTION)
 
 
+def test_running_out_of_memory_all_the_same_is_one_line(tiny_model, monkeypatch):
+    errors = [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+        ValueError("another error"),
+        RuntimeError("another error"),
+    ]
+
+    def fail(*arguments, **options):
+        raise errors.pop(0)
+
+    monkeypatch.setattr(mas.model, "generate", fail)
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"ran out with 6 pictures at a time: try batch 3$"):
+            tiny_model.generate(CAPTION, count=6)
+    with pytest.raises(ModelError, match="use a smaller model"):
+        tiny_model.generate(CAPTION)
+    for kind in (ValueError, RuntimeError):
+        with pytest.raises(kind, match="another error"):
+            tiny_model.generate(CAPTION)
+
+
 def test_auto_takes_int8_for_large_networks_on_a_cpu(tiny_model, monkeypatch):
     assert choose_precision(tiny_model.gpt, "auto") == "float32"
     monkeypatch.setattr(mas.precision, "LARGE", 1000)
