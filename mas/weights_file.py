@@ -1,7 +1,8 @@
-"""Weights of networks that are not ours, as users download them: one file of tensors.
+"""Networks that are not ours, as users bring them: one file of tensors, or of a whole network.
 
-In: a .safetensors file, or a PyTorch file (.pth, .pt) of which nothing but tensors is unpickled.
-Out: its tensors by name. What is wrong is said in one line that names the file and its source.
+In: a .safetensors file or a PyTorch file (.pth, .pt) of which nothing but tensors is unpickled; or
+a network saved with its graph, by torch.export (.pt2) or as TorchScript. Out: tensors by name, or
+the frozen network. What is wrong is said in one line that names the file and its source.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mas.storage import StorageError, check_tensors
 
@@ -80,3 +81,27 @@ def pick_tensors(
     if broken:
         raise WeightsError(f"{path}: NaN or infinite values in {', '.join(broken[:5])}")
     return {name: x.float() if x.is_floating_point() else x for name, x in found.items()}
+
+
+def load_graph(path: str | Path, *, source: str) -> nn.Module:
+    """A network saved with its graph: torch.export's .pt2, else TorchScript; frozen, on the CPU.
+
+    Raises:
+        WeightsError: no such file, or another one.
+    """
+    path = Path(path)
+    check_file(path, source=source)
+    try:
+        if path.suffix == ".pt2":
+            network = torch.export.load(path).module()
+        else:
+            network = torch.jit.load(str(path), map_location="cpu").eval()
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise WeightsError(
+            f"{path}: neither TorchScript nor, by the name .pt2, a network of torch.export "
+            f"({reason}); give {source}"
+        ) from error
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)  # of the network as a whole TorchScript refuses it
+    return network

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mas.weights_file import WeightsError, check_file
+from mas.weights_file import WeightsError, load_graph
 from train.perceptual import SMALLEST, Perceptual, PerceptualConfig, load_perceptual
 
 
@@ -27,7 +27,7 @@ class CropsConfig:
     object_weight: float = 0.0  # of the object term; 0 = none
     count: int = 4  # at most so many faces and so many things a picture, drawn by the seed
     size: int = 64  # pixels a side a crop is scaled to
-    face_network: str | None = None  # TorchScript file; none: faces are compared by VGG like things
+    face_network: str | None = None  # TorchScript or .pt2; none: VGG compares faces like things
 
     def __post_init__(self) -> None:
         if self.face_weight < 0 or self.object_weight < 0:
@@ -45,7 +45,7 @@ class CropsConfig:
 
 
 class FaceFeatures(nn.Module):
-    """Feature matching in a network that the user brings as TorchScript; frozen.
+    """Feature matching in a network that the user brings with its graph; frozen.
 
     The network is called with RGB crops B 3 H W in [0, 1] and returns one tensor, or several of
     different depths; whatever scaling it wants is part of it. A layer's distance is the mean
@@ -54,17 +54,8 @@ class FaceFeatures(nn.Module):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        source = "torch.jit.save of a face-recognition network"
-        check_file(path, source=source)
-        try:
-            self.network = torch.jit.load(path, map_location="cpu")
-        except RuntimeError as error:
-            reason = str(error).split("\n")[0]
-            raise WeightsError(
-                f"{path}: not a TorchScript file ({reason}); give {source}"
-            ) from error
+        self.network = load_graph(path, source="a saved face-recognition network")
         self.path = Path(path)
-        self.eval().requires_grad_(False)
 
     def forward(self, image_BCHW: Tensor, true_image_BCHW: Tensor) -> Tensor:
         """Distance B of pictures in [0, 1] from their originals."""
@@ -142,6 +133,8 @@ def crop(image_BCHW: Tensor, boxes_BN4: Tensor, *, size: int) -> Tensor:
     filled_BN = boxes_BN4[..., 2] > boxes_BN4[..., 0]
     picture_M = filled_BN.nonzero()[:, 0]
     left, top, right, bottom = boxes_BN4[filled_BN].float().unbind(1)
+    if not len(picture_M):
+        return image_BCHW.new_zeros(0, image_BCHW.shape[1], size, size)
     side_M = torch.maximum(right - left, bottom - top)
     # Coordinates in [-1, 1] from border to border, as grid_sample counts them.
     theta_M23 = side_M.new_zeros(len(side_M), 2, 3)
