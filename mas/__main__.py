@@ -44,7 +44,9 @@ COMMANDS = {
         "preprocess.weights:fetch_weights", "download what the configs name, checked", "preprocess"
     ),
     "fit-bpe": Command("train.bpe:fit_bpe", "fit the text tokenizer on captions"),
-    "train": Command("train.cli:train", "train vqseg, vqgan, gpt or reader with Lightning", "train"),
+    "train": Command(
+        "train.cli:train", "train vqseg, vqgan, gpt or reader with Lightning", "train"
+    ),
     "tokenize": Command("preprocess.tokens:tokenize", "scene shards → token shards", "preprocess"),
     "import-vqgan": Command(
         "mas.pretrained:import_vqgan", "convert a published VQ-GAN checkpoint to a vqgan folder"
@@ -55,6 +57,9 @@ COMMANDS = {
         "preprocess.bench:bench_preprocess",
         "photos per second, against what limits them",
         "preprocess",
+    ),
+    "bench train": Command(
+        "train.bench:bench_train", "tokens per second of the GPT's training", "train"
     ),
     "doctor": Command("mas.doctor:doctor", "what is installed, what is missing"),
 }
@@ -112,8 +117,10 @@ def run(name: str, arguments: list[str]) -> int:
         return function(arguments) or 0
     parser = build_parser(name, function)
     values = parser.instantiate(parser.parse_args(arguments))
-    given = {FLAGS.get(k, k): v for k, v in values.as_dict().items() if k != "config"}
     parameters = inspect.signature(function).parameters
+    given = {FLAGS.get(k, k): v for k, v in values.as_dict().items()}
+    if "config" not in parameters:
+        given.pop("config", None)
     positional = [given.pop(k, p.default) for k, p in parameters.items() if _is_positional(p)]
     if not name.startswith("bench "):
         return function(*positional, **given) or 0
@@ -167,7 +174,10 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
         description=documentation.short_description,
         default_env=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with values for the options")
+    if "config" not in inspect.signature(function).parameters:
+        parser.add_argument(
+            "--config", action="config", help="YAML file with values for the options"
+        )
     helps = {p.arg_name: p.description for p in documentation.params}
     special: set[str | int] = set()
     for key, parameter in inspect.signature(function, eval_str=True).parameters.items():
