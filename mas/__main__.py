@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Container, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_args, get_origin
 
 import mas
 
@@ -53,6 +53,9 @@ COMMANDS = {
     ),
     "assemble": Command("train.assemble:assemble", "tokenizers + GPT → one model folder"),
     "sample": Command("mas.sample:sample", "caption (+ scene) → pictures"),
+    "evaluate": Command(
+        "mas.evaluate:evaluate", "obedience to captions and scenes, picture quality", "eval"
+    ),
     "bench preprocess": Command(
         "preprocess.bench:bench_preprocess",
         "photos per second, against what limits them",
@@ -189,6 +192,10 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
         elif parameter.annotation is bool and parameter.default is False:
             option = next((o for o, name in FLAGS.items() if name == key), key)
             parser.add_argument(f"--{option}", action="store_true", help=helps.get(key))
+        elif item := _item_type(parameter.annotation):
+            parser.add_argument(
+                f"--{key}", type=item, nargs="+", default=parameter.default, help=helps.get(key)
+            )
         else:
             continue
         special.add(key)
@@ -252,6 +259,14 @@ def usage() -> str:
             "exit status: 0 done, 1 failed, 2 usage; MAS_DEBUG=1 shows tracebacks",
         ]
     )
+
+
+def _item_type(annotation: Any) -> Any:
+    """X of an optional `list[X]`, whose option takes several words; None of anything else."""
+    for choice in get_args(annotation):
+        if get_origin(choice) is list:
+            return get_args(choice)[0]
+    return None
 
 
 def _is_positional(parameter: inspect.Parameter) -> bool:

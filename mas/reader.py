@@ -119,6 +119,11 @@ class Reader(nn.Module):
         ]
         return Reading(torch.stack(labels), self.time(pooled_BD).argmax(1), pooled_BD.float())
 
+    @torch.no_grad()
+    def read_places(self, labels_BHW: Tensor) -> Tensor:
+        """Positions in `config.places`, long B, of scene maps (uint8, any size)."""
+        return self.place_logits(labels_BHW).argmax(1)
+
     def logits(self, image_BCHW: Tensor, pixels_BP: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the classes at some pixels, B P K, and of the hours, B K; for training.
 

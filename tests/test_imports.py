@@ -15,7 +15,7 @@ MAS_ORDER = """
     scene shard_files token_shards shards rounding storage sheet text vq_codebook vq vqseg_loss
     vqseg vqgan reader pretrained sequence cache gpt filter quantize generate precision progress
     model_folder model rerank metrics weights_file inception features distance studio sample
-    things obedience report evaluate bench doctor
+    things obedience cases distances examiner figures report evaluate bench doctor
 """.split()
 FOREIGN_TO_MAS = {"ray", "detectron2", "face_alignment", "pytorch_lightning"}
 PREPROCESS_FROM_MAS = {"scene", "shards", "sheet"}

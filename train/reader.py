@@ -74,7 +74,7 @@ class ReaderTraining(Stage):
         *,
         network: ReaderConfig,
         optimiser: Optimiser,
-        pixels: PixelChoice = PixelChoice(),  # noqa: B008  # frozen
+        pixels: PixelChoice = PixelChoice(),  # frozen
         time_weight: float = 0.2,
         seed: int = 0,
     ) -> None:

@@ -1,0 +1,113 @@
+"""What an evaluation asks of a model: captions with real scenes, pictures and, in the park, facts.
+
+In: scene shards. Out: cases, spread evenly over the shards, decoded only when they are used.
+Axes: H W pixels, C colours.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mas.obedience import FORMAT
+from mas.scene import SceneMap
+from mas.shards import Sample, ShardError, ShardIndex, expand_shards, read_captions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One caption with the picture it was written for."""
+
+    key: str
+    caption: str
+    jpg: bytes
+    scene_png: bytes
+    facts: Mapping[str, Any] | None = None  # what the caption claims; None outside the park
+    place: str | None = None  # of the picture
+    time: str | None = None
+
+    def scene(self, size: int) -> SceneMap:
+        """The true scene, `size` pixels a side."""
+        return SceneMap.from_png(io.BytesIO(self.scene_png)).resized(size)
+
+    def pixels(self, size: int) -> np.ndarray:
+        """The real picture, uint8 H W C, `size` pixels a side."""
+        with Image.open(io.BytesIO(self.jpg), formats=["JPEG", "PNG", "WEBP"]) as photo:
+            return resize(np.asarray(photo.convert("RGB")), size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cases:
+    """All that is asked, and what the hours of the day do to colours."""
+
+    cases: Sequence[Case]
+    lights: Mapping[str, Sequence[float]]  # hour -> factor on the colours of things
+
+    @property
+    def has_facts(self) -> bool:
+        """Whether every caption comes with what it claims."""
+        return all(case.facts is not None for case in self.cases)
+
+
+def read_cases(shards: str, count: int) -> Cases:
+    """Up to `count` pictures, evenly spread; caption number i mod n of the i-th one.
+
+    Raises:
+        ShardError: no shards, no pictures, a picture without scene or caption.
+    """
+    index = ShardIndex(expand_shards(shards), extensions=("jpg", "scene.png", "txt", "json"))
+    if not len(index):
+        raise ShardError(f"{shards}: the shards hold no pictures")
+    cases = []
+    lights: dict[str, Sequence[float]] = {}
+    for number, place in enumerate(np.linspace(0, len(index) - 1, min(count, len(index)))):
+        sample = index.read(round(place))
+        park = _read_park(sample)
+        if park:
+            lights[park["time"]] = park["light"]
+        cases.append(_read_case(sample, park, number))
+    return Cases(cases=cases, lights=lights)
+
+
+def resize(pixels_HWC: np.ndarray, size: int) -> np.ndarray:
+    """A picture (uint8) of `size` pixels a side."""
+    if pixels_HWC.shape[:2] == (size, size):
+        return pixels_HWC
+    resized = Image.fromarray(pixels_HWC).resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(resized)
+
+
+def _read_case(sample: Sample, park: Mapping[str, Any] | None, number: int) -> Case:
+    captions = read_captions(sample)
+    if not captions:
+        raise ShardError(f"{sample.key}: has no caption")
+    chosen = number % len(captions)
+    facts = None
+    if park and len(park["facts"]) == len(captions):
+        facts = park["facts"][chosen]
+    return Case(
+        key=sample.key,
+        caption=captions[chosen],
+        jpg=sample.files["jpg"],
+        scene_png=sample.files["scene.png"],
+        facts=facts,
+        place=park and park["place"],
+        time=park and park["time"],
+    )
+
+
+def _read_park(sample: Sample) -> dict[str, Any] | None:
+    """The park's truth about a picture, None where there is none of the format known here."""
+    park = json.loads(sample.files["json"]).get("park")
+    if isinstance(park, dict) and park.get("format") == FORMAT:
+        return park
+    return None

@@ -1,0 +1,179 @@
+"""The figures of an evaluation: each compares what was made, or is real, with what was asked.
+
+In: cases and what was generated for them. Out: plain numbers. Split off mas/evaluate.py.
+Axes: B pictures, C colours, H W pixels, N pictures, D features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mas.cases import Case, Cases, resize
+from mas.distances import disagreement, frechet_distance, kernel_distance, spread
+from mas.examiner import Examiner, Made
+from mas.metrics import CodeMetrics, PictureMetrics, SceneMetrics
+from mas.obedience import Obedience, Seen
+from mas.scene import CLASS_NAMES, FACE_IDS, HUMAN_IDS, THINGS
+
+GROUPS = {
+    "things": range(THINGS),
+    "stuff": range(THINGS, HUMAN_IDS.start),
+    "human": HUMAN_IDS,
+    "face": FACE_IDS,
+}
+
+
+def obey(cases: Cases, asked: Sequence[Case], made: Made) -> dict[str, float]:
+    """Shares of the captions' claims that hold; empty where captions come without facts."""
+    if not cases.has_facts:
+        return {}
+    judge = Obedience(cases.lights)
+    for i, case in enumerate(asked):
+        scene = made.scenes[i]
+        assert case.facts is not None
+        judge.update(
+            case.facts,
+            Seen(
+                scene=scene,
+                pixels_HWC=resize(made.pictures[i], scene.size[0]),
+                place=made.places[i],
+                time=made.times[i],
+            ),
+        )
+    return {**judge.compute(), "captions": len(asked)}
+
+
+def compare_scenes(sets: Mapping[str, Made]) -> dict[str, Any]:
+    """Mean IoU of what the reader sees in pictures with the scenes that were asked for.
+
+    Args:
+        sets: by suffix of the figures' names; "" is the model's own, "_real" the ceiling.
+    """
+    figures: dict[str, Any] = {}
+    for suffix, made in sets.items():
+        if not made.readings:
+            return {}
+        metrics = SceneMetrics()
+        for scene, labels in zip(made.scenes, made.readings, strict=True):
+            scene = scene.resized(len(labels))
+            edges_1HW = torch.from_numpy(scene.edges)[None]  # are not read, so not compared
+            metrics.update(
+                torch.from_numpy(labels)[None],
+                edges_1HW,
+                true_labels_BHW=torch.from_numpy(scene.labels)[None],
+                true_edges_BHW=edges_1HW,
+            )
+        figures[f"miou{suffix}"] = metrics.compute()["miou"]
+        figures[f"pixel_accuracy{suffix}"] = metrics.compute()["pixel_accuracy"]
+        by_class = metrics.class_iou()
+        for group, ids in GROUPS.items():
+            found = [by_class[CLASS_NAMES[i]] for i in ids if CLASS_NAMES[i] in by_class]
+            if found:
+                figures[f"{group}_miou{suffix}"] = sum(found) / len(found)
+    return {**figures, "share_of_real": figures["miou"] / figures["miou_real"]}
+
+
+def measure_reader(asked: Sequence[Case], real: Made) -> dict[str, float]:
+    """How often the reader is right about real pictures' hours and real scenes' places."""
+    figures = {}
+    for name, read in (("time", real.times), ("place", real.places)):
+        truth = [getattr(case, name) for case in asked]
+        right = [a == b for a, b in zip(truth, read, strict=True) if a is not None and b]
+        if right:
+            figures[f"{name}_accuracy"] = sum(right) / len(right)
+    return figures
+
+
+def compare_sets(made: Made, real: Made) -> dict[str, float]:
+    """Distances of generated from real pictures on the reader's features.
+
+    `fid_real` and `kid_real` are those of one half of the real pictures from the other: what
+    chance and the number of pictures alone make.
+    """
+    if len(made.features) < 2 or len(real.features) < 4:
+        return {}
+    made_ND, real_ND = torch.stack(made.features), torch.stack(real.features)
+    return {
+        "fid": frechet_distance(made_ND, real_ND),
+        "kid": kernel_distance(made_ND, real_ND),
+        "fid_real": frechet_distance(real_ND[::2], real_ND[1::2]),
+        "kid_real": kernel_distance(real_ND[::2], real_ND[1::2]),
+    }
+
+
+def measure_diversity(
+    examiner: Examiner, asked: Sequence[Case], guidance: float, seeds: int, real: Made
+) -> dict[str, float]:
+    """How far the pictures of one caption lie apart, beside real pictures of different captions."""
+    scenes, pictures = [], []
+    for case in asked:
+        first = examiner.seed
+        made = examiner.paint([case] * seeds, guidance, seeds=range(first, first + seeds))
+        scenes.append(disagreement([scene.labels for scene in made.scenes]))
+        if made.features:
+            pictures.append(spread(torch.stack(made.features)))
+    some = [scene.labels for scene in real.scenes[:32]]
+    figures = {"scene": float(np.mean(scenes)), "scene_real": disagreement(some)}
+    if pictures:
+        figures["picture"] = float(np.mean(pictures))
+        figures["picture_real"] = spread(torch.stack(real.features))
+    return figures
+
+
+def measure_tokenizers(examiner: Examiner, asked: Sequence[Case]) -> dict[str, dict[str, float]]:
+    """What is left of real scenes and pictures after a round trip through their tokens."""
+    vqseg, vqgan = examiner.model.vqseg, examiner.model.vqgan
+    scenes, scene_codes = SceneMetrics(), CodeMetrics(vqseg.config.codes)
+    pictures, image_codes = PictureMetrics(), CodeMetrics(vqgan.config.codes)
+    for part in examiner.batches(asked):
+        scene_maps = [case.scene(vqseg.config.size) for case in part]
+        labels_BHW = torch.from_numpy(np.stack([s.labels for s in scene_maps]))
+        edges_BHW = torch.from_numpy(np.stack([s.edges for s in scene_maps]))
+        image_BCHW = examiner.to_image([case.pixels(vqgan.config.size) for case in part])
+        device = examiner.model.device
+        with torch.inference_mode():
+            tokens_BT = vqseg.encode(labels_BHW.to(device), edges_BHW.to(device))
+            decoded_BHW, decoded_edges_BHW = vqseg.decode(tokens_BT)
+            image_tokens_BT = vqgan.encode(image_BCHW)
+            decoded_BCHW = vqgan.decode(image_tokens_BT)
+        scenes.update(
+            decoded_BHW.cpu(),
+            decoded_edges_BHW.cpu(),
+            true_labels_BHW=labels_BHW,
+            true_edges_BHW=edges_BHW,
+        )
+        scene_codes.update(tokens_BT)
+        pictures.update(decoded_BCHW, true_image_BCHW=image_BCHW)
+        image_codes.update(image_tokens_BT)
+    return {
+        "vqseg": {**scenes.compute(), **scene_codes.compute()},
+        "vqgan": {**pictures.compute(), **image_codes.compute()},
+    }
+
+
+def count_codes(examiner: Examiner, made: Made) -> dict[str, dict[str, float]]:
+    """How much of each codebook the generated pictures use."""
+    figures = {}
+    for stream, codes in (
+        ("scene", examiner.model.vqseg.config.codes),
+        ("image", examiner.model.vqgan.config.codes),
+    ):
+        metrics = CodeMetrics(codes)
+        for tokens in made.tokens:
+            metrics.update(getattr(tokens, stream))
+        figures[stream] = metrics.compute()
+    return figures
+
+
+def plain(value: Any) -> Any:
+    """The same figures as JSON has them: NaN is null."""
+    if isinstance(value, Mapping):
+        return {name: plain(content) for name, content in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(content) for content in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,254 @@
+"""The report of `mas evaluate` for people: Markdown, a sheet of samples, the sweep as a plot.
+
+In: figures and rows of pictures. Out: NAME.json, NAME.md, NAME.samples.png, NAME.sweep.png.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mas.obedience import CLAIMS
+from mas.scene import SceneMap
+from mas.shards import write_file
+from mas.sheet import BACKGROUND, INK, contact_sheet
+from mas.storage import write_json
+
+LINES = {  # of the plot: distinguishable, also for those who see no red
+    "class": (0, 114, 178),
+    "number": (230, 159, 0),
+    "colour": (213, 94, 0),
+    "relation": (0, 158, 115),
+    "place": (86, 180, 233),
+    "time": (204, 121, 167),
+}
+PLOT = (640, 400)  # pixels
+MARGIN = (52, 24, 120, 44)  # pixels left, above, right and below the axes
+FINER = 3  # drawn larger by this and reduced, so that lines are smooth
+CELL = 144  # pixels of a picture in the sheet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One caption in the sheet of samples."""
+
+    caption: str
+    predicted: SceneMap  # scene that the model invented …
+    picture: np.ndarray  # … and painted, uint8 H W C
+    given: SceneMap  # scene it was given …
+    painted: np.ndarray  # … and what it painted
+    read: np.ndarray | None  # labels that the reader saw in it
+    real: np.ndarray  # the picture of that scene
+
+
+def write_report(output: Path, figures: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Writes all files of a report, each whole or not at all."""
+    pictures = {"samples": draw_samples(rows)}
+    if figures.get("sweep"):
+        pictures["sweep"] = draw_sweep(figures["sweep"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG", optimize=True)
+        write_file(str(output.with_suffix(f".{name}.png")), buffer.getvalue())
+    text = describe(figures, {name: f"{output.stem}.{name}.png" for name in pictures})
+    write_file(str(output.with_suffix(".md")), text.encode())
+    write_json(output, figures)
+
+
+def draw_samples(rows: Sequence[Row]) -> Image.Image:
+    """A row a caption: what the model made of it alone, and of it and its true scene."""
+    header = ["caption", "predicted scene", "picture", "given scene", "picture"]
+    if rows[0].read is not None:
+        header.append("as it was read")
+    header.append("real picture")
+    return contact_sheet([_cells(row) for row in rows], cell=CELL, header=header)
+
+
+def _cells(row: Row) -> list[Image.Image | str]:
+    cells: list[Image.Image | str] = [
+        row.caption,
+        row.predicted.to_rgb(edges=True),
+        Image.fromarray(row.picture),
+        row.given.to_rgb(edges=True),
+        Image.fromarray(row.painted),
+    ]
+    if row.read is not None:
+        cells.append(SceneMap.from_labels(row.read).to_rgb(edges=True))
+    return [*cells, Image.fromarray(row.real)]
+
+
+def draw_sweep(sweep: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """Obedience over guidance, one line a kind of claim."""
+    entries = sorted(sweep, key=lambda entry: entry["guidance"])
+    left, top, right, bottom = (FINER * m for m in MARGIN)
+    width, height = PLOT[0] * FINER - left - right, PLOT[1] * FINER - top - bottom
+    image = Image.new("RGB", (PLOT[0] * FINER, PLOT[1] * FINER), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(size=13 * FINER)
+    low, high = entries[0]["guidance"], entries[-1]["guidance"]
+
+    def place(guidance: float, share: float) -> tuple[float, float]:
+        across = (guidance - low) / (high - low)
+        return left + across * width, top + (1 - share) * height
+
+    for tenth in range(0, 11, 2):
+        x, y = place(low, tenth / 10)
+        draw.line([(x, y), (x + width, y)], fill=(222, 218, 210), width=FINER)
+        draw.text((x - 8 * FINER, y), f"{tenth * 10} %", fill=INK, font=font, anchor="rm")
+    for entry in entries:
+        x, y = place(entry["guidance"], 0)
+        words = f"{entry['guidance']:g}"
+        draw.text((x, y + 8 * FINER), words, fill=INK, font=font, anchor="mt")
+    centre = (left + width / 2, PLOT[1] * FINER - 6 * FINER)
+    draw.text(centre, "guidance", fill=INK, font=font, anchor="mb")
+    free = top  # height at which the next name may stand
+    lines = [(name, _line(entries, name)) for name in CLAIMS]
+    for name, line in sorted(lines, key=lambda named: -(named[1][-1][1] if named[1] else 0)):
+        if not line:
+            continue
+        points = [place(*point) for point in line]
+        draw.line(points, fill=LINES[name], width=2 * FINER, joint="curve")
+        for x, y in points:
+            radius = 3 * FINER
+            draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=LINES[name])
+        free = max(free, points[-1][1])
+        words = f"{name} {line[-1][1]:.0%}"
+        draw.text(
+            (left + width + 10 * FINER, free), words, fill=LINES[name], font=font, anchor="lm"
+        )
+        free += 16 * FINER
+    return image.resize(PLOT, Image.Resampling.LANCZOS)
+
+
+def _line(entries: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Guidance and share of one kind of claims, where any was judged."""
+    return [
+        (entry["guidance"], entry["caption"][name])
+        for entry in entries
+        if entry["caption"].get(name) is not None
+    ]
+
+
+def describe(figures: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+    """The report as Markdown.
+
+    Args:
+        figures: as in the JSON.
+        pictures: names of the files beside it, by kind.
+    """
+    asked = figures["input"]
+    parts = [
+        f"# Evaluation of {figures['model']['name']}",
+        f"{asked['pictures']} captions and pictures of `{asked['shards']}`, guidance "
+        f"{figures['guidance']:g}, seed {figures['seed']}. *Real* is what the same reading says of "
+        "real scenes and pictures: the most that can be reached.",
+        _obedience(figures),
+        _scenes(figures),
+        _others(figures),
+    ]
+    if "sweep" in pictures:
+        parts.append(f"## Guidance\n\n![claims kept over guidance]({pictures['sweep']})")
+        parts.append(_sweep(figures["sweep"]))
+    parts.append(f"## Samples\n\n![samples]({pictures['samples']})")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_words(cell) for cell in line) + " |" for line in lines)
+
+
+def _words(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _obedience(figures: Mapping[str, Any]) -> str:
+    columns = {
+        "caption": "model",
+        "caption_real": "real",
+        "caption_unseen": "unseen combinations",
+        "caption_unseen_real": "real",
+    }
+    there = [name for name in columns if figures.get(name)]
+    if not there:
+        return ""
+    rows = [
+        [kind if kind != "all" else "whole caption", *(figures[name][kind] for name in there)]
+        for kind in (*CLAIMS, "all")
+    ]
+    return "## Claims of captions that hold\n\n" + _table(
+        ["claim", *(columns[name] for name in there)], rows
+    )
+
+
+def _scenes(figures: Mapping[str, Any]) -> str:
+    scene = figures.get("scene")
+    if not scene:
+        return ""
+    groups = ("miou", "things_miou", "stuff_miou", "human_miou", "face_miou", "pixel_accuracy")
+    suffixes = {
+        "scene given": "",
+        "real": "_real",
+        "scene predicted": "_predicted",
+        "scene of another caption given": "_contradicted",
+    }
+    rows = [
+        [group.replace("_", " "), *(scene.get(group + suffix) for suffix in suffixes.values())]
+        for group in groups
+        if group in scene
+    ]
+    return (
+        "## Pictures read again, against the scene they should show\n\n"
+        + _table(["", *suffixes], rows)
+        + f"\n\nThe model reaches {scene['share_of_real']:.1%} of what real pictures reach."
+    )
+
+
+def _others(figures: Mapping[str, Any]) -> str:
+    titles = {
+        "reader": "The reader on real pictures",
+        "vqseg": "VQ-SEG on real scenes",
+        "vqgan": "VQ-GAN on real pictures",
+        "distribution": "Distance from real pictures (features of the reader, not of Inception)",
+        "diversity": "Diversity: pictures of one caption, beside real ones of different captions",
+        "codes": "Codes used in generated pictures",
+    }
+    parts = []
+    for name, title in titles.items():
+        values = figures.get(name)
+        if values:
+            rows = [[key.replace("_", " "), value] for key, value in _flat(values)]
+            parts.append(f"## {title}\n\n" + _table(["", ""], rows))
+    return "\n\n".join(parts)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key} ")
+        else:
+            rows.append((prefix + key, value))
+    return rows
+
+
+def _sweep(sweep: Sequence[Mapping[str, Any]]) -> str:
+    kinds = [kind for kind in (*CLAIMS, "all") if kind in sweep[0]["caption"]]
+    rows = [
+        [
+            f"{entry['guidance']:g}",
+            *(entry["caption"][kind] for kind in kinds),
+            entry["distribution"].get("fid"),
+        ]
+        for entry in sweep
+    ]
+    return _table(["guidance", *kinds, "FID"], rows)
