@@ -20,9 +20,9 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
 from torch import Tensor
 
-from mas.shard_files import replacing, write_file
+from mas.shard_files import remove_temporary, replacing, write_file
 from mas.sheet import contact_sheet
-from mas.storage import save_network
+from mas.storage import CONFIG_FILE, WEIGHTS_FILE, save_network
 from train.stream import STOPPING
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(str(path)) as file:
-            torch.save(checkpoint, file)
+        try:
+            with replacing(str(path)) as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch covers what the disk says with an error of its own
+            cause = error.__context__
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, cause.strerror, str(path)) from error
+            raise
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -132,6 +138,8 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
+            for name in (LAST, BEST, CONFIG, CONFIG_FILE, WEIGHTS_FILE):
+                remove_temporary(str(folder / name))  # of a run that was killed
             write_file(str(folder / CONFIG), f"{MARK} {self.stage}\n{self.config}".encode())
             millions = sum(p.numel() for p in pl_module.network.parameters()) / 1e6
             logger.info("%s: %.2fM parameters, run folder %s", self.stage, millions, folder)
