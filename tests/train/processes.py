@@ -6,11 +6,12 @@ A fresh interpreter spends seconds on importing; a fork of the fork server does 
 import multiprocessing
 import os
 import sys
+import threading
 import traceback
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train.runner", "mas.__main__"])
-LIMIT = 60  # seconds; a process that takes longer hangs
+LIMIT = 240  # seconds; a process that takes longer hangs
 
 
 def start(words, *, log, environment=None, before=None):
@@ -45,10 +46,12 @@ def _main(words, log, environment, before):
     os.dup2(descriptor, 2)
     os.environ.update(environment)
     import torch
+    from tqdm import tqdm
 
     from mas.__main__ import main
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
     try:
         if before is not None:
             before()
