@@ -59,7 +59,10 @@ class Cases:
 
 
 def read_cases(shards: str, count: int) -> Cases:
-    """Up to `count` pictures, evenly spread; caption number i mod n of the i-th one.
+    """Up to `count` pictures, evenly spread.
+
+    The i-th is asked for by its caption number i mod n, but one that holds a combination kept out
+    of the training by the first caption that says so.
 
     Raises:
         ShardError: no shards, no pictures, a picture without scene or caption.
@@ -90,9 +93,9 @@ def _read_case(sample: Sample, park: Mapping[str, Any] | None, number: int) -> C
     captions = read_captions(sample)
     if not captions:
         raise ShardError(f"{sample.key}: has no caption")
-    chosen = number % len(captions)
-    facts = None
+    chosen, facts = number % len(captions), None
     if park and len(park["facts"]) == len(captions):
+        chosen = choose_caption(park["facts"], park["held_out"], chosen)
         facts = park["facts"][chosen]
     return Case(
         key=sample.key,
@@ -102,6 +105,26 @@ def _read_case(sample: Sample, park: Mapping[str, Any] | None, number: int) -> C
         facts=facts,
         place=park and park["place"],
         time=park and park["time"],
+    )
+
+
+def choose_caption(
+    facts: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, str]], otherwise: int
+) -> int:
+    """Position of the first caption that states one of the combinations, else `otherwise`."""
+    for position, claims in enumerate(facts):
+        if any(_states(claims, combination) for combination in held_out):
+            return position
+    return otherwise
+
+
+def _states(claims: Mapping[str, Any], combination: Mapping[str, str]) -> bool:
+    """Whether a caption names the class together with its colour, time or place."""
+    things = [claim for claim in claims["things"] if claim["class"] == combination["class"]]
+    if "colour" in combination:
+        return any(claim.get("colour") == combination["colour"] for claim in things)
+    return bool(things) and all(
+        claims[name] == combination[name] for name in ("time", "place") if name in combination
     )
 
 

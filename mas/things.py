@@ -37,13 +37,24 @@ def find_things(scene: SceneMap) -> dict[int, list[Found]]:
     """
     part = (scene.labels >= HUMAN_IDS.start) & (scene.labels < FACE_IDS.stop)
     labels = np.where(part, PERSON, scene.labels)
-    between = scene.edges & ~find_edges(scene.labels)
+    between = _between(scene)
     found = {}
     for class_id in np.unique(labels[labels < THINGS]).tolist():
         things = _find_class(labels == class_id, between, class_id)
         if things:
             found[class_id] = things
     return found
+
+
+def _between(scene: SceneMap) -> np.ndarray:
+    """Edges between two segments of one label, bool H W.
+
+    Where such an edge ends at another label, its last pixel is an edge of both kinds.
+    """
+    from scipy import ndimage
+
+    inner_HW = scene.edges & ~find_edges(scene.labels)
+    return scene.edges & ndimage.binary_dilation(inner_HW, np.ones((3, 3)))
 
 
 def _find_class(mask_HW: np.ndarray, between_HW: np.ndarray, class_id: int) -> list[Found]:
