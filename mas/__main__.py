@@ -64,6 +64,9 @@ COMMANDS = {
     "bench train": Command(
         "train.bench:bench_train", "tokens per second of the GPT's training", "train"
     ),
+    "bench vqseg": Command(
+        "mas.bench_vqseg:bench_vqseg", "maps per second and memory of both VQ-SEG layouts"
+    ),
     "doctor": Command("mas.doctor:doctor", "what is installed, what is missing"),
 }
 OWN_PARSER = {"train"}  # LightningCLI parses these itself

@@ -67,12 +67,7 @@ def add_block(block: ResidualBlock, x_1CHW: Tensor) -> Tensor:
     """`block(x_1CHW)`, its 3×3 convolutions in bfloat16; `x_1CHW` may be overwritten."""
     channels = _by_channel(block.norm_1, x_1CHW)
     conv_1, conv_2 = _half(block.conv_1), _half(block.conv_2)
-    hidden = torch.empty(
-        (1, block.conv_1.out_channels, *x_1CHW.shape[2:]),
-        dtype=torch.bfloat16,
-        device=x_1CHW.device,
-        memory_format=torch.channels_last,
-    )
+    hidden = _empty(block.conv_1.out_channels, *x_1CHW.shape[2:], dtype=torch.bfloat16)
     for strip in _strips(x_1CHW):
         normed = F.silu(channels.apply(x_1CHW[:, :, strip.read]), inplace=True)
         hidden[:, :, strip.write] = conv_1(normed.bfloat16())[:, :, strip.keep]
@@ -92,9 +87,8 @@ def upsample(layer: Upsample, x_1CHW: Tensor) -> Tensor:
     assert layer.conv.bias is not None
     bias = layer.conv.bias.repeat(4)
     channels, (height, width) = layer.conv.out_channels, x_1CHW.shape[2:]
-    out = x_1CHW.new_empty(1, channels, 2 * height, 2 * width)
-    out = out.to(memory_format=torch.channels_last)
-    for strip in _strips(x_1CHW):
+    out = _empty(channels, 2 * height, 2 * width, dtype=x_1CHW.dtype)
+    for strip in _strips(x_1CHW, STRIP_CELLS // 4):
         # Position r of these reads cells r - 1 and r: place 0 of cell r, and place 1 of cell r - 1.
         found = F.conv2d(x_1CHW[:, :, strip.read], kernels, bias, padding=1)
         found = rearrange(found, "1 (p q o) h w -> p q o h w", p=2, q=2)
@@ -115,9 +109,9 @@ class _Strip(NamedTuple):
     write: slice  # where those belong
 
 
-def _strips(x_BCHW: Tensor) -> Iterator[_Strip]:
+def _strips(x_BCHW: Tensor, cells: int | None = None) -> Iterator[_Strip]:
     height, width = x_BCHW.shape[2:]
-    rows = max(1, STRIP_CELLS // width)
+    rows = max(1, (cells or STRIP_CELLS) // width)
     for start in range(0, height, rows):
         stop = min(start + rows, height)
         first = max(start - 1, 0)
@@ -126,6 +120,10 @@ def _strips(x_BCHW: Tensor) -> Iterator[_Strip]:
             keep=slice(start - first, stop - first),
             write=slice(start, stop),
         )
+
+
+def _empty(*size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty((1, *size), dtype=dtype, memory_format=torch.channels_last)
 
 
 class _ByChannel(NamedTuple):
