@@ -6,6 +6,7 @@ padding to a common size wastes little.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,7 +29,10 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise ValueError(f"device {name!r}: use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r}: this machine has no CUDA GPU; use auto or cpu")
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # as Ray does with workers
+        lacking = "this process was given no GPU" if hidden else "this machine has no CUDA GPU"
+        mend = "--gpus-per-worker gives a worker one" if hidden else "use auto or cpu"
+        raise ValueError(f"device {name!r}: {lacking}; {mend}")
     return device
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import platform
 import resource
@@ -19,8 +20,12 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+from tqdm.contrib.logging import logging_redirect_tqdm
+
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import ERROR, RUNNING, STATS, RunFolder, settings_hash
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[int], None]  # a worker tells how many more items it has seen
 
@@ -53,6 +58,7 @@ class ExecutorConfig:
     workers: int | None = None  # None = one a CPU of the machine or the cluster
     address: str | None = None  # of a Ray cluster, "auto" = the one this machine is in
     gpus_per_worker: float = 0.0  # may be a fraction
+    networks: bool = False  # what workers run gains from a GPU
     retry_failed: bool = False  # also try shards that were set aside
     retry_rejected: bool = False  # also remake shards with items dropped for a passing reason
 
@@ -192,6 +198,7 @@ def execute(
     with (
         ProgressBar(folder, len(jobs), unit=unit, failed=len(summary.failed)) as bar,
         contextlib.closing(_outcomes(pending, factory, folder, common, config, bar)) as outcomes,
+        logging_redirect_tqdm(),
     ):
         bar.skip(summary.skipped)
         for outcome in outcomes:
@@ -199,12 +206,23 @@ def execute(
                 raise OSError(f"{outcome.error}; finished shards are kept: mend it and run again")
             if outcome.error:
                 summary.failed[outcome.name] = outcome.error
+                logger.error("shard %s failed: %s", outcome.name, outcome.error)
             else:
                 summary.done += 1
+                _warn_of_rejects(outcome)
             bar.shard_done(failed=bool(outcome.error))
         summary.seconds, summary.seen = bar.seconds, bar.items
     folder.sweep()  # what workers left behind that were killed for good
     return summary
+
+
+def _warn_of_rejects(outcome: Outcome) -> None:
+    """A shard without one good sample mostly means settings that do not fit the data."""
+    stats = outcome.stats or {}
+    rejected = stats.get("rejected", {})
+    if rejected and not stats.get("photos_out"):
+        reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
+        logger.warning("shard %s: not one sample could be used: %s", outcome.name, reasons)
 
 
 def _find_pending(

@@ -79,6 +79,8 @@ def choose(paths: Sequence[str], count: int) -> Iterator[Sample]:
     try:
         index = ShardIndex(chosen, extensions=MEMBERS)
     except ShardError as error:
+        if " has no " not in str(error):  # broken, not of another kind
+            raise
         raise ShardError(f"{error}; mas inspect shows what mas preprocess writes") from error
     for i in _evenly(len(index), count):
         yield index.read(i)

@@ -19,6 +19,8 @@ from preprocess.executor import ExecutorConfig, Job, Outcome, Runner, Worker
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import RunFolder
 
+logger = logging.getLogger(__name__)
+
 REACH_SECONDS = 10.0
 OBJECT_STORE_BYTES = 100 * 2**20  # jobs and outcomes are small
 
@@ -90,7 +92,9 @@ def run_on_ray(
         context = ray.data.DataContext.get_current()
         context.execution_options = ray.data.ExecutionOptions(preserve_order=False)
         context.enable_progress_bars = False
-        workers = min(_count_workers(config, ray.cluster_resources()), len(jobs))
+        resources = ray.cluster_resources()
+        _warn_of_idle_gpus(config, resources)
+        workers = min(_count_workers(config, resources), len(jobs))
         counter = _start_counter()
         rows = [{"job": pickle.dumps(job)} for job in jobs]
         outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -132,6 +136,15 @@ def _count_workers(config: ExecutorConfig, resources: Mapping[str, float]) -> in
             "out, or give --workers where an autoscaler will bring them"
         )
     return min(cpus, int(gpus / config.gpus_per_worker))
+
+
+def _warn_of_idle_gpus(config: ExecutorConfig, resources: Mapping[str, float]) -> None:
+    """Ray hides the GPUs from a worker that has not asked for a share of one."""
+    if config.networks and not config.gpus_per_worker and resources.get("GPU"):
+        logger.warning(
+            "the networks run on CPUs, and %g GPUs stay idle: give --gpus-per-worker 1, or 0.5",
+            resources["GPU"],
+        )
 
 
 def _start_counter() -> Any:

@@ -16,9 +16,15 @@ from preprocess.executor import ExecutorConfig, Summary, execute
 from preprocess.histogram import draw_histogram
 from preprocess.inputs import find_jobs
 from preprocess.photo import PhotoConfig
-from preprocess.rejects import PASSING
+from preprocess.rejects import PASSING, Reject
 from preprocess.run_folder import HISTOGRAM, SUMMARY, RunFolder
-from preprocess.segment import FaceConfig, HumanConfig, PanopticConfig, check_sources
+from preprocess.segment import (
+    NETWORKS,
+    FaceConfig,
+    HumanConfig,
+    PanopticConfig,
+    check_sources,
+)
 from preprocess.status import collect, describe_rejects
 from preprocess.worker import SceneConfig, SceneWorker
 
@@ -69,6 +75,10 @@ def preprocess(
         retry_failed: also try the shards that failed and were set aside.
         retry_rejected: also try the samples again that were rejected for a reason that may have
             passed: no_photo, no_annotation, not_segmented.
+
+    Raises:
+        ValueError: settings that cannot work, a broken input, or not one usable sample in it.
+        OSError: a package is missing, or input or output cannot be reached.
     """
     if batch_size < 1 or threads < 0 or (workers or 0) < 0 or gpus_per_worker < 0:
         raise ValueError("batch_size must be at least 1; threads, workers and GPUs at least 0")
@@ -88,12 +98,15 @@ def preprocess(
             workers=workers,
             address=address,
             gpus_per_worker=gpus_per_worker,
+            networks=any(part.source in NETWORKS for part in (panoptic, human, face)),
             retry_failed=retry_failed,
             retry_rejected=retry_rejected,
         ),
         passing=[reason.value for reason in PASSING],
     )
-    _conclude(summary, RunFolder(output))
+    totals = _conclude(summary, RunFolder(output))
+    if totals["rejected"] and not totals["photos_out"]:
+        raise ValueError(_describe_total_loss(totals["rejected"], panoptic, output))
     return summary.status
 
 
@@ -106,8 +119,21 @@ def settings_of(config: SceneConfig) -> dict[str, Any]:
     return settings
 
 
-def _conclude(summary: Summary, folder: RunFolder) -> None:
-    """Writes summary.json and classes.png and prints what became of the run."""
+def _describe_total_loss(rejected: dict[str, int], panoptic: PanopticConfig, output: str) -> str:
+    """One line for a run that kept nothing; `rejected` has the commonest reason first."""
+    reasons = ", ".join(f"{reason} {count}" for reason, count in list(rejected.items())[:3])
+    unannotated = next(iter(rejected)) == Reject.NO_ANNOTATION.value
+    hint = (
+        "; the photos bring no annotations: choose networks that make them, as "
+        "configs/preprocess/cc12m.yaml does"
+        if unannotated and panoptic.source == "shard-annotations"
+        else f"; {output.rstrip('/')}/*.rejects.jsonl tell of each"
+    )
+    return f"not one of {sum(rejected.values())} samples could be used: {reasons}{hint}"
+
+
+def _conclude(summary: Summary, folder: RunFolder) -> dict[str, Any]:
+    """Writes summary.json and classes.png, prints what became of the run, returns the sums."""
     totals = collect(folder)
     folder.write(SUMMARY, totals)
     if totals["classes"]:
@@ -128,3 +154,4 @@ def _conclude(summary: Summary, folder: RunFolder) -> None:
         print(f"failed: {name}: {error}")
     if summary.failed:
         print("mend the input, then run the same command with --retry-failed")
+    return totals

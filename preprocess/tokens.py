@@ -33,6 +33,7 @@ from mas.storage import file_hash
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
+from preprocess.batching import pick_device
 from preprocess.executor import ExecutorConfig, Job, Report, execute
 from preprocess.inputs import find_jobs
 from preprocess.run_folder import STATS, RunFolder
@@ -102,11 +103,11 @@ class TokenWorker:
     """Turns one scene shard into one token shard; holds the networks between jobs."""
 
     def __init__(
-        self, paths: TokenizerPaths, output: str, *, batch_size: int = 16, device: str = "cpu"
+        self, paths: TokenizerPaths, output: str, *, batch_size: int = 16, device: str = "auto"
     ) -> None:
         self.output = output
         self.batch_size = batch_size
-        self.device = torch.device(device)
+        self.device = pick_device(device)
         self.parts = Tokenizers.load(paths)
         self.parts.scene.to(self.device)
         self.parts.image.to(self.device)
@@ -196,7 +197,7 @@ def tokenize(
         vqgan: folder of the VQ-GAN.
         tokenizer: the text tokenizer's tokenizer.json.
         batch_size: pictures a call of a network.
-        device: of the networks: cpu, cuda, cuda:1.
+        device: of the networks: cpu, cuda, cuda:1; auto = the GPU where the worker has one.
         executor: ray, or serial = one shard after the other in this process.
         workers: at work at once; default one a CPU, 0 = serial.
         address: of a Ray cluster; auto = the one this machine belongs to; default a local Ray.
@@ -222,6 +223,7 @@ def tokenize(
             workers=workers,
             address=address,
             gpus_per_worker=gpus_per_worker,
+            networks=device != "cpu",
             retry_failed=retry_failed,
         ),
         unit="picture",

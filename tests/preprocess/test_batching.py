@@ -46,5 +46,9 @@ def test_unknown_and_absent_devices_are_refused_in_one_line(monkeypatch):
     assert str(pick_device("auto")) == "cpu"
     with pytest.raises(ValueError, match="use auto, cpu, cuda"):
         pick_device("graphics card")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(ValueError, match="has no CUDA GPU"):
+        pick_device("cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match="--gpus-per-worker"):
         pick_device("cuda")

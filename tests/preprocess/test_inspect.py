@@ -65,6 +65,14 @@ def test_what_is_no_scene_shard_is_named(tmp_path, files, words):
     assert not (tmp_path / "s.png").exists()
 
 
+def test_a_broken_shard_is_not_taken_for_one_of_another_kind(scenes, tmp_path):
+    content = next(scenes.glob("*.tar")).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(content[:5000])
+    with pytest.raises(ValueError, match=r"cut\.tar: truncated") as caught:
+        inspect(str(tmp_path / "cut.tar"), output=str(tmp_path / "s.png"))
+    assert "mas preprocess" not in str(caught.value)
+
+
 def test_wrong_flags_are_named(scenes, tmp_path):
     with pytest.raises(ValueError, match="--count"):
         inspect(str(scenes), output=str(tmp_path / "s.png"), count=0)

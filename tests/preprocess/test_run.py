@@ -125,6 +125,34 @@ def test_a_truncated_tar_fails_alone_and_can_be_mended(shards, undisturbed, tmp_
     assert tar_bytes(output) == undisturbed
 
 
+@pytest.mark.parametrize("executor", ["serial", "ray"])
+def test_failed_shards_are_named_while_the_run_goes_on(tmp_path, caplog, executor, request):
+    if executor == "ray":
+        request.getfixturevalue("local_ray")
+    write_photos(tmp_path / "00000.tar", [photo_sample("a")])
+    (tmp_path / "00001.tar").write_bytes(b"no tar")
+    assert run(tmp_path, tmp_path / "out", executor=executor) == 1
+    (message,) = caplog.messages
+    assert message.startswith("shard 00001 failed: ") and "00001.tar: truncated" in message
+
+
+def test_a_run_that_keeps_nothing_fails_and_says_why(tmp_path):
+    bad = [photo_sample(key, jpg=b"") for key in "abc"] + [photo_sample("d", txt=None)]
+    write_photos(tmp_path / "00000.tar", bad)
+    said = r"not one of 4 samples could be used: unknown_format 3, no_caption 1; .*out/\*\.rejects"
+    for _ in range(2):  # the second run finds all shards done
+        with pytest.raises(ValueError, match=said):
+            run(tmp_path / "00000.tar", tmp_path / "out")
+    assert json.loads((tmp_path / "out/summary.json").read_text())["photos_out"] == 0
+
+
+def test_photos_without_annotations_are_told_of_the_networks(tmp_path):
+    plain = {end: None for end in ("panoptic.png", "segments.json")}
+    write_photos(tmp_path / "00000.tar", [photo_sample("a", **plain)])
+    with pytest.raises(ValueError, match=r"no_annotation 1; .*cc12m\.yaml"):
+        run(tmp_path / "00000.tar", tmp_path / "out")
+
+
 def test_the_summary_counts_photos_rejects_and_classes(tmp_path, capsys):
     photos, output = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()

@@ -145,6 +145,18 @@ def test_photos_smaller_than_the_networks_are_refused_with_the_mend(world, tmp_p
     assert "preprocess with --photo.size 32" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("executor", ["serial", "ray"])
+def test_a_device_that_is_not_there_is_named_in_one_line(
+    world, tmp_path, monkeypatch, executor, request
+):
+    if executor == "ray":
+        request.getfixturevalue("local_ray")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises((ValueError, OSError), match=r"device 'cuda': .*GPU") as caught:
+        run(world, tmp_path / "out", device="cuda", executor=executor)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_missing_part_is_named(world, tmp_path):
     for part in ("vqseg", "vqgan", "tokenizer"):
         with pytest.raises(ValueError, match="nowhere"):
