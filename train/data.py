@@ -23,7 +23,7 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from mas.scene import CLASS_NAMES, SceneMap, find_edges
-from mas.shards import ShardError, ShardIndex, TokenShards, expand_shards
+from mas.shards import ShardIndex, TokenShards, expand_shards
 from mas.storage import file_hash
 from mas.text import Tokenizer
 from train.boxes import draw_boxes, face_boxes, thing_boxes
@@ -176,27 +176,18 @@ class TokenItems:
         """`key` and `text`, `scene`, `image`: long T; a caption at random, without `rng` the first.
 
         Raises:
-            ShardError: a token that its stream's vocabulary does not have; names file and picture.
+            ShardError: a shard that is damaged, by name.
         """
         picture = self.part[index]
         text_CT, scene, image = self.shards[picture]
         caption = 0 if rng is None else int(rng.integers(len(text_CT)))
         streams = {"text": text_CT[caption], "scene": scene, "image": image}
-        key = self._key(picture)
-        for name, tokens in streams.items():
-            vocabulary = self.shards.manifest[name]["vocabulary"]
-            if (largest := tokens.max()) >= vocabulary:
-                shard, _, row = key.partition("/")
-                raise ShardError(
-                    f"{self.shards.folder / shard}.{name}.npy: token {largest} of picture {row} "
-                    f"is not of 0-{vocabulary - 1}; tokenize again"
-                )
         tensors = {name: torch.from_numpy(np.int64(tokens)) for name, tokens in streams.items()}
         if rng is not None and self.tokenizer is not None and self.bpe_dropout:
             words = self.tokenizer.decode(tensors["text"][None])
             seed = int(rng.integers(2**63))
             tensors["text"] = self.tokenizer.encode(words, dropout=self.bpe_dropout, seed=seed)[0]
-        return {"key": key, **tensors}
+        return {"key": self._key(picture), **tensors}
 
     def _key(self, picture: int) -> str:
         """SHARD/ROW, by which the picture can be found."""

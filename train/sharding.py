@@ -16,16 +16,29 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
 
+# Whole tensors, not the pieces of this process: to read them off the network, to put them into it.
+GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+SPREAD = StateDictOptions(full_state_dict=True)
+
 
 class Sharded(ModelParallelStrategy):
-    """Lightning's strategy for DTensors, with all processes in one data-parallel group."""
+    """Lightning's strategy for DTensors, with all processes in one data-parallel group.
+
+    Lightning numbers the parameters in a sharded optimiser's state by their order in the module,
+    torch by their order in the optimiser; here they are as torch has them, for other strategies.
+    """
 
     def __init__(self) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
@@ -33,6 +46,41 @@ class Sharded(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps it
+        assert self.model is not None
+        whole: dict[str, Any] = get_optimizer_state_dict(self.model, optimizer, options=GATHER)
+        if not self.is_global_zero:
+            return whole  # empty
+        number = {name: i for i, name in enumerate(self._names(optimizer))}
+        groups = [{**g, "params": [number[n] for n in g["params"]]} for g in whole["param_groups"]]
+        state = {number[name]: values for name, values in whole["state"].items()}
+        return {"state": dict(sorted(state.items())), "param_groups": groups}
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+        assert self.model is not None
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=SPREAD)
+        for optimizer, plain in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            names = self._names(optimizer)
+            whole = {
+                "state": {names[number]: values for number, values in plain["state"].items()},
+                "param_groups": [
+                    {**g, "params": [names[number] for number in g["params"]]}
+                    for g in plain["param_groups"]
+                ],
+            }
+            set_optimizer_state_dict(self.model, optimizer, whole, options=SPREAD)
+        return checkpoint
+
+    def _names(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Names of the parameters in the optimiser's order."""
+        assert self.model is not None
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [names[p] for group in optimizer.param_groups for p in group["params"]]
 
 
 def shard(module: LightningModule) -> None:
@@ -109,8 +157,7 @@ class ShardedAveraging(Callback):
         self.on_fit_start(trainer, pl_module)
         if "current_model_state" in checkpoint:
             self.count = checkpoint["averaging_state"]["n_averaged"].clone()
-            options = StateDictOptions(full_state_dict=True)
-            set_model_state_dict(pl_module, checkpoint["current_model_state"], options=options)
+            set_model_state_dict(pl_module, checkpoint["current_model_state"], options=SPREAD)
 
     @torch.no_grad()
     def _swap(self, pl_module: LightningModule) -> None:

@@ -1,11 +1,18 @@
 """Batches from shards: content, validation split, flips, captions, and clear refusals."""
 
+import json
+import shutil
+from itertools import islice
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from mas.scene import CLASS_NAMES, SceneMap, find_edges
-from mas.shards import ShardIndex, TokenShards, expand_shards
+from mas.shards import ShardIndex, TokenShards, expand_shards, write_token_shard
+from mas.storage import file_hash
+from mas.text import Tokenizer
 from train.data import Part, PhotoData, SceneData, TokenData, TokenItems, mirror
 
 HELD_OUT = [5, 11, 17, 23]
@@ -72,6 +79,113 @@ def test_a_caption_of_the_picture_is_drawn_at_random(token_shards):
     drawn = {tuple(items.item(0, rng)["text"].tolist()) for _ in range(20)}
     assert drawn == {tuple(caption.tolist()) for caption in shards[0][0]}
     assert tuple(items.item(0, None)["text"].tolist()) == tuple(shards[0][0][0].tolist())
+
+
+@pytest.fixture(scope="module")
+def captioned(token_shards, tmp_path_factory):
+    """Token shards whose captions were encoded by the tokenizer beside them."""
+    folder = tmp_path_factory.mktemp("captioned")
+    captions = ["a dog on the grass", "two dogs and a red ball in the park"]
+    tokenizer = Tokenizer.fit(captions * 3, vocab_size=300, length=32)
+    tokenizer.save(folder / "tokenizer.json")
+    shards = TokenShards(str(token_shards))
+    count = 20
+    write_token_shard(
+        str(folder),
+        "00000",
+        scene=np.stack([shards[i][1] for i in range(count)]),
+        image=np.stack([shards[i][2] for i in range(count)]),
+        text=np.tile(tokenizer.encode(captions).numpy().astype(np.uint16), (count, 1)),
+        row=np.repeat(np.arange(count, dtype=np.int32), 2),
+    )
+    manifest = shards.manifest | {
+        "text": {
+            "vocabulary": tokenizer.vocab_size,
+            "length": 32,
+            "sha256": file_hash(folder / "tokenizer.json"),
+        },
+        "shards": [{"name": "00000", "pictures": count, "captions": 2 * count}],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder, tokenizer, captions
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bpe_dropout_spells_captions_in_new_ways_and_never_in_validation(workers, captioned):
+    folder, tokenizer, captions = captioned
+    data = TokenData(
+        input=str(folder),
+        batch_size=10,
+        workers=workers,
+        holdout=5,
+        bpe_dropout=0.3,
+        tokenizer=str(folder / "tokenizer.json"),
+    )
+    data.setup("fit")
+    loader = data.train_dataloader()
+    first = [batch["text"] for batch in islice(loader, 3)]
+    assert {c for batch in first for c in tokenizer.decode(batch)} == set(captions)
+    assert len({tuple(row) for batch in first for row in batch.tolist()}) > 4
+    again = data.train_dataloader()
+    again.load_state_dict({"consumed": 10})
+    assert all(torch.equal(a, b["text"]) for a, b in zip(first[1:], islice(again, 2), strict=True))
+    (validation,) = data.val_dataloader()
+    assert torch.equal(validation["text"], tokenizer.encode([captions[0]]).expand(4, -1))
+
+
+def test_without_bpe_dropout_the_stored_tokens_are_taken(captioned):
+    folder, tokenizer, captions = captioned
+    data = TokenData(input=str(folder), batch_size=10, holdout=5)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    known = {tuple(row) for row in tokenizer.encode(captions).tolist()}
+    assert {tuple(row) for row in batch["text"].tolist()} == known
+
+
+def test_bpe_dropout_needs_the_tokenizer_of_the_tokens(captioned, tmp_path):
+    folder, _, _ = captioned
+    with pytest.raises(ValueError, match=r"data\.bpe_dropout needs data\.tokenizer"):
+        TokenData(input=str(folder), bpe_dropout=0.1)
+    Tokenizer.fit(["something else"], vocab_size=300, length=32).save(tmp_path / "other.json")
+    data = TokenData(
+        input=str(folder), batch_size=4, bpe_dropout=0.1, tokenizer=str(tmp_path / "other.json")
+    )
+    with pytest.raises(ValueError, match=r"other\.json is not the tokenizer of"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_token_that_no_vocabulary_has_is_named_with_its_file(workers, token_shards, tmp_path):
+    folder = tmp_path / "tokens"
+    shutil.copytree(token_shards, folder)
+    image = np.load(folder / "00000.image.npy")
+    image[7, 3] = 40000
+    np.save(folder / "00000.image.npy", image)
+    data = TokenData(input=str(folder), batch_size=4, holdout=6, workers=workers)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"00000\.image\.npy: .*token 40000") as caught:
+        list(islice(data.train_dataloader(), 5))
+    assert "\n" not in str(caught.value)
+
+
+def test_keys_say_where_a_picture_lies(token_shards):
+    shards = TokenShards(str(token_shards))
+    items = TokenItems(shards, Part(len(shards), holdout=6, part="train"))
+    assert [items.item(place, None)["key"] for place in (0, 4, 5)] == [
+        "00000/0",
+        "00000/4",
+        "00000/6",
+    ]
+
+
+def test_ranks_validate_equally_many_pictures_and_none_goes_without(token_shards):
+    data = TokenData(input=str(token_shards), batch_size=2, holdout=6)
+    data.trainer = SimpleNamespace(global_rank=1, world_size=3)
+    data.setup("fit")
+    assert sum(len(batch["key"]) for batch in data.val_dataloader()) == 1  # of four
+    data.trainer = SimpleNamespace(global_rank=0, world_size=5)
+    with pytest.raises(ValueError, match="4 pictures are held out for 5 processes"):
+        data.setup("fit")
 
 
 @pytest.mark.parametrize(

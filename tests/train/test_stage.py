@@ -5,11 +5,13 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from mas.gpt import StreamLosses
+from mas.gpt import GPT, GPTConfig, StreamLosses
 from mas.text import PAD
 from train.adversary import AdversaryConfig, adaptive_weight, discriminator_loss, generator_loss
 from train.callbacks import Averaging
+from train.flops import peak_flops, training_flops
 from train.gpt import CaptionDropout, StreamWeights, check_manifest
 from train.stage import Optimiser, split_parameters
 
@@ -24,6 +26,29 @@ def test_the_rate_warms_up_and_decays_to_its_final_share():
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     constant = Optimiser(learning_rate=1.0, warmup_steps=0, schedule="constant")
     assert {constant.rate(step, steps=5) for step in range(9)} == {1.0}
+
+
+def test_the_paper_s_rate_drops_once():
+    optimiser = Optimiser(
+        learning_rate=4.5e-4,
+        warmup_steps=0,
+        schedule="step",
+        drop_at=40_000,
+        final_share=1 / 3,
+    )
+    rates = [optimiser.rate(step, steps=170_000) for step in (0, 39_999, 40_000, 169_999)]
+    assert rates == pytest.approx([4.5e-4, 4.5e-4, 1.5e-4, 1.5e-4])
+    share = Optimiser(learning_rate=1.0, warmup_steps=2, schedule="step", drop_at=0.25)
+    rates = [share.rate(step, steps=40) for step in (0, 1, 9, 10)]
+    assert rates == pytest.approx([0.5, 1, 1, 0.05])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"learning_rate": 0}, {"drop_at": -1}, {"final_share": 2}, {"clip": -1}]
+)
+def test_impossible_optimisers_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Optimiser(**settings)
 
 
 def test_only_weights_of_linear_and_convolution_layers_decay():
@@ -63,6 +88,14 @@ def test_captions_are_dropped_whole_and_as_often_as_asked():
     assert torch.equal(CaptionDropout(share=0.25, start=10)(text_BT, step=9, steps=20), text_BT)
 
 
+def test_by_default_captions_are_dropped_in_the_last_18_percent_of_the_run():
+    text_BT = torch.ones(200, 4, dtype=torch.long)
+    dropped = [
+        (CaptionDropout()(text_BT, step=step, steps=1000) == PAD).any() for step in (0, 819, 820)
+    ]
+    assert dropped == [False, False, True]
+
+
 def test_the_adversary_starts_on_time_and_warms_up():
     adversary = AdversaryConfig(weight=0.8, start=100, warmup_steps=4)
     assert [adversary.say(step) for step in (0, 99, 100, 101, 103, 500)] == pytest.approx(
@@ -90,13 +123,44 @@ def test_averaging_warms_up_and_then_keeps_its_decay():
     assert averaging.average(one, zero, 1000) == pytest.approx(0.9)
 
 
+def test_training_flops_are_what_torch_counts():
+    config = GPTConfig(
+        layers=2,
+        width=32,
+        heads=2,
+        text_vocabulary=50,
+        scene_vocabulary=16,
+        image_vocabulary=24,
+        text_length=8,
+        scene_grid=3,
+        image_grid=4,
+    )
+    network = GPT(config)
+    streams = [torch.ones(1, s.length, dtype=torch.long) for s in config.layout.streams]
+    with FlopCounterMode(display=False) as counter:
+        network(*streams)
+    tokens, head_width = 8 + 9 + 16 - 1, 16
+    products = 2 * 2 * (2 * tokens * tokens * head_width)  # of 2 heads; torch does not count them
+    causal = config.layers * products / 2
+    linear = counter.get_total_flops()
+    assert linear > causal
+    assert training_flops(config) == pytest.approx(3 * (linear + causal))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_of_a_cpu_is_measured_and_unknown_cards_have_none(dtype, monkeypatch):
+    assert 1e8 < peak_flops(torch.device("cpu"), dtype) < 1e15
+    for name, peak in (("NVIDIA H200", 989e12), ("NVIDIA Brand New", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+    assert peak_flops(torch.device("cuda"), torch.float32) is None
+
+
 @pytest.mark.parametrize(
     ("stream", "size"),
     [("text", "vocabulary"), ("text", "length"), ("scene", "grid"), ("image", "vocabulary")],
 )
 def test_tokens_of_other_sizes_are_named(stream, size, words):
-    from mas.gpt import GPTConfig
-
     config = GPTConfig(text_vocabulary=300, scene_vocabulary=16, image_vocabulary=32)
     manifest = {
         "text": {"vocabulary": 300, "length": 64},
