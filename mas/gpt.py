@@ -107,8 +107,7 @@ class Positions(nn.Module):
             return self.sequence[first:last]
         if last - first == 1:  # one token while decoding: not worth the whole table
             return (self.rows[first // self.grid] + self.columns[first % self.grid])[None]
-        table_HWD = self.rows[:, None] + self.columns[None]
-        return rearrange(table_HWD, "h w d -> (h w) d")[first:last]
+        return cell_table(self.rows, self.columns)[first:last]
 
 
 class Attention(nn.Module):
@@ -250,7 +249,8 @@ class GPT(nn.Module):
             heads=self.config.heads,
             length=length or self.layout.length,
             head_width=self.config.width // self.config.heads,
-            like=next(self.parameters()),
+            dtype=self.dtype,
+            device=self.device,
         )
 
     def extend(self, tokens_BT: Tensor, *, cache: Cache, start: int) -> Tensor:
@@ -288,7 +288,10 @@ class GPT(nn.Module):
 
     def _trunk(self, x_BTD: Tensor, *, cache: Cache | None = None, start: int = 0) -> Tensor:
         x_BTD = self.dropout(x_BTD)
-        rotation = self._rotation(start, x_BTD.shape[1], x_BTD) if self.config.rotary else None
+        rotation = None
+        if self.config.rotary:
+            stop = start + x_BTD.shape[1]
+            rotation = Rotation(*(t[start:stop] for t in rotation_table(self.config, x_BTD)))
         for layer, block in enumerate(self.blocks):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, rotation=rotation, use_reentrant=False)
@@ -331,28 +334,6 @@ class GPT(nn.Module):
         count = counted.sum().clamp(min=1)
         return sum(losses) / count, sum(hits) / count
 
-    def _rotation(self, start: int, tokens: int, like: Tensor) -> Rotation:
-        """Half of each head turns with the row of a token, half with its column.
-
-        Places are centres of cells, counted in cells of the finest grid, so that scene and image
-        tokens of the same place are not rotated against each other, also where their grids
-        differ; text lies on the diagonal before the first row.
-        """
-        finest = max(stream.grid or 0 for stream in self.layout.streams)
-        places = []
-        for stream in self.layout.streams:
-            index = torch.arange(stream.length, device=like.device)
-            if stream.grid is None:
-                places.append(torch.stack([index - stream.length, index - stream.length], -1))
-            else:
-                cells = torch.stack([index // stream.grid, index % stream.grid], -1)
-                places.append((cells + 0.5) * (finest / stream.grid))
-        place_T2 = torch.cat(places)[start : start + tokens].double()
-        quarter = self.config.width // self.config.heads // 4
-        frequencies = 100.0 ** -(torch.arange(quarter, device=like.device) / quarter).double()
-        angles = rearrange(place_T2[:, :, None] * frequencies, "t two f -> t (two f)")
-        return Rotation(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
-
     @torch.no_grad()
     def _initialise(self) -> None:
         """Normal with 0.02 at width 1024; the last layer of each branch shrinks with the depth."""
@@ -366,6 +347,35 @@ class GPT(nn.Module):
 
 def make_norm(config: GPTConfig) -> nn.Module:
     return nn.RMSNorm(config.width) if config.gated else nn.LayerNorm(config.width)
+
+
+def cell_table(rows_HD: Tensor, columns_WD: Tensor) -> Tensor:
+    """The sum of row and column for every cell of a grid, line by line, T D."""
+    return rearrange(rows_HD[:, None] + columns_WD[None], "h w d -> (h w) d")
+
+
+def rotation_table(config: GPTConfig, like: Tensor) -> Rotation:
+    """The angles of all positions: half of each head turns with the row of a token, half with its
+    column.
+
+    Places are centres of cells, counted in cells of the finest grid, so that scene and image tokens
+    of the same place are not rotated against each other, also where their grids differ; text lies
+    on the diagonal before the first row.
+    """
+    finest = max(stream.grid or 0 for stream in config.layout.streams)
+    places = []
+    for stream in config.layout.streams:
+        index = torch.arange(stream.length, device=like.device)
+        if stream.grid is None:
+            places.append(torch.stack([index - stream.length, index - stream.length], -1))
+        else:
+            cells = torch.stack([index // stream.grid, index % stream.grid], -1)
+            places.append((cells + 0.5) * (finest / stream.grid))
+    place_T2 = torch.cat(places).double()
+    quarter = config.width // config.heads // 4
+    frequencies = 100.0 ** -(torch.arange(quarter, device=like.device) / quarter).double()
+    angles = rearrange(place_T2[:, :, None] * frequencies, "t two f -> t (two f)")
+    return Rotation(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
 
 
 def rotate(x_BNTH: Tensor, by: Rotation) -> Tensor:

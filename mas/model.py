@@ -34,6 +34,7 @@ from mas.model_folder import (
 )
 from mas.precision import (
     Precision,
+    StoredGPT,
     choose_device,
     choose_precision,
     make_decoder,
@@ -75,7 +76,7 @@ class MakeAScene:
         tokenizer: Tokenizer,
         vqseg: VQSEG,
         vqgan: VQGAN,
-        gpt: GPT,
+        gpt: GPT | StoredGPT,
         sampling: Sampling | None = None,
         device: str = "cpu",
         precision: Precision = "float32",
@@ -90,12 +91,21 @@ class MakeAScene:
         self.device = choose_device(device)
         self.vqseg = vqseg.eval().requires_grad_(False).to(self.device)
         self.vqgan = vqgan.eval().requires_grad_(False).to(self.device)
-        self.gpt = gpt.eval().requires_grad_(False).to(self.device)
+        if isinstance(gpt, GPT):
+            gpt = gpt.eval().requires_grad_(False).to(self.device)
+        self._gpt = gpt
         self.sampling = sampling or Sampling()
         self.card: str | None = None
         self.sha256: str | None = None  # of the folder it was loaded from
-        self.precision = choose_precision(self.gpt, precision)
-        self.decoder: Decoder = make_decoder(self.gpt, self.precision)
+        self.precision = choose_precision(gpt, precision)
+        self.decoder: Decoder = make_decoder(gpt, self.precision)
+
+    @property
+    def gpt(self) -> GPT:
+        """The float32 GPT; sampling does not need it, so it is read when first asked for."""
+        if isinstance(self._gpt, StoredGPT):
+            self._gpt = self._gpt.load()
+        return self._gpt
 
     @classmethod
     def from_pretrained(
@@ -121,7 +131,7 @@ class MakeAScene:
             tokenizer=Tokenizer.from_file(folder / "tokenizer.json"),
             vqseg=VQSEG.from_pretrained(folder / "vqseg"),
             vqgan=VQGAN.from_pretrained(folder / "vqgan"),
-            gpt=GPT.from_pretrained(folder / "gpt"),
+            gpt=StoredGPT(folder / "gpt", choose_device(device)),
             sampling=index.sampling,
             device=device,
             precision=precision,
@@ -286,7 +296,7 @@ class MakeAScene:
         batch: int,
         on_progress: Callable[[Progress], None] | None,
     ) -> Streams:
-        layout = self.gpt.layout
+        layout = self.decoder.layout
         free_B = (layout.pack(*given) == FREE).sum(1)
         parts = []
         for rows in _batches(len(seeds), batch):
@@ -317,14 +327,14 @@ class MakeAScene:
         if scene is None:
             if free is not None:
                 raise ModelError("scene_free says where a given scene is free: give the scene too")
-            return self.gpt.layout.free(self.gpt.layout.scene, 1)
+            return self.decoder.layout.free(self.decoder.layout.scene, 1)
         return _release(self.encode_scene(scene), free, self.vqseg.config.grid, "scene_free")
 
     def _given_image(self, image: Image.Image | None, free: np.ndarray | None) -> Tensor:
         if (image is None) != (free is None):
             raise ModelError("image and image_free belong together: give both or neither")
         if image is None:
-            return self.gpt.layout.free(self.gpt.layout.image, 1)
+            return self.decoder.layout.free(self.decoder.layout.image, 1)
         return _release(self.encode_image(image), free, self.vqgan.config.grid, "image_free")
 
     def _check_request(
@@ -340,7 +350,7 @@ class MakeAScene:
         if not 0 <= seed <= LARGEST_SEED - count:
             raise ModelError(f"seed is {seed}, use a number from 0 to 2^63 - 1")
         pictures = min(batch, len(captions) * count)
-        fitting = pictures_that_fit(self.decoder, self.gpt.config)
+        fitting = pictures_that_fit(self.decoder, self._gpt.config)
         if pictures > fitting:
             raise ModelError(
                 f"{pictures} pictures at a time do not fit into the memory, {fitting} do: "

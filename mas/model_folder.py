@@ -25,6 +25,7 @@ from torch import nn
 
 from mas.filter import Sampling
 from mas.gpt import GPT
+from mas.precision import StoredGPT
 from mas.rounding import Weights
 from mas.storage import (
     CONFIG_FILE,
@@ -62,7 +63,7 @@ class Index:
     sha256: str  # of the list of hashes: one name for the whole model
 
 
-def check_fit(*, tokenizer: Tokenizer, vqseg: VQSEG, vqgan: VQGAN, gpt: GPT) -> None:
+def check_fit(*, tokenizer: Tokenizer, vqseg: VQSEG, vqgan: VQGAN, gpt: GPT | StoredGPT) -> None:
     """Checks every size that two parts share.
 
     Raises:

@@ -1,25 +1,54 @@
 """Where and how exactly the GPT computes while sampling: device, number format, memory.
 
-In: the float32 GPT. Out: a decoder for the loop in mas/generate.py.
+In: the float32 GPT, or the folder it lies in. Out: a decoder for the loop in mas/generate.py.
 """
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
+from mas.decoder import CPUDecoder
 from mas.generate import Decoder
 from mas.gpt import GPT, GPTConfig
-from mas.quantize import Bfloat16Linear, Int8Linear, with_linears
+from mas.quantize import FloatLinear, make_int8
+from mas.storage import CONFIG_FILE, StoredTensors, build_unfilled, parse_config, read_json
 
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
 MEMORY_INFO = Path("/proc/meminfo")
 LARGE = 50_000_000  # parameters from which float32 is too slow on a CPU to be a good default
 SPARE = 300 * 2**20  # bytes left for everything that is not the cache
+
+
+@dataclass(frozen=True)
+class StoredGPT:
+    """A GPT folder of which only the config is read; sampling needs no more of it at once."""
+
+    folder: Path
+    device: torch.device  # where it shall compute
+
+    @cached_property
+    def config(self) -> GPTConfig:
+        """Sizes of the GPT; StorageError when they are missing or illegal."""
+        path = self.folder / CONFIG_FILE
+        return parse_config(GPTConfig, read_json(path), path)
+
+    @cached_property
+    def tensors(self) -> StoredTensors:
+        """Its weights, each read from the disk when asked for."""
+        return StoredTensors(self.folder, build_unfilled(GPT, self.config).state_dict())
+
+    def load(self) -> GPT:
+        """The whole network in float32."""
+        return GPT.from_pretrained(self.folder).to(self.device)
 
 
 def choose_device(name: str) -> torch.device:
@@ -41,7 +70,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_precision(gpt: GPT, precision: Precision) -> Precision:
+def choose_precision(gpt: GPT | StoredGPT, precision: Precision) -> Precision:
     """Resolves `auto` for the network and the device it lies on.
 
     Raises:
@@ -56,16 +85,34 @@ def choose_precision(gpt: GPT, precision: Precision) -> Precision:
         return precision
     if not on_cpu:
         return "bfloat16"
-    return "int8" if sum(p.numel() for p in gpt.parameters()) >= LARGE else "float32"
+    return "int8" if sum(x.numel() for x in tensors_of(gpt).values()) >= LARGE else "float32"
 
 
-def make_decoder(gpt: GPT, precision: Precision) -> Decoder:
-    """The network in one number format (not `auto`); `gpt` itself stays float32."""
-    if precision == "int8":
-        return with_linears(gpt, Int8Linear)
-    if precision == "bfloat16" and gpt.device.type == "cpu":
-        return with_linears(gpt, Bfloat16Linear)
-    return copy.deepcopy(gpt).to(torch.bfloat16) if precision == "bfloat16" else gpt
+def make_decoder(gpt: GPT | StoredGPT, precision: Precision) -> Decoder:
+    """The network in one number format (not `auto`); `gpt` itself stays as it is.
+
+    On a CPU a stored GPT is converted tensor by tensor, so that no more than the result and one
+    float32 matrix exist at a time.
+    """
+    if gpt.device.type != "cpu":
+        network = gpt.load() if isinstance(gpt, StoredGPT) else gpt
+        return copy.deepcopy(network).to(torch.bfloat16) if precision == "bfloat16" else network
+    tensors = tensors_of(gpt)
+    if precision == "float32":
+        make_linear = partial(FloatLinear, dtype=torch.float32)
+        return CPUDecoder(gpt.config, tensors, make_linear=make_linear)
+    make_linear = partial(FloatLinear, dtype=torch.bfloat16)
+    return CPUDecoder(
+        gpt.config,
+        tensors,
+        make_linear=make_int8 if precision == "int8" else make_linear,
+        stored=torch.bfloat16,
+    )
+
+
+def tensors_of(gpt: GPT | StoredGPT) -> Mapping[str, Tensor]:
+    """The state of a GPT by name."""
+    return gpt.tensors if isinstance(gpt, StoredGPT) else gpt.state_dict()
 
 
 def pictures_that_fit(decoder: Decoder, config: GPTConfig) -> int:

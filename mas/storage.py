@@ -12,17 +12,18 @@ import hashlib
 import json
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mas.rounding import Weights, narrow, widen
+from mas.rounding import SCALE, Weights, narrow, widen
 from mas.shard_files import replacing_path, write_file
 
 CONFIG_FILE = "config.json"
@@ -95,6 +96,50 @@ def load_network(
     check_tensors(network.state_dict(), tensors, weights_file)
     network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False)
+
+
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a network's folder, float32, read one by one: nothing is kept or mapped.
+
+    Raises:
+        StorageError: as `load_network`, about the names and shapes of all tensors at once.
+    """
+
+    def __init__(self, folder: str | Path, expected: Mapping[str, torch.Tensor]) -> None:
+        """`expected`: the state of such a network, of which only names and shapes are used."""
+        self.file = Path(folder) / WEIGHTS_FILE
+        if not self.file.is_file():
+            raise StorageError(f"{self.file}: no such file; {folder} is no complete model folder")
+        with self._open() as file:
+            self.stored = set(file.keys())
+            names = {n for n in self.stored if n.removesuffix(SCALE) not in self.stored - {n}}
+            shapes = {name: file.get_slice(name).get_shape() for name in sorted(names)}
+        found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        check_tensors(expected, found, self.file)
+        self.shapes = shapes
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        # Opened anew each time: an open file keeps all that was read from it in memory.
+        with self._open() as file:
+            names = {name, name + SCALE} & self.stored
+            return widen({n: file.get_tensor(n) for n in names})[name].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                yield file
+        except (SafetensorError, OSError, ValueError) as error:
+            message = f"{self.file}: not a readable safetensors file ({error})"
+            raise StorageError(message) from error
 
 
 def build_unfilled(network_class: Callable[[Any], Network], config: Any) -> Network:

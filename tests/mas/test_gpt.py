@@ -1,14 +1,17 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.nn import functional as F
 
 import mas.gpt
-from mas.gpt import GPT, GPTConfig
+from mas.gpt import GPT, GPTConfig, rotation_table
 from mas.storage import StorageError
 from mas.text import PAD
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = GPTConfig(
     layers=2,
     width=32,
@@ -49,6 +52,19 @@ def parameters(config):
 
 def test_the_default_config_is_the_270m_model():
     assert 265e6 < parameters(GPTConfig()) < 280e6
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("small", 25), ("base", 271), ("1b", 1046), ("4b", 3949)]
+)
+def test_every_shipped_size_builds_on_the_meta_device_and_has_the_size_it_claims(name, millions):
+    content = yaml.safe_load((CONFIGS / name / "gpt.yaml").read_text("utf-8"))
+    config = GPTConfig(**content["model"]["network"])
+    assert abs(parameters(config) / 1e6 - millions) < 1
+    vocabularies = {"text_vocabulary": 16384, "scene_vocabulary": 1024, "image_vocabulary": 16384}
+    assert vars(config).items() >= vocabularies.items()  # all train on the same token shards
+    if name == "4b":
+        assert (config.layers, config.width, config.heads) == (48, 2560, 40)
 
 
 def test_options_keep_the_size_within_one_percent():
@@ -205,7 +221,7 @@ def test_a_tiny_gpt_overfits_one_batch():
 def test_rotation_puts_scene_and_image_cells_of_one_place_together():
     gpt = GPT(dataclasses.replace(TINY, rotary=True, scene_grid=2, image_grid=4))
     layout = gpt.layout
-    angles = gpt._rotation(0, layout.length, torch.zeros(1)).cosine
+    angles = rotation_table(gpt.config, torch.zeros(1)).cosine
     scene = angles[layout.scene.start :][: layout.scene.length].unflatten(0, (2, 2))
     image = angles[layout.image.start :][: layout.image.length].unflatten(0, (4, 4))
     # The centre of a scene cell is the middle of the four image cells it covers: nearer to each of
