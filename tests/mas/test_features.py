@@ -1,0 +1,174 @@
+"""Features from files and the distances on them: the published Inception, FID by its formula."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from published import rule_tensor
+from torch import Tensor, nn
+
+from mas.features import DistanceMetrics, Extractor
+from mas.inception import Inception
+from mas.storage import file_hash
+from mas.weights_file import WeightsError
+
+# Features 0, 300, … of two pictures, mean and standard deviation of all: pytorch-fid 0.3.0 with
+# torchvision 0.29.2, in float64, with weights by the rule below; resized from 128 pixels.
+FIRST = [0.0, 0.00025, 0.034413, 0.13374, 0.166029, 0.509991, 0.344627]
+SECOND = [0.0, 0.000759, 0.039699, 0.112612, 0.189765, 0.52387, 0.356995]
+MEAN, DEVIATION = 0.206176, 0.277355
+
+
+def rule_weights():
+    state = {}
+    for name, tensor in Inception().state_dict().items():
+        shape = tuple(tensor.shape)
+        if name.endswith("running_var"):
+            value = 1 + np.abs(rule_tensor(f"{name}.bias", shape))
+        elif name.endswith("running_mean"):
+            value = rule_tensor(name, shape) - 1
+        elif name.endswith("num_batches_tracked"):
+            continue  # the published file may or may not have it
+        else:
+            scale = math.sqrt(2 / math.prod(shape[1:])) if len(shape) > 1 else None
+            value = rule_tensor(name, shape, scale)
+        state[name] = torch.from_numpy(np.asarray(value, np.float32))
+    return state
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return rule_weights()
+
+
+@pytest.fixture(scope="module")
+def inception_file(weights, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "pt_inception.pth"
+    torch.save(weights, path)
+    return path
+
+
+def two_pictures():
+    side = torch.linspace(0, 1, 128)
+    waves = 0.5 + 0.5 * torch.sin(20 * side[None, :] * side[:, None])
+    smooth = torch.stack([side.expand(128, 128), side[:, None].expand(128, 128), waves])
+    noise = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))
+    return torch.stack([smooth, (smooth + noise) / 2])
+
+
+def test_inception_reproduces_the_published_network(inception_file, weights):
+    assert len(weights) == 566 - 94 and sum(x.numel() for x in weights.values()) == 23_885_392
+    features = Extractor(inception_file)(two_pictures())
+    assert features.shape == (2, 2048)
+    for row, expected in zip(features, (FIRST, SECOND), strict=True):
+        torch.testing.assert_close(row[::300], torch.tensor(expected), atol=5e-6, rtol=0)
+    assert float(features.mean()) == pytest.approx(MEAN, abs=1e-5)
+    assert float(features.std()) == pytest.approx(DEVIATION, abs=1e-5)
+
+
+def test_the_filter_is_stated_and_matters(inception_file):
+    image = torch.rand(1, 3, 400, 400, generator=torch.Generator().manual_seed(0))
+    plain, smooth = (Extractor(inception_file, resize=f) for f in ("bilinear", "bicubic"))
+    assert (plain.resize, smooth.resize) == ("bilinear", "bicubic")
+    assert not torch.allclose(plain(image), smooth(image), atol=1e-3)
+
+
+class Colours(nn.Module):
+    """Eight features: means of the colours, left and right, and two products."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = x[..., : x.shape[-1] // 2].mean(dim=[2, 3])
+        right = x[..., x.shape[-1] // 2 :].mean(dim=[2, 3])
+        return torch.cat([left, right, left[:, :2] * right[:, :2]], dim=1)
+
+
+@pytest.fixture
+def colours_file(tmp_path):
+    torch.jit.script(Colours()).save(tmp_path / "colours.pt")
+    return tmp_path / "colours.pt"
+
+
+def sets():
+    generator = torch.Generator().manual_seed(0)
+    made, real = torch.rand(2, 40, 3, 6, 6, generator=generator)
+    return made * 0.8 + 0.1, real
+
+
+def test_fid_is_the_frechet_distance_of_two_gaussians(colours_file):
+    from scipy.linalg import sqrtm
+
+    metrics = DistanceMetrics(Extractor(colours_file))
+    made, real = sets()
+    for batch in made.split(16):
+        metrics.update(batch, real=False)
+    metrics.update(real, real=True)
+    a, b = (Colours()(x).double().numpy() for x in (made, real))
+    root = sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+    assert metrics.compute().fid == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_result_says_what_it_was_measured_with(colours_file, inception_file):
+    metrics = DistanceMetrics(Extractor(colours_file))
+    made, real = sets()
+    metrics.update(made[:30], real=False)
+    metrics.update(real, real=True)
+    result = metrics.compute(seed=1)
+    assert (result.count, result.true_count) == (30, 40)
+    assert (result.extractor, result.sha256) == ("colours.pt", file_hash(colours_file))
+    assert result.resize == "by the network"
+    assert result == metrics.compute(seed=1)
+
+
+def test_equal_sets_are_near_and_others_far(colours_file):
+    _, real = sets()
+    near, far = DistanceMetrics(Extractor(colours_file)), DistanceMetrics(Extractor(colours_file))
+    for metrics, image in ((near, real.flip(0)), (far, 0.5 * real)):
+        metrics.update(image, real=False)
+        metrics.update(real, real=True)
+    assert near.compute().fid == pytest.approx(0, abs=1e-6)
+    assert far.compute().fid > 0.1 and far.compute().kid > near.compute().kid
+
+
+def test_too_few_pictures_are_said(colours_file, caplog):
+    metrics = DistanceMetrics(Extractor(colours_file))
+    metrics.update(sets()[0][:5], real=False)
+    with pytest.raises(ValueError, match="5 pictures against 0: a distance needs two of each"):
+        metrics.compute()
+    metrics.update(sets()[1], real=True)
+    metrics.compute()
+    assert "FID of 5 against 40 pictures by 8 features is too high" in caplog.text
+
+
+def test_a_network_of_torch_export_is_read(tmp_path):
+    image = torch.rand(2, 3, 6, 6)
+    program = torch.export.export(Colours(), (image,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    torch.export.save(program, tmp_path / "colours.pt2")
+    image = torch.rand(5, 3, 6, 6)
+    torch.testing.assert_close(Extractor(tmp_path / "colours.pt2")(image), Colours()(image))
+
+
+class Picture(nn.Module):
+    """Returns pictures, not features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_bad_files_are_named(inception_file, weights, tmp_path):
+    with pytest.raises(
+        WeightsError, match=r"none\.pth: no such file; get it from https.*inception"
+    ):
+        Extractor(tmp_path / "none.pth")
+    torch.save({k: v for k, v in weights.items() if "7b" not in k}, tmp_path / "part.pth")
+    with pytest.raises(WeightsError, match=r"part\.pth: \d+ missing tensors: Mixed_7b\.branch1x1"):
+        Extractor(tmp_path / "part.pth")
+    (tmp_path / "cut.pth").write_bytes(inception_file.read_bytes()[:90_000])
+    with pytest.raises(WeightsError, match=r"cut\.pth: not a readable file of tensors"):
+        Extractor(tmp_path / "cut.pth")
+    torch.jit.script(Picture()).save(tmp_path / "picture.pt")
+    with pytest.raises(WeightsError, match=r"picture\.pt: returns \(2, 3, 4, 4\) for 2 pictures"):
+        Extractor(tmp_path / "picture.pt")(torch.rand(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="resize 'lanczos': use one of bilinear, bicubic"):
+        Extractor(inception_file, resize="lanczos")

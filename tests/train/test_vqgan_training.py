@@ -1,0 +1,204 @@
+"""The VQ-GAN's training: its terms, its two players, and what its validation reports."""
+
+import csv
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mas.metrics import CodeMetrics, PictureMetrics
+from mas.scene import CLASS_NAMES, FACE_IDS, PALETTE, SceneMap
+from mas.shards import Sample, ShardIndex, ShardWriter
+from mas.vqgan import VQGAN, VQGANConfig
+from train.adversary import AdversaryConfig
+from train.cli import train
+from train.crops import CropsConfig
+from train.perceptual import VGG16, PerceptualConfig
+from train.stage import Optimiser
+from train.vqgan import VQGANTraining
+
+SIZE = 32
+SKIN = CLASS_NAMES.index("face")
+SHEEP = CLASS_NAMES.index("sheep")
+
+
+def encoded(save, **options):
+    buffer = io.BytesIO()
+    save(buffer, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """Scene shards of pictures with a face and, in every second one, a sheep."""
+    folder = tmp_path_factory.mktemp("people")
+    rng = np.random.default_rng(0)
+    with ShardWriter(str(folder / "00000.tar")) as writer:
+        for picture in range(12):
+            labels = np.full((SIZE, SIZE), 125, np.uint8)
+            x, y = rng.integers(2, 18, 2)
+            labels[y : y + 12, x : x + 10] = SKIN
+            labels[y + 4 : y + 6, x + 2 : x + 8] = FACE_IDS[1]
+            if picture % 2:
+                labels[:8, :12] = SHEEP
+            scene = SceneMap.from_labels(labels)
+            photo = Image.fromarray(PALETTE[scene.labels])
+            files = {
+                "jpg": encoded(photo.save, format="JPEG", quality=95),
+                "scene.png": encoded(scene.to_png),
+                "txt": b"a face",
+                "json": json.dumps({"captions": ["a face"]}).encode(),
+            }
+            writer.write(Sample(f"{picture:05}", files))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "vgg16.pth"
+    torch.save(VGG16().state_dict(), path)
+    return path
+
+
+def read(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+TERMS = {
+    "model__perceptual__weight": 0.5,
+    "model__crops__face_weight": 1.0,
+    "model__crops__object_weight": 0.5,
+    "model__crops__count": 2,
+    "model__crops__size": 16,
+}
+
+
+def test_all_terms_are_trained_with_and_logged(words, people, vgg_file, tmp_path):
+    settings = dict(
+        TERMS,
+        model__perceptual__vgg=vgg_file,
+        data__input=people,
+        trainer__max_steps=4,
+        model__adversary__start=2,
+    )
+    assert train(words("vqgan", **settings)) == 0
+    rows = read(tmp_path / "run")
+    steps = [row for row in rows if row["train/loss"]]
+    for name in ("perceptual", "faces", "things", "reconstruction", "codebook"):
+        assert all(float(row[f"train/{name}"]) > 0 for row in steps), name
+    weights = {"perceptual": 0.5, "faces": 1.0, "things": 0.5, "reconstruction": 1, "codebook": 1}
+    for row in steps[:2]:  # before the discriminator
+        total = sum(weight * float(row[f"train/{name}"]) for name, weight in weights.items())
+        assert float(row["train/loss"]) == pytest.approx(total, rel=1e-4)
+    assert [bool(row["train/adversarial"]) for row in steps] == [False, False, True, True]
+    (validation,) = [row for row in rows if row["validation/loss"]]
+    assert float(validation["validation/perceptual"]) > 0
+    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert not [name for name in checkpoint["state_dict"] if "judges" in name or "vgg" in name]
+
+
+def test_a_resumed_run_with_all_terms_repeats_an_uninterrupted_one(
+    words, people, vgg_file, tmp_path
+):
+    settings = dict(TERMS, model__perceptual__vgg=vgg_file, data__input=people, pictures__count=0)
+    # `constant`, so that the shorter first half has the same learning rates.
+    settings |= dict(model__optimiser__schedule="constant", model__adversary__start=1)
+    assert train(words("vqgan", "whole", trainer__max_steps=4, **settings)) == 0
+    assert train(words("vqgan", "half", trainer__max_steps=2, **settings)) == 0
+    assert (
+        train([*words("vqgan", "half", trainer__max_steps=4, **settings), "--ckpt_path=last"]) == 0
+    )
+    whole, half = (
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "half")
+    )
+    assert whole.keys() == half.keys()
+    assert all(torch.equal(whole[name], half[name]) for name in whole)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_is_one_of_the_network_whatever_the_discriminator_does(accumulate, words, tmp_path):
+    settings = dict(trainer__max_steps=6, model__adversary__start=3, model__accumulate=accumulate)
+    assert train(words("vqgan", **settings)) == 0
+    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 6
+    network, discriminator = checkpoint["optimizer_states"]
+    assert {int(state["step"]) for state in network["state"].values()} == {6}
+    assert {int(state["step"]) for state in discriminator["state"].values()} == {3}
+    rows = [row for row in read(tmp_path / "run") if row["train/loss"]]
+    assert [int(row["step"]) for row in rows][-1] == 5
+
+
+def test_gradients_are_clipped_for_both_players(words, monkeypatch):
+    norms = []
+    original = torch.optim.AdamW.step
+
+    def step(self, closure=None):
+        gradients = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+        return original(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    settings = dict(trainer__max_steps=4, model__optimiser__clip=0.01, ema_decay=0)
+    assert train(words("vqgan", **settings)) == 0
+    assert len(norms) == 4 + 2  # the discriminator starts at step 2
+    assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
+
+
+def test_validation_measures_the_whole_held_out_set(words, scene_shards, tmp_path):
+    # Four pictures in batches of three: means of batches would weigh the last one threefold.
+    settings = dict(trainer__max_steps=4, data__batch_size=3, ema_decay=0, pictures__count=0)
+    assert train(words("vqgan", **settings)) == 0
+    (row,) = [row for row in read(tmp_path / "run") if row["validation/loss"]]
+    network = VQGAN.from_pretrained(tmp_path / "run")
+    index = ShardIndex(
+        [str(path) for path in sorted(scene_shards.glob("*.tar"))], extensions=("jpg",)
+    )
+    pictures, codes = PictureMetrics(), CodeMetrics(network.config.codes)
+    for held_out in (5, 11, 17, 23):
+        photo = Image.open(io.BytesIO(index.read(held_out).files["jpg"]))
+        real = torch.from_numpy(np.asarray(photo).copy()).permute(2, 0, 1)[None] / 255
+        fake, _, tokens = network(real)
+        pictures.update(fake, true_image_BCHW=real)
+        codes.update(tokens)
+    for name, value in {**pictures.compute(), **codes.compute()}.items():
+        assert float(row[f"validation/{name}"]) == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "words_of_error"),
+    [
+        ({"model__perceptual__weight": 1.0}, "set model.perceptual.vgg to a file from https"),
+        ({"model__crops__face_weight": 1.0}, "set model.perceptual.vgg to a file from https"),
+        (
+            {"model__perceptual__weight": 1.0, "model__perceptual__vgg": "no/vgg.pth"},
+            "no/vgg.pth: no such file; get it from https",
+        ),
+        (
+            {"model__crops__face_weight": 1.0, "model__crops__face_network": "no/face.pt"},
+            "no/face.pt: no such file",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(settings, words_of_error, words):
+    with pytest.raises(ValueError, match=words_of_error) as caught:
+        train(words("vqgan", **{"trainer__max_steps": 2, **settings}))
+    assert "\n" not in str(caught.value)
+
+
+def test_float16_is_refused_before_it_spoils_the_discriminator(network_sizes):
+    network = VQGANConfig(**network_sizes["vqgan"] | {"multipliers": (1, 1), "attention": ()})
+    settings = (Optimiser(), AdversaryConfig(), PerceptualConfig(), CropsConfig())
+    names = ("optimiser", "adversary", "perceptual", "crops")
+    module = VQGANTraining(network=network, **dict(zip(names, settings, strict=True)))
+    module._trainer = SimpleNamespace(precision="16-mixed")
+    with pytest.raises(ValueError, match=r"set trainer\.precision bf16-mixed"):
+        module.on_fit_start()
+    module._trainer.precision = "bf16-mixed"
+    module.on_fit_start()
