@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help install demo smoke-photos test check smoke clean
+.PHONY: help install demo demo-train smoke-photos test check smoke clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -18,11 +18,14 @@ $(VENV)/installed: setup.py constraints.txt
 
 install: $(VENV)/installed  ## install everything into .venv
 
-demo: $(VENV)/installed  ## the main job: park world → scenes → tokens → trained tiny model → pictures, in demo/index.html
+demo: $(VENV)/installed  ## the main job: park world → scenes → tokens, and the shipped model paints: demo/index.html
 	$(BIN)/python tools/demo.py --output demo
 
+demo-train: $(VENV)/installed  ## the same with a tiny model trained here: demo/trained/index.html
+	$(BIN)/python tools/demo_train.py --output demo/trained
+
 smoke-photos: $(VENV)/installed  ## the same on real photos: make smoke-photos DATA=DIR (shards + COCO panoptic annotations)
-	$(BIN)/python tools/demo.py --photos $(DATA) --output demo/photos
+	$(BIN)/python tools/demo_train.py --photos $(DATA) --output demo/photos
 
 test: $(VENV)/installed  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests

@@ -108,22 +108,22 @@ def draw_sweep(sweep: Sequence[Mapping[str, Any]]) -> Image.Image:
         draw.text((x, y + 8 * FINER), words, fill=INK, font=font, anchor="mt")
     centre = (left + width / 2, PLOT[1] * FINER - 6 * FINER)
     draw.text(centre, "guidance", fill=INK, font=font, anchor="mb")
-    free = top  # height at which the next name may stand
-    lines = [(name, _line(entries, name)) for name in CLAIMS]
-    for name, line in sorted(lines, key=lambda named: -(named[1][-1][1] if named[1] else 0)):
-        if not line:
-            continue
-        points = [place(*point) for point in line]
+    lines = {name: _line(entries, name) for name in CLAIMS}
+    lines = {name: line for name, line in lines.items() if line}
+    names = sorted(lines, key=lambda name: lines[name][-1][1])
+    step, ceiling = 16 * FINER, top + height
+    for position, name in enumerate(names):  # lowest first, each name clear of the one below
+        points = [place(*point) for point in lines[name]]
         draw.line(points, fill=LINES[name], width=2 * FINER, joint="curve")
+        radius = 3 * FINER
         for x, y in points:
-            radius = 3 * FINER
             draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=LINES[name])
-        free = max(free, points[-1][1])
-        words = f"{name} {line[-1][1]:.0%}"
-        draw.text(
-            (left + width + 10 * FINER, free), words, fill=LINES[name], font=font, anchor="lm"
-        )
-        free += 16 * FINER
+        room = top + (len(names) - 1 - position) * step  # for the names above
+        ceiling = max(min(ceiling, points[-1][1]), room)
+        words = f"{name} {lines[name][-1][1]:.0%}"
+        where = (left + width + 10 * FINER, ceiling)
+        draw.text(where, words, fill=LINES[name], font=font, anchor="lm")
+        ceiling -= step
     return image.resize(PLOT, Image.Resampling.LANCZOS)
 
 

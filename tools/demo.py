@@ -1,399 +1,259 @@
-"""`make demo` and `make smoke-photos`: the whole pipeline by its own commands, and a page about it.
+"""`make demo`: the pipeline on a little data, then the model that ships with the package paints.
 
-In: nothing (the park world), or a folder of real photos in shards with COCO panoptic annotations.
-Out: OUTPUT/index.html, which shows for every stage what went in, what came out, how long it took
-and the command that did it. A finished step is not run again as long as its command is the same.
+In: nothing but the model. Out: OUTPUT/index.html. Every step is a command of `mas`; a finished step
+is not run again as long as its command is the same.
 """
 
 import argparse
-import base64
-import csv
 import io
 import json
-import shlex
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jinja2
-from PIL import Image
+import numpy as np
+import torch
+from demo_page import Card, Demo, Picture, Step, sample_cards, shard_cards
+from PIL import Image, ImageDraw
 
-from mas.scene import SceneMap
-from mas.shards import expand_shards, read_shard
-from mas.sheet import contact_sheet, overlay
+from mas.model import MakeAScene
+from mas.model_folder import INDEX, ModelError, find_folder
+from mas.scene import CLASS_NAMES, PALETTE, SceneMap
+from mas.shards import TokenShards, expand_shards, read_shard
+from mas.storage import read_json
 
-TOOLS = Path(__file__).parent
 INTRO = (
-    "A caption goes in; the model first predicts the scene (which thing is where), then the "
-    "picture. Everything on this page was made by the commands it shows, in this order. The "
-    "networks are tiny and trained for minutes, so the pictures are rough; look at how they "
-    "follow the scene."
+    "A sentence goes in. The model first decides which thing is where: the scene. Then it paints "
+    "the picture. Whoever draws the scene decides the layout."
 )
-# A model trained for minutes is unsure: stay near what it believes, and insist on the caption.
-SAMPLING = ("--guidance", "5", "--temperature", "0.8", "--top-p", "0.9")
 CAPTIONS = (
     "the elephant is walking around in the park",
-    "two dogs and a red ball in the park",
-    "a woman with a yellow umbrella on the beach at sunset",
+    "two brown dogs and a red ball on the beach at sunset",
+    "a woman with a yellow umbrella on the beach",
     "a blue car on the street at night",
+    "three sheep on the farm in the morning",
+    "a giraffe in the snow",
 )
+OTHER_WORDS = (
+    "a grey elephant {} on a sunny day",
+    "a grey elephant {} at night",
+    "a pink elephant {} at sunset",
+    "a blue elephant {} in the morning",
+)
+WHERE = {
+    "park": "in the park", "beach": "on the beach", "street": "on the street",
+    "snow": "in the snow", "mountains": "in the mountains", "farm": "on the farm",
+}  # fmt: skip
+SEEDS_OF = "an orange cat and a green bench in the park"
+DRAWN = "a red bus and a white dog on the street at sunset"
+ELEPHANT = "elephant"
+SIDE = 256  # pixels of what is drawn by hand
 
 
-@dataclass(kw_only=True)
-class Step:
-    """One command, what it is for, and how to show what it made."""
+def pipeline_steps(output: Path, *, model: str, size: int, count: int) -> list[Step]:
+    """Nothing → photo shards → scene shards → token shards, with the model's tokenizers."""
+    folder = find_folder(model)
+    shards, scenes, tokens = (output / name for name in ("park", "scenes", "tokens"))
+    return [
+        Step(
+            title="A world to learn from",
+            text="The park world draws pictures, captions and exact annotations by itself: data "
+            "that needs no download. The model has seen none of these.",
+            command=["park", "--output", str(shards), "--count", str(count), "--seed", "4242",
+                     "--size", str(size), "--shard-size", str(-(-count // 2))],
+            cards=lambda: shard_cards(shards, 4),
+        ),
+        Step(
+            title="Photos become scenes",
+            text="On Ray, shard by shard: what every pixel shows (133 classes), the parts of "
+            "people and of faces, merged into one scene map with edges between things.",
+            command=["preprocess", "--config", "configs/preprocess/park.yaml",
+                     "--photo.size", str(size), "--workers", "2",
+                     "--input", str(shards), "--output", str(scenes)],
+            cards=lambda: shard_cards(scenes, 2),
+        ),
+        Step(
+            title="Everything becomes tokens",
+            text="A caption, its scene and its picture become three short rows of numbers, which "
+            "are all that the model ever sees. Turned back, they show what survives.",
+            command=["tokenize", "--input", str(scenes), "--output", str(tokens),
+                     "--vqseg", str(folder / "vqseg"), "--vqgan", str(folder / "vqgan"),
+                     "--tokenizer", str(folder / "tokenizer.json")],
+            cards=lambda: token_cards(scenes, tokens, model, 2),
+        ),
+    ]  # fmt: skip
 
-    title: str
-    text: str
-    command: list[str]
-    pictures: Callable[[], list["Picture"]] = field(default=list)
-    curves: Path | None = None  # metrics.csv of a training run
-    seconds: float = 0.0
 
-    @property
-    def output(self) -> Path:
-        """The folder or file the command writes."""
-        option = "--trainer.default_root_dir" if self.command[0] == "train" else "--output"
-        return Path(self.command[self.command.index(option) + 1])
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture on the page: its caption and the file it is read from, or the image itself."""
-
-    caption: str
-    image: Path | Image.Image
-
-    def data_uri(self) -> str:
-        if isinstance(self.image, Path):
-            content, kind = self.image.read_bytes(), self.image.suffix.lstrip(".")
-        else:
-            buffer = io.BytesIO()
-            self.image.save(buffer, "PNG", optimize=True)
-            content, kind = buffer.getvalue(), "png"
-        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def token_cards(scenes: Path, tokens: Path, model: str, count: int) -> list[Card]:
+    """The first pictures of a shard, and what their tokens decode to."""
+    network = MakeAScene.from_pretrained(model)
+    cards = []
+    for i, sample in zip(range(count), read_shard(expand_shards(str(scenes))[0]), strict=False):
+        _, scene_T, image_T = TokenShards(tokens)[i]
+        scene_1T, image_1T = (torch.from_numpy(np.int64(row))[None] for row in (scene_T, image_T))
+        after = network.decode_scenes(scene_1T)[0], network.decode_images(image_1T)[0]
+        pictures = [
+            Picture("picture", Image.open(io.BytesIO(sample.files["jpg"]))),
+            Picture(f"from {len(scene_T)} scene tokens", after[0].to_rgb(edges=True)),
+            Picture(f"from {len(image_T)} image tokens", after[1]),
+        ]
+        numbers = " ".join(map(str, scene_T[:12].tolist()))
+        cards.append(Card(f"{sample.files['txt'].decode()} → {numbers} …", pictures))
+    return cards
 
 
-class Demo:
-    """Runs steps in order, remembers them in OUTPUT/steps.json, writes the page.
+def sampling_steps(output: Path, scenes: Path, *, model: str) -> list[Step]:
+    """Captions alone, a drawn scene, the same scene in other words, an edited one, many seeds."""
+    given = output / "given"
+    given.mkdir(exist_ok=True)
+    draw_street().save(given / "drawn.png")
+    (given / "captions.txt").write_text("\n".join(CAPTIONS) + "\n", "utf-8")
+    scene, place = find_elephant(scenes)
+    scene.to_png(given / "elephant.png")
+    move_elephant(scene).to_png(given / "moved.png")
+    words = [text.format(WHERE[place]) for text in OTHER_WORDS]
+    (given / "words.txt").write_text("\n".join(words) + "\n", "utf-8")
 
-    A second run skips the steps it finds done, as long as their commands are the same and in the
-    same order, and resumes the one that was interrupted. From the first other command on, what
-    lies in the way is removed and everything is made anew.
+    def paint(name: str, *arguments: str) -> list[str]:
+        return ["sample", *arguments, "--model", model, "--output", str(output / "samples" / name)]
+
+    def cards(name: str, *, scenes: bool = True) -> list[Card]:
+        return sample_cards(output / "samples" / name, scenes=scenes)
+
+    drawn = Card("what was drawn", [Picture("palette colours", given / "drawn.png")])
+    return [
+        Step(
+            title="Only a sentence",
+            text="The model predicts the scene, then paints it.",
+            command=paint("captions", "--prompts", str(given / "captions.txt"), "--count", "1",
+                          "--seed", "1"),
+            cards=lambda: cards("captions"),
+        ),
+        Step(
+            title="A sentence and a drawing",
+            text="Someone drew rectangles and circles in palette colours; the pictures keep them "
+            "where they are.",
+            command=paint("drawn", DRAWN, "--scene", str(given / "drawn.png"), "--count", "3",
+                          "--seed", "1"),
+            cards=lambda: [drawn, *cards("drawn", scenes=False)],
+        ),
+        Step(
+            title="The same scene in other words",
+            text="One scene the model has never seen, four sentences. The layout stays, colour and "
+            "hour follow the words.",
+            command=paint("words", "--prompts", str(given / "words.txt"), "--scene",
+                          str(given / "elephant.png"), "--count", "1", "--seed", "1"),
+            cards=lambda: [given_card("the given scene", given / "elephant.png"),
+                           *cards("words", scenes=False)],
+        ),
+        Step(
+            title="The elephant moves",
+            text="The same scene with the elephant on its other side: only the scene was edited, "
+            "sentence and seeds stay.",
+            command=paint("moved", words[0], "--scene", str(given / "moved.png"), "--count", "3",
+                          "--seed", "1"),
+            cards=lambda: [given_card("the edited scene", given / "moved.png"),
+                           *cards("moved", scenes=False)],
+        ),
+        Step(
+            title="One sentence, many pictures",
+            text="Each seed is another picture of the same sentence; the same seed is always the "
+            "same picture.",
+            command=paint("seeds", SEEDS_OF, "--count", "6", "--seed", "1"),
+            cards=lambda: cards("seeds"),
+        ),
+    ]  # fmt: skip
+
+
+def given_card(words: str, path: Path) -> Card:
+    return Card(words, [Picture("scene", SceneMap.from_png(path).to_rgb(edges=True))])
+
+
+def find_elephant(scenes: Path) -> tuple[SceneMap, str]:
+    """The scene with an elephant at one side and as little else as there is, and its place.
+
+    Raises:
+        ModelError: no scene has one.
     """
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self.steps: list[Step] = []
-        self.record_file = output / "steps.json"
-        self.record: list[dict[str, Any]] = []
-        if self.record_file.is_file():
-            self.record = json.loads(self.record_file.read_text())
-
-    def run(self, step: Step) -> None:
-        words = shlex.join(["mas", *step.command])
-        position = len(self.steps)
-        self.steps.append(step)
-        print(f"\n\033[1m{step.title}\033[0m\n$ {words}", flush=True)
-        known = self.record[position] if position < len(self.record) else {}
-        if known.get("command") != words:
-            self._remove(step)
-            self.record = [*self.record[:position], {"command": words, "seconds": 0.0}]
-        elif known.get("done"):
-            step.seconds = known["seconds"]
-            print(f"done before, in {step.seconds:.0f} s", flush=True)
-            return
-        entry, start = self.record[position], time.monotonic()
-        self._save()
-        status = subprocess.run([sys.executable, "-m", "mas", *step.command]).returncode
-        entry["seconds"] += time.monotonic() - start
-        entry["done"] = status == 0
-        self._save()
-        step.seconds = entry["seconds"]
-        if status:
-            raise SystemExit(f"{words}\nfailed with exit status {status}")
-
-    def _remove(self, step: Step) -> None:
-        if step.output.is_dir():
-            shutil.rmtree(step.output)
-        step.output.unlink(missing_ok=True)
-
-    def _save(self) -> None:
-        self.record_file.write_text(json.dumps(self.record, indent=2) + "\n")
-
-    def write_page(self, title: str, intro: str) -> Path:
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(TOOLS), autoescape=True, undefined=jinja2.StrictUndefined
-        )
-        page = self.output / "index.html"
-        html = environment.get_template("demo.html").render(
-            title=title,
-            intro=intro,
-            total=sum(step.seconds for step in self.steps),
-            steps=[self._describe(step) for step in self.steps],
-        )
-        page.write_text(html, "utf-8")
-        return page
-
-    def _describe(self, step: Step) -> dict[str, Any]:
-        return {
-            "title": step.title,
-            "text": step.text,
-            "command": shlex.join(["mas", *step.command]),
-            "seconds": step.seconds,
-            "pictures": [(p.caption, p.data_uri()) for p in step.pictures()],
-            "curves": read_curves(step.curves) if step.curves else [],
-        }
+    best: tuple[tuple[int, bool], SceneMap, str] | None = None
+    for path in expand_shards(str(scenes)):
+        for sample in read_shard(path):
+            park = json.loads(sample.files["json"])["park"]
+            elephants = [thing for thing in park["things"] if thing["class"] == ELEPHANT]
+            if len(elephants) != 1 or elephants[0]["side"] == "middle":
+                continue
+            score = (len(park["things"]), park["place"] != "park")
+            if best is None or score < best[0]:
+                scene = SceneMap.from_png(io.BytesIO(sample.files["scene.png"]))
+                best = score, scene, park["place"]
+    if best is None:
+        raise ModelError(f"{scenes}: no picture has one elephant at its side; use a larger --count")
+    return best[1:]
 
 
-def read_curves(path: Path, *, width: int = 240, height: int = 70) -> list[dict[str, Any]]:
-    """Every loss of a metrics.csv as an SVG polyline with its first and last value."""
-    rows = list(csv.DictReader(path.read_text().splitlines()))
-    curves = []
-    for name in rows[0] if rows else ():
-        points = [(float(r["step"]), float(r[name])) for r in rows if r[name] and r.get("step")]
-        if not name.startswith("train/") or "loss" not in name or len(points) < 2:
-            continue
-        steps, values = [p[0] for p in points], [p[1] for p in points]
-        low, high = min(values), max(values)
-        span, length = (high - low) or 1.0, (steps[-1] - steps[0]) or 1.0
-        line = " ".join(
-            f"{width * (s - steps[0]) / length:.1f},{height - height * (v - low) / span:.1f}"
-            for s, v in points
-        )
-        curves.append({"name": name, "line": line, "first": values[0], "last": values[-1]})
-    return curves
+def move_elephant(scene: SceneMap) -> SceneMap:
+    """The elephant mirrored to the other side; where it was, the row's nearest label goes on."""
+    elephant_HW = scene.labels == CLASS_NAMES.index(ELEPHANT)
+    labels = scene.labels.copy()
+    columns = np.arange(labels.shape[1])
+    for row, hidden in zip(labels, elephant_HW, strict=True):
+        if hidden.all():
+            continue  # nothing of the row is known; the mirrored elephant fills it too
+        known = columns[~hidden]
+        nearest = known[np.abs(columns[:, None] - known).argmin(1)]
+        row[hidden] = row[nearest[hidden]]
+    labels[elephant_HW[:, ::-1]] = CLASS_NAMES.index(ELEPHANT)
+    return SceneMap.from_labels(labels)
 
 
-def show_shard(folder: Path, count: int) -> list[Picture]:
-    """A photo | scene | overlay | caption sheet of the first samples of a folder's shards."""
-    rows: list[list[Image.Image | str]] = []
-    for sample in read_shard(expand_shards(str(folder))[0]):
-        photo = Image.open(io.BytesIO(sample.files["jpg"]))
-        caption = sample.files["txt"].decode()
-        if "scene.png" in sample.files:
-            scene = SceneMap.from_png(io.BytesIO(sample.files["scene.png"]))
-            rows.append([photo, scene.to_rgb(edges=True), overlay(photo, scene), caption])
-        else:
-            rows.append([photo, caption])
-        if len(rows) == count:
-            break
-    names = ["photo", "scene", "photo + scene", "caption"] if len(rows[0]) == 4 else ["", ""]
-    return [Picture("", contact_sheet(rows, cell=160, header=names))]
+def draw_street() -> Image.Image:
+    """A bus and a dog on a street, as somebody would draw them in palette colours."""
+
+    def colour(name: str) -> tuple[int, ...]:
+        return tuple(PALETTE[CLASS_NAMES.index(name)].tolist())
+
+    image = Image.new("RGB", (SIDE, SIDE), colour("sky-other-merged"))
+    draw = ImageDraw.Draw(image)
+    for left, top, right in ((0, 40, 70), (70, 62, 150), (150, 30, 214), (214, 56, SIDE)):
+        draw.rectangle([left, top, right, 130], fill=colour("building-other-merged"))
+    draw.rectangle([0, 120, SIDE, 144], fill=colour("pavement-merged"))
+    draw.rectangle([0, 144, SIDE, 214], fill=colour("road"))
+    draw.rectangle([0, 214, SIDE, SIDE], fill=colour("pavement-merged"))
+    draw.rounded_rectangle([24, 88, 150, 160], radius=10, fill=colour("bus"))
+    for x in (50, 124):
+        draw.ellipse([x - 13, 147, x + 13, 173], fill=colour("bus"))
+    draw.ellipse([178, 196, 226, 220], fill=colour("dog"))
+    draw.ellipse([214, 182, 240, 206], fill=colour("dog"))
+    for x in (184, 196, 210, 220):
+        draw.rectangle([x - 3, 212, x + 3, 236], fill=colour("dog"))
+    draw.polygon([(182, 204), (166, 190), (180, 212)], fill=colour("dog"))
+    return image
 
 
-def first_scenes(folder: Path, shards: str, count: int) -> list[Path]:
-    """Copies the first `count` scene PNGs (and photos) of the shards out, as a person would."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for sample in read_shard(expand_shards(shards)[0]):
-        path = folder / f"{sample.key}.scene.png"
-        path.write_bytes(sample.files["scene.png"])
-        path.with_name(f"{sample.key}.jpg").write_bytes(sample.files["jpg"])
-        path.with_name(f"{sample.key}.txt").write_bytes(sample.files["txt"])
-        paths.append(path)
-        if len(paths) == count:
-            return paths
-    return paths
-
-
-def show_folder(folder: Path, names: list[str]) -> list[Picture]:
-    return [Picture("", folder / name) for name in names]
-
-
-def show_training(folder: Path) -> list[Picture]:
-    """The last picture sheet of a run folder; the GPT's trainer draws none."""
-    sheets = sorted((folder / "pictures").glob("*.png"))[-1:]
-    return [Picture(f"held-out pictures after {int(s.stem)} steps", s) for s in sheets]
-
-
-def park_source(output: Path, options: argparse.Namespace) -> list[Step]:
-    """Steps that make scene shards of the park world; the second set is never trained on."""
-    steps = []
-    for name, title, text, seed, count in (
-        ("park", "Draw the park world", "Pictures, captions and exact annotations, drawn by a "
-         "program: data that needs no download.", 0, options.count),
-        ("unseen", "Draw a few more", "Another seed: scenes no network below has seen.", 1, 8),
-    ):  # fmt: skip
-        shards, scenes = output / name, output / f"{name}-scenes"
-        steps.append(
-            Step(
-                title=title,
-                text=text,
-                command=["park", "--output", str(shards), "--count", str(count),
-                         "--seed", str(seed), "--size", str(options.size),
-                         "--shard-size", "500"],
-                pictures=lambda shards=shards: show_shard(shards, 4),
-            )
-        )  # fmt: skip
-        steps.append(
-            Step(
-                title="Preprocess on Ray",
-                text="Photo shards in, scene shards out: panoptic segments, human parts and faces "
-                "merged into one scene map.",
-                command=["preprocess", "--config", "configs/preprocess/park.yaml",
-                         "--photo.size", str(options.size), "--workers", "2",
-                         "--input", str(shards), "--output", str(scenes)],
-                pictures=lambda scenes=scenes: show_shard(scenes, 4),
-            )
-        )  # fmt: skip
-    return steps
-
-
-def photo_source(output: Path, options: argparse.Namespace) -> list[Step]:
-    """The step that makes scene shards of real photos with COCO panoptic annotations."""
-    scenes = output / "park-scenes"
-    return [
-        Step(
-            title="Preprocess on Ray",
-            text="Real photos and COCO's panoptic annotations in, scene shards out.",
-            command=["preprocess", "--config", "configs/preprocess/coco-sample.yaml",
-                     "--panoptic.json", str(options.photos / "panoptic_train.json"),
-                     "--panoptic.folder", str(options.photos / "panoptic/train"),
-                     "--photo.size", str(options.size), "--workers", "2",
-                     "--input", str(options.photos / "train"), "--output", str(scenes)],
-            pictures=lambda: show_shard(scenes, 4),
-        )
-    ]  # fmt: skip
-
-
-def train_step(stage: str, title: str, text: str, data: Path, options: argparse.Namespace) -> Step:
-    folder = options.output / stage
-    overrides = []
-    if options.steps:
-        steps = str(options.steps)
-        overrides = ["--trainer.max_steps", steps, "--trainer.val_check_interval", steps]
-    if options.photos:
-        overrides += ["--data.holdout", "10"]
-    if stage == "gpt":
-        overrides += ["--model.network.text_vocabulary", str(options.vocab_size)]
-    return Step(
-        title=title,
-        text=text,
-        command=["train", stage, "--config", f"configs/tiny/{stage}.yaml",
-                 "--data.input", str(data), "--trainer.default_root_dir", str(folder),
-                 "--ckpt_path", "auto", *overrides],
-        pictures=lambda: show_training(folder),
-        curves=folder / "metrics.csv",
-    )  # fmt: skip
-
-
-def training_steps(scenes: Path, options: argparse.Namespace) -> list[Step]:
-    """Scene shards → tokenizers → tokens → GPT → model folder."""
-    output = options.output
-    parts = [word for name in ("vqseg", "vqgan") for word in (f"--{name}", str(output / name))]
-    tokenizer = ["--tokenizer", str(output / "tokenizer.json")]
-    return [
-        Step(
-            title="Inspect",
-            text="What the scene shards look like, and which classes they hold.",
-            command=["inspect", str(scenes), "--output", str(output / "inspect.png"),
-                     "--count", "6"],
-            pictures=lambda: [Picture("", output / "inspect.png")],
-        ),
-        Step(
-            title="Fit the text tokenizer",
-            text="Byte-level BPE on every caption of the shards.",
-            command=["fit-bpe", "--input", str(scenes), "--length", "32",
-                     "--vocab-size", str(options.vocab_size),
-                     "--output", str(output / "tokenizer.json")],
-        ),
-        train_step("vqseg", "Train VQ-SEG", "Scene maps ↔ a few discrete tokens: which thing is "
-                   "where, and the edges.", scenes, options),
-        train_step("vqgan", "Train the VQ-GAN", "Pictures ↔ tokens. The full system uses a "
-                   "published one.", scenes, options),
-        Step(
-            title="Tokenize",
-            text="Every caption, scene and picture becomes tokens: plain .npy files.",
-            command=["tokenize", "--input", str(scenes), "--output", str(output / "tokens"),
-                     *parts, *tokenizer],
-        ),
-        train_step("gpt", "Train the GPT", "One transformer over [text | scene | image]: it "
-                   "predicts the scene, then the picture.", output / "tokens", options),
-        Step(
-            title="Assemble",
-            text="Tokenizers and GPT become one model folder.",
-            command=["assemble", *tokenizer, *parts, "--gpt", str(output / "gpt"), *SAMPLING,
-                     "--output", str(output / "model")],
-        ),
-    ]  # fmt: skip
-
-
-def sampling_steps(scenes: Path, options: argparse.Namespace) -> list[Step]:
-    """Captions alone, captions with scenes nobody trained on, the same scene in other words."""
-    model = ["--model", str(options.output / "model")]
-    samples = options.output / "samples"
-    steps = [
-        Step(
-            title="Sample: a caption",
-            text="Only a sentence goes in: the model predicts the scene, then paints it.",
-            command=["sample", caption, *model, "--count", "4", "--seed", "1",
-                     "--output", str(samples / f"caption-{i}")],
-            pictures=lambda i=i: [Picture("", samples / f"caption-{i}" / "grid.png")],
-        )
-        for i, caption in enumerate(options.captions)
-    ]  # fmt: skip
-    for i, scene in enumerate(first_scenes(options.output / "given", str(scenes), 3)):
-        photo = scene.with_name(scene.name.replace(".scene.png", ".jpg"))
-        caption = scene.with_name(scene.name.replace(".scene.png", ".txt")).read_text().strip()
-        folder = samples / f"scene-{i}"
-        steps.append(
-            Step(
-                title="Sample: a caption and a scene",
-                text="The scene is given: the pictures keep its layout.",
-                command=["sample", caption, "--scene", str(scene), *model, "--count", "4",
-                         "--seed", "1", "--output", str(folder)],
-                pictures=lambda photo=photo, scene=scene, folder=folder: [
-                    Picture("", given_and_made(photo, scene, folder))
-                ],
-            )
-        )  # fmt: skip
-    return steps
-
-
-def given_and_made(photo: Path, scene: Path, folder: Path) -> Image.Image:
-    """The scene that was given, the picture it comes from, and what the model painted."""
-    made = sorted(p for p in folder.glob("0*.png") if ".scene" not in p.name)
-    row = [SceneMap.from_png(scene).to_rgb(edges=True), *map(Image.open, [photo, *made])]
-    header = ["given scene", "where it comes from", *(f"painted {i + 1}" for i in range(len(made)))]
-    return contact_sheet([row], cell=144, header=header)
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo"))
-    parser.add_argument("--count", type=int, default=4000, help="pictures of the park world")
-    parser.add_argument("--size", type=int, default=64, help="pixels a side")
-    parser.add_argument("--photos", type=Path, help="folder of real photos in the form of COCO")
-    parser.add_argument("--steps", type=int, help="optimiser steps of each training")
-    options = parser.parse_args(arguments)
-    options.captions, options.vocab_size = CAPTIONS, 512
-    if options.photos:
-        if not (options.photos / "panoptic_train.json").is_file():
-            parser.error(f"{options.photos} holds no panoptic_train.json (make … DATA=DIR)")
-        # A few dozen captions do not fill 512 entries, and nothing needs long training here.
-        options.captions, options.vocab_size = CAPTIONS[:1], 300
-        options.steps = options.steps or 150
-    return options
+    parser.add_argument("--model", default="park", help="park or a model folder")
+    parser.add_argument("--count", type=int, default=120, help="pictures of the park world")
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options = parse()
-    options.output.mkdir(parents=True, exist_ok=True)
-    demo = Demo(options.output)
-    scenes = options.output / "park-scenes"
-    source = (photo_source if options.photos else park_source)(options.output, options)
-    for step in [*source, *training_steps(scenes, options)]:
-        demo.run(step)
-    given = scenes if options.photos else options.output / "unseen-scenes"
-    for step in sampling_steps(given, options):
-        demo.run(step)
-    page = demo.write_page("mini Make-A-Scene", INTRO)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    try:
+        size = read_json(find_folder(options.model) / INDEX)["sizes"]["scene"]["pixels"]
+        options.output.mkdir(parents=True, exist_ok=True)
+        demo = Demo(options.output)
+        for step in pipeline_steps(
+            options.output, model=options.model, size=size, count=options.count
+        ):
+            demo.run(step)
+        scenes = options.output / "scenes"
+        for step in sampling_steps(options.output, scenes, model=options.model):
+            demo.run(step)
+        hero = sample_cards(options.output / "samples" / "captions")[:3]
+        page = demo.write_page("mini Make-A-Scene", INTRO, hero)
+    except ModelError as error:
+        raise SystemExit(f"demo: {error}") from error
     print(f"\nOpen {page}")
 
 

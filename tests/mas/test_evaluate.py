@@ -1,0 +1,267 @@
+"""`mas evaluate` on a tiny model, a tiny reader and a few park pictures."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mas import evaluate as command
+from mas.__main__ import main
+from mas.cases import choose_caption, read_cases
+from mas.distances import disagreement, frechet_distance, kernel_distance, spread
+from mas.evaluate import choose_guidance, evaluate, spread_out
+from mas.examiner import Examiner
+from mas.obedience import CLAIMS
+from mas.reader import Reader, ReaderConfig
+from mas.report import draw_sweep
+from mas.scene import from_coco, merge
+from mas.shards import Sample, ShardError, ShardWriter
+from preprocess.park_truth import picture
+
+TIMES = ("morning", "day", "sunset", "night")
+PLACES = ("park", "beach", "street", "snow", "mountains", "farm")
+
+
+def to_sample(files, key, *, park=True):
+    """A scene shard's sample of a park picture."""
+    ids = np.array(Image.open(io.BytesIO(files["panoptic.png"])))
+    segments = from_coco(ids, json.loads(files["segments.json"])["segments_info"])
+    scene = merge(panoptic=segments, human=np.array(Image.open(io.BytesIO(files["human.png"]))))
+    buffer = io.BytesIO()
+    scene.to_png(buffer)
+    content = json.loads(files["json"])
+    if not park:
+        del content["park"]
+    return Sample(
+        key,
+        {
+            "jpg": files["jpg"],
+            "scene.png": buffer.getvalue(),
+            "txt": files["txt"],
+            "json": json.dumps(content).encode(),
+        },
+    )
+
+
+def write_shard(folder, *, count=6, size=32, **options):
+    folder.mkdir()
+    held_out = options.pop("held_out", "exclude")
+    with ShardWriter(str(folder / "00000.tar")) as writer:
+        for i in range(count):
+            files = picture(3, i, size=size, held_out=held_out)
+            writer.write(to_sample(files, f"{i:05}", **options))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    return {
+        "park": write_shard(folder / "park"),
+        "unseen": write_shard(folder / "unseen", held_out="only"),
+        "photos": write_shard(folder / "photos", park=False),
+    }
+
+
+@pytest.fixture(scope="module")
+def reader_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = ReaderConfig(
+        size=32, width=8, multipliers=(1, 2), groups=4, features=8, times=TIMES, places=PLACES
+    )
+    folder = tmp_path_factory.mktemp("reader")
+    Reader(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(shards, reader_folder, tiny_folder, tmp_path_factory):
+    def start(name="park", **options):
+        output = tmp_path_factory.mktemp("report") / "report.json"
+        values = {"reader": reader_folder, "count": 6, "seeds": 2, "batch": 4, **options}
+        evaluate(input=shards[name], output=output, model=str(tiny_folder), **values)
+        return output, json.loads(output.read_text())
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def report(run, shards):
+    return run(guidance=[1.0, 3.0], sweep_count=2, unseen=shards["unseen"])
+
+
+def test_the_report_has_every_figure_of_the_contract(report):
+    _, figures = report
+    for name in ("caption", "caption_real", "caption_unseen", "caption_unseen_real"):
+        assert figures[name].keys() == {*CLAIMS, "all", "captions"}
+    assert {"miou", "miou_real", "miou_contradicted", "share_of_real"} <= figures["scene"].keys()
+    assert {"miou", "face_iou", "edge_f1", "usage"} <= figures["vqseg"].keys()
+    assert {"psnr", "ssim", "usage"} <= figures["vqgan"].keys()
+    assert figures["distribution"].keys() == {"fid", "kid", "fid_real", "kid_real"}
+    assert figures["diversity"].keys() == {"scene", "scene_real", "picture", "picture_real"}
+    assert [entry["guidance"] for entry in figures["sweep"]] == [1.0, 3.0]
+    assert figures["guidance"] in (1.0, 3.0)
+    shares = [x for name in ("caption", "caption_real") for x in list(figures[name].values())[:-1]]
+    shares += [x for name, x in figures["scene"].items() if "miou" in name]
+    assert all(x is None or 0 <= x <= 1 for x in shares)
+
+
+def test_true_scenes_keep_the_classes_they_are_asked_for(report):
+    _, figures = report
+    # At 32 px the smallest things have less pixels than a thing needs.
+    assert figures["caption_real"]["class"] > 0.8
+    assert figures["caption_real"]["number"] > figures["caption"]["number"]  # of random scenes
+
+
+def test_the_report_is_written_for_people_too(report):
+    output, figures = report
+    text = output.with_suffix(".md").read_text()
+    assert f"| class | {figures['caption']['class']:.3f} |" in text
+    assert "not of Inception" in text
+    for kind in ("samples", "sweep"):
+        assert f"report.{kind}.png" in text
+        with Image.open(output.with_name(f"report.{kind}.png")) as image:
+            image.load()
+    assert {path.name for path in output.parent.iterdir()} == {
+        "report.json", "report.md", "report.samples.png", "report.sweep.png",
+    }  # fmt: skip
+
+
+def test_the_same_seed_gives_the_same_figures_in_any_batch(run):
+    first, second = (run(seed=5, batch=batch)[1] for batch in (2, 6))
+    other = run(seed=6)[1]
+    for figures in (first, second, other):
+        del figures["seconds"]
+    differing = {name for name in first if first[name] != second[name]}
+    assert differing <= {"distribution", "diversity"}  # sums in another order
+    for name in differing:
+        assert first[name] == pytest.approx(second[name], rel=1e-3, abs=1e-3)
+    assert first["codes"] != other["codes"]
+
+
+def test_a_model_that_paints_the_truth_reaches_the_ceiling(run, monkeypatch):
+    def copy(self, cases, guidance, *, follow=None, seeds=None):
+        return self.look(follow or cases)
+
+    monkeypatch.setattr(Examiner, "paint", copy)
+    monkeypatch.setattr(command, "count_codes", lambda examiner, made: {})
+    _, figures = run()
+    assert figures["caption"] == figures["caption_real"]
+    assert figures["scene"]["miou"] == figures["scene"]["miou_real"]
+    assert figures["scene"]["share_of_real"] == 1
+    assert figures["distribution"]["fid"] == pytest.approx(0, abs=1e-6)
+
+
+def test_other_shards_are_measured_without_the_facts_of_the_park(run):
+    _, figures = run("photos")
+    assert not figures.keys() & {"caption", "caption_real", "reader"}
+    assert figures.keys() >= {"scene", "vqseg", "vqgan", "distribution", "diversity", "codes"}
+
+
+def test_without_a_reader_nothing_is_said_of_what_pictures_show(run, caplog):
+    _, figures = run(reader=None)
+    assert not figures.keys() & {"scene", "distribution", "reader"}
+    assert figures["caption"]["place"] is None and figures["caption"]["class"] is not None
+    assert figures["diversity"].keys() == {"scene", "scene_real"}
+    assert "train one with mas train reader" in caplog.text
+
+
+def test_a_sweep_needs_something_to_choose_by(run):
+    with pytest.raises(ValueError, match="needs shards with the park's facts, or a --reader"):
+        run("photos", reader=None, guidance=[1.0, 2.0])
+
+
+def test_the_guidance_that_obeys_best_is_chosen():
+    def entry(guidance, fid, **shares):
+        caption = dict.fromkeys(CLAIMS, float("nan")) | shares
+        return {"guidance": guidance, "caption": caption, "distribution": {"fid": fid}}
+
+    sweep = [entry(1, 9, number=0.2, place=1.0), entry(3, 9, number=0.7, place=0.9), entry(5, 1)]
+    assert choose_guidance(sweep[:2]) == 3
+    assert choose_guidance([entry(1, 9), entry(5, 1)]) == 5
+
+
+def test_the_command_prints_one_object_and_takes_several_guidances(
+    shards, tiny_folder, tmp_path, capsys
+):
+    words = ["evaluate", "--input", shards["park"], "--model", str(tiny_folder), "--count", "2"]
+    words += ["--seeds", "2", "--sweep-count", "2", "--guidance", "1", "2", "--json"]
+    assert main([*words, "--output", str(tmp_path / "r.json")]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures == json.loads((tmp_path / "r.json").read_text())
+    assert [entry["guidance"] for entry in figures["sweep"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"count": 1}, "--count is 1, use 2 or more"),
+        ({"guidance": [2.0, 2.0]}, "--guidance names one twice"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options, message, run):
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+
+
+def test_the_report_must_be_json(shards, tmp_path):
+    with pytest.raises(ValueError, match=r"--output must end in .json, got"):
+        evaluate(input=shards["park"], output=tmp_path / "report.md")
+
+
+def test_cases_are_spread_and_take_turns_in_captions(shards):
+    cases = read_cases(shards["park"], 3).cases
+    assert [case.key for case in cases] == ["00000", "00002", "00005"]
+    everything = read_cases(shards["park"], 6)
+    captions = [json.loads(picture(3, i, size=32)["json"])["captions"] for i in range(6)]
+    assert [c.caption for c in everything.cases] == [captions[i][i % 3] for i in range(6)]
+    assert everything.has_facts and set(everything.lights) <= set(TIMES)
+    assert len(spread_out(everything.cases, 4)) == 4
+
+
+def test_an_unseen_combination_is_asked_for_by_a_caption_that_says_it():
+    def facts(colour, time=None):
+        claim = {"class": "dog", "count": 1} | ({"colour": colour} if colour else {})
+        return {"things": [claim], "relations": [], "place": None, "time": time}
+
+    captions = [facts(None), facts("red"), facts("blue"), facts(None, "night")]
+    assert choose_caption(captions, [{"class": "dog", "colour": "blue"}], 0) == 2
+    assert choose_caption(captions, [{"class": "dog", "time": "night"}], 0) == 3
+    assert choose_caption(captions, [{"class": "cat", "colour": "blue"}], 1) == 1
+
+
+def test_pictures_without_a_caption_are_refused(tmp_path):
+    files = picture(3, 0, size=32)
+    sample = to_sample(files, "00000", park=False)
+    sample.files.update(txt=b" ", json=b"{}")
+    with ShardWriter(str(tmp_path / "00000.tar")) as writer:
+        writer.write(sample)
+    with pytest.raises(ShardError, match="00000: has no caption"):
+        read_cases(str(tmp_path), 2)
+
+
+def test_distances_of_known_sets():
+    generator = torch.Generator().manual_seed(0)
+    one_ND = torch.randn(200, 4, generator=generator)
+    assert frechet_distance(one_ND, one_ND) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(one_ND, one_ND + 2) == pytest.approx(16)  # 4 dimensions moved by 2
+    assert kernel_distance(one_ND, one_ND + 2) > 10 * abs(kernel_distance(one_ND, one_ND.flip(0)))
+    assert kernel_distance(one_ND, one_ND + 1) == kernel_distance(one_ND, one_ND + 1)
+    assert spread(torch.tensor([[0.0, 0.0], [3.0, 4.0]])) == 5
+    zeros, half = np.zeros((2, 2), np.uint8), np.array([[0, 1], [0, 1]], np.uint8)
+    assert disagreement([zeros, half, zeros]) == pytest.approx(1 / 3)
+    assert np.isnan(disagreement([zeros]))
+
+
+def test_names_in_the_plot_stay_inside_it():
+    low = [{"guidance": g, "caption": dict.fromkeys(CLAIMS, 0.0)} for g in (1.0, 2.0)]
+    high = [{"guidance": g, "caption": dict.fromkeys(CLAIMS, 1.0)} for g in (1.0, 2.0)]
+    for sweep in (low, high):
+        pixels = np.asarray(draw_sweep(sweep).convert("RGB")).astype(int)
+        margin = np.abs(pixels - pixels[0, 0]).sum(-1) > 60
+        assert not margin[:6].any() and not margin[-3:].any() and not margin[:, -3:].any()
+        rows = np.flatnonzero(margin[:, -110:].any(1))  # of the names
+        assert rows.max() - rows.min() > 5 * 14  # six names below one another
