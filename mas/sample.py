@@ -100,10 +100,7 @@ def sample(
             raise ValueError(f"{name} is {value}, use 1 or more")
     if fill_void and scene is None:
         raise ValueError("--fill-void fills the void of a scene: give one with --scene")
-    if rerank is None and keep is not None:
-        raise ValueError("--keep keeps the best by --rerank: give that too, or a smaller --count")
-    if rerank is not None:
-        check_rerank(captions, count=count, keep=keep)
+    check_choice(captions, rerank, count=count, keep=keep)
     layout = None if scene is None else read_square_scene(scene)
     picture, unpainted = (None, None) if image is None else read_picture(image)
     find_folder(model)
@@ -128,7 +125,7 @@ def sample(
                 batch=batch,
                 on_progress=lambda progress: advance(bar, progress),
             )
-        about = {
+        about: dict[str, Any] = {
             "model": {"name": model, "sha256": network.sha256},
             "device": str(network.device),
             "precision": network.precision,
@@ -164,6 +161,13 @@ def read_captions(caption: str | None, prompts: Path | None, *, empty_is_fine: b
     if not captions:
         raise ValueError(f"{prompts}: holds no caption; write one a line")
     return captions
+
+
+def check_choice(captions: list[str], rerank: str | None, *, count: int, keep: int | None) -> None:
+    if rerank is not None:
+        check_rerank(captions, count=count, keep=keep)
+    elif keep is not None:
+        raise ValueError("--keep keeps the best by --rerank: give that too, or a smaller --count")
 
 
 def read_square_scene(path: Path) -> SceneMap:
