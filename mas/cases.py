@@ -103,8 +103,8 @@ def _read_case(sample: Sample, park: Mapping[str, Any] | None, number: int) -> C
         jpg=sample.files["jpg"],
         scene_png=sample.files["scene.png"],
         facts=facts,
-        place=park and park["place"],
-        time=park and park["time"],
+        place=park["place"] if park else None,
+        time=park["time"] if park else None,
     )
 
 

@@ -82,11 +82,12 @@ class Examiner:
         settings = by_stream(self.model.sampling, common, scene={}, image={})
         done = 0
         for part in self.batches(cases):
-            given = follow and [case.scene(self.size) for case in follow[done : done + len(part)]]
+            now = slice(done, done + len(part))
+            given = None if follow is None else [case.scene(self.size) for case in follow[now]]
             tokens = generate(
                 self.model.decoder,
-                text_BT[done : done + len(part)].to(self.model.device),
-                seeds=seeds[done : done + len(part)],
+                text_BT[now].to(self.model.device),
+                seeds=seeds[now],
                 scene_BT=self._encode(given).to(self.model.device) if given else None,
                 scene=settings["scene"],
                 image=settings["image"],

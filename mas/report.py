@@ -111,7 +111,8 @@ def draw_sweep(sweep: Sequence[Mapping[str, Any]]) -> Image.Image:
     lines = {name: _line(entries, name) for name in CLAIMS}
     lines = {name: line for name, line in lines.items() if line}
     names = sorted(lines, key=lambda name: lines[name][-1][1])
-    step, ceiling = 16 * FINER, top + height
+    step = 16 * FINER
+    ceiling = float(top + height)
     for position, name in enumerate(names):  # lowest first, each name clear of the one below
         points = [place(*point) for point in lines[name]]
         draw.line(points, fill=LINES[name], width=2 * FINER, joint="curve")

@@ -76,7 +76,7 @@ def test_every_command_of_the_demo_can_be_parsed(tmp_path, model):
     for path in (tmp_path / "given").glob("*.png"):
         assert read_scene(path).size in ((32, 32), (demo.SIDE, demo.SIDE))
     words = (tmp_path / "given/words.txt").read_text().splitlines()
-    assert len(words) == 4 and all("on the farm" in text for text in words)
+    assert len(words) == 3 and all("on the farm" in text for text in words)
 
 
 @pytest.mark.parametrize("photos", [False, True])
