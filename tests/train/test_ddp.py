@@ -1,15 +1,23 @@
-"""Two processes train as one (DDP over gloo): every sample once an epoch, also after a resume."""
+"""Two processes train as one (DDP over gloo): every sample once an epoch, also after a resume.
+
+They are started as torchrun and as SLURM start them, and by the scripts of configs/cluster.
+"""
 
 import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from processes import finish, start
+from processes import LIMIT, finish, start
 
 from train.stage import Stage
+
+CLUSTER = Path(__file__).parents[2] / "configs/cluster"
 
 RANKS = (0, 1)
 BATCH = 3  # a rank
@@ -21,7 +29,7 @@ STEPS = 10  # of six pictures: three epochs
 def launch(words, tmp_path):
     """launch(folder, before): runs both ranks as torchrun does; `before` is called in rank 1."""
 
-    def launch(folder, before=None):
+    def launch(folder, before=None, environment=torchrun_environment):
         recorder = {
             "class_path": "recorder.Recorder",
             "init_args": {"folder": seen_in(tmp_path, folder)},
@@ -37,12 +45,12 @@ def launch(words, tmp_path):
             data__batch_size=BATCH,
             ckpt_path="auto",
         )
-        environment = torchrun_environment()
+        port = free_port()
         processes = [
             start(
                 arguments,
                 log=tmp_path / f"{folder}.{rank}.log",
-                environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                environment=environment(rank, port),
                 before=before if rank == 1 else None,
             )
             for rank in RANKS
@@ -52,17 +60,36 @@ def launch(words, tmp_path):
     return launch
 
 
-def torchrun_environment():
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return str(free.getsockname()[1])
+
+
+def torchrun_environment(rank, port):
     return {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": port,
         "WORLD_SIZE": str(len(RANKS)),
         "LOCAL_WORLD_SIZE": str(len(RANKS)),
         "GROUP_RANK": "0",
         "TORCHELASTIC_RUN_ID": "none",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+    }
+
+
+def slurm_environment(rank, port):
+    return {
+        "MASTER_PORT": port,
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": str(len(RANKS)),
+        "SLURM_NTASKS_PER_NODE": str(len(RANKS)),
+        "SLURM_NODEID": "0",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
     }
 
 
@@ -143,3 +170,61 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(launch, tmp_path):
     assert len(before) == 4 * BATCH * len(RANKS)
     assert launch("stopped") == [0, 0]
     assert_each_once_an_epoch(before + collect(tmp_path, "stopped"))
+
+
+def test_tasks_of_slurm_find_each_other(launch, tmp_path):
+    assert launch("slurm", environment=slurm_environment) == [0, 0]
+    assert_each_once_an_epoch(collect(tmp_path, "slurm"))
+
+
+@pytest.mark.slow
+def test_the_torchrun_script_trains(words, tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    torchrun = tools / "torchrun"
+    torchrun.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m torch.distributed.run "$@"\n')
+    torchrun.chmod(0o755)
+    done = subprocess.run(
+        ["bash", CLUSTER / "torchrun.sh", *words("vqseg", trainer__max_steps=2)],
+        env={
+            **os.environ,
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "PORT": free_port(),
+            "GPUS": str(len(RANKS)),
+        },
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stderr
+    checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] == [{"consumed": 16}]
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (1, False), (143, True)])
+def test_the_slurm_script_queues_itself_again_only_when_it_was_told_to_stop(
+    status, requeued, tmp_path
+):
+    for name, content in (
+        ("srun", f'echo "$@" > {tmp_path}/asked; exit {status}'),
+        ("scontrol", f'echo "$@" > {tmp_path}/told'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{content}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", CLUSTER / "slurm-train.sh", "gpt", "--config", "c.yaml"],
+        env={
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "SLURM_NNODES": "2",
+            "SLURM_NTASKS_PER_NODE": "8",
+        },
+        cwd=tmp_path,
+    )
+    assert done.returncode == status
+    command = (tmp_path / "asked").read_text()
+    assert "mas train gpt --trainer.num_nodes 2 --trainer.devices 8" in command
+    assert command.endswith("--ckpt_path auto --config c.yaml\n")
+    told = tmp_path / "told"
+    assert told.exists() == requeued and (not requeued or told.read_text() == "requeue 7\n")
