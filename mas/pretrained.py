@@ -1,34 +1,40 @@
 """Published VQ-GAN checkpoints become a `vqgan/` folder: the command `mas import-vqgan`.
 
 In: minDALL-E's stage 1 (the published tarball, or the file in it), taming's f16 and gumbel f8,
-LlamaGen's VQ-16. Out: config.json + model.safetensors. Nothing is unpickled but tensors, unless
-the user says so; sizes are read off the tensors; what the file has too much or too little is named.
+LlamaGen's VQ-16. Out: config.json + model.safetensors, and from the tarball minDALL-E's BPE as
+tokenizer.json. Nothing is unpickled but tensors, unless the user says so; sizes are read off the
+tensors; what the file has too much or too little is named.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import re
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict
-from hashlib import file_digest
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mas.storage import StorageError, check_tensors
+from mas.text import Tokenizer
 from mas.vqgan import VQGAN, QuantizerName, VQGANConfig
 
 FormatName = Literal["mindalle", "taming", "taming-gumbel", "llamagen"]
 
 MINDALLE_MD5 = "57b008f02ceaa02b779c8b7463143315"  # of 1.3B.tar.gz, and part of its address
 MINDALLE_MEMBER = "1.3B/stage1_last.ckpt"
+MINDALLE_BPE = ("1.3B/tokenizer/bpe-16k-vocab.json", "1.3B/tokenizer/bpe-16k-merges.txt")
+TOKENIZER = "tokenizer.json"
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 
 
@@ -107,7 +113,8 @@ def import_vqgan(
     """Converts a published VQ-GAN checkpoint to a vqgan folder.
 
     Args:
-        checkpoint: the downloaded file; for minDALL-E also the whole 1.3B.tar.gz, read in place.
+        checkpoint: the downloaded file; for minDALL-E also the whole 1.3B.tar.gz, read in place,
+            whose BPE becomes tokenizer.json.
         format: who published it.
         output: folder to write; new or empty.
         size: pixels a side of the pictures it will be used for.
@@ -117,10 +124,14 @@ def import_vqgan(
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{output}: already there and not an empty folder; name a new one")
-    network, ignored = load_published(
-        checkpoint, format=format, size=size, md5=md5, trust_pickle=trust_pickle
-    )
+    path = Path(checkpoint)
+    members = _read_tarball(path, md5=md5) if _is_tarball(path) else {}
+    network, ignored = _convert(path, members, format=format, size=size, trust_pickle=trust_pickle)
+    bpe = [members[name] for name in MINDALLE_BPE if name in members]
+    tokenizer = Tokenizer.from_mindalle(*bpe) if len(bpe) == len(MINDALLE_BPE) else None
     network.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save(folder / TOKENIZER)
     config = network.config
     parameters = sum(parameter.numel() for parameter in network.parameters())
     print(
@@ -128,6 +139,10 @@ def import_vqgan(
         f"{config.size} px -> {config.grid} x {config.grid} tokens"
     )
     print(f"config: {asdict(config)}")
+    if tokenizer is not None:
+        print(f"{folder / TOKENIZER}: {tokenizer.vocab_size} entries, {tokenizer.length} tokens")
+    elif members:
+        print(f"no tokenizer: {path} lacks {' or '.join(MINDALLE_BPE)}")
     for group, count in _groups(ignored).items():
         print(f"ignored: {group} ({count} tensors)")
 
@@ -147,9 +162,23 @@ def load_published(
             tensors that are missing, unknown, of the wrong shape or not finite; by name.
     """
     path = Path(checkpoint)
+    members = _read_tarball(path, md5=md5) if _is_tarball(path) else {}
+    return _convert(path, members, format=format, size=size, trust_pickle=trust_pickle)
+
+
+def _convert(
+    path: Path,
+    members: Mapping[str, bytes],
+    *,
+    format: FormatName,
+    size: int,
+    trust_pickle: bool,
+) -> tuple[VQGAN, list[str]]:
+    """`load_published` of a file, or of the members of a tarball at `path`."""
     if format not in _FORMATS:
         raise CheckpointError(f"format {format!r}: use one of {', '.join(_FORMATS)}")
-    content = _load(path, md5=md5, trust_pickle=trust_pickle)
+    source = io.BytesIO(members[MINDALLE_MEMBER]) if members else path
+    content = _load(path, source, trust_pickle=trust_pickle)
     tensors, ignored = _select(content, path, format)
     try:
         config = _read_config(tensors, path, format, size)
@@ -179,14 +208,10 @@ def load_published(
     return network.eval().requires_grad_(False), ignored
 
 
-def _load(path: Path, *, md5: str, trust_pickle: bool) -> Any:
+def _load(path: Path, source: Path | io.BytesIO, *, trust_pickle: bool) -> Any:
     """What the file unpickles to: tensors in plain containers, unless pickles are trusted."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    source: Any = path
-    if path.name.endswith(TAR_ENDINGS):
-        _check_md5(path, md5)
-        source = io.BytesIO(read_member(path, MINDALLE_MEMBER))
     try:
         return torch.load(source, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
@@ -208,32 +233,72 @@ def _load(path: Path, *, md5: str, trust_pickle: bool) -> Any:
         ) from error
 
 
-def read_member(path: str | Path, member: str) -> bytes:
-    """Content of one file of a tarball, which is not unpacked.
+def _is_tarball(path: Path) -> bool:
+    return path.name.endswith(TAR_ENDINGS)
+
+
+def _read_tarball(path: Path, *, md5: str) -> dict[str, bytes]:
+    """The checkpoint and, if it is there, the BPE of minDALL-E's tarball."""
+    members = read_members(path, (MINDALLE_MEMBER, *MINDALLE_BPE), md5=md5)
+    if MINDALLE_MEMBER not in members:
+        raise CheckpointError(f"{path}: has no member {MINDALLE_MEMBER}")
+    return members
+
+
+class _Passing:
+    """A file on its way into tarfile: counts its bytes and takes their MD5."""
+
+    def __init__(self, file: BinaryIO, bar: tqdm[NoReturn]) -> None:
+        self.file, self.bar = file, bar
+        self.digest = hashlib.md5(usedforsecurity=False)
+
+    def read(self, size: int = -1) -> bytes:
+        block = self.file.read(size)
+        self.digest.update(block)
+        self.bar.update(len(block))
+        return block
+
+
+def read_members(path: str | Path, wanted: Container[str], *, md5: str = "any") -> dict[str, bytes]:
+    """Contents of those `wanted` files that a tarball has; read once, nothing is unpacked to disk.
+
+    Args:
+        path: the tarball, compressed or not.
+        wanted: names of its members.
+        md5: what the whole file must have, checked before anything is returned; or "any".
 
     Raises:
-        CheckpointError: a broken tarball, or no such member.
+        CheckpointError: no such file, another MD5, or a broken tarball.
     """
-    try:
-        with tarfile.open(path) as archive:
-            file = archive.extractfile(member)
-            assert file is not None
-            return file.read()
-    except KeyError:
-        raise CheckpointError(f"{path}: has no member {member}") from None
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path}: broken tarball; download it again ({error})") from error
-
-
-def _check_md5(path: Path, md5: str) -> None:
-    if md5 == "any":
-        return
-    with open(path, "rb") as file:
-        found = file_digest(file, "md5").hexdigest()
-    if found != md5:
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    found: dict[str, bytes] = {}
+    broken = None
+    size = path.stat().st_size
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None, delay=1)
+    with bar, open(path, "rb") as file:
+        passing = _Passing(file, bar)
+        try:
+            with tarfile.open(fileobj=passing, mode="r|*") as archive:  # type: ignore[call-overload]
+                for member in archive:
+                    name = member.name.removeprefix("./")
+                    if member.isfile() and name in wanted:
+                        content = archive.extractfile(member)
+                        assert content is not None
+                        found[name] = content.read()
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            broken = error
+        while passing.read(2**20):
+            pass
+    digest = passing.digest.hexdigest()
+    if md5 not in ("any", digest):
         raise CheckpointError(
-            f"{path}: MD5 is {found}, not {md5}; download it again (or name its MD5 with --md5)"
+            f"{path}: MD5 is {digest}, not {md5}; download it again (or name its MD5 with --md5)"
         )
+    if broken is not None:
+        raise CheckpointError(f"{path}: broken tarball; download it again ({broken})") from broken
+    return found
 
 
 def _select(content: Any, path: Path, format: FormatName) -> tuple[dict[str, Tensor], list[str]]:

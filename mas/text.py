@@ -123,26 +123,37 @@ class Tokenizer:
             raise TokenizerError(f"{path}: {error}") from None
 
     @classmethod
-    def from_mindalle(cls, vocab: str | Path, merges: str | Path, *, length: int = 64) -> Tokenizer:
+    def from_mindalle(
+        cls, vocab: str | Path | bytes, merges: str | Path | bytes, *, length: int = 64
+    ) -> Tokenizer:
         """Imports minDALL-E's char-level BPE (bpe-16k-vocab.json, bpe-16k-merges.txt).
+
+        Args:
+            vocab: path of the vocabulary, or its content.
+            merges: path of the merges, or their content.
+            length: tokens a caption is cut or padded to; minDALL-E was trained with 64.
 
         Raises:
             TokenizerError: a file is missing or is none of these, or `[PAD]` is not id 0.
         """
-        for path in (vocab, merges):
-            if not Path(path).is_file():
-                raise TokenizerError(f"{path}: no such file")
+        names = ["the vocabulary" if isinstance(vocab, bytes) else str(vocab)]
+        names.append("the merges" if isinstance(merges, bytes) else str(merges))
+        vocab_text, merges_text = _read_text(vocab, names[0]), _read_text(merges, names[1])
+        lines = [line for line in merges_text.split("\n") if not line.startswith("#version")]
         try:
-            charwise = tokenizers.implementations.CharBPETokenizer.from_file(
-                str(vocab), str(merges), unk_token="[UNK]", lowercase=True
+            charwise = tokenizers.implementations.CharBPETokenizer(
+                json.loads(vocab_text),
+                [tuple(line.split(" ")) for line in lines if line],
+                unk_token="[UNK]",
+                lowercase=True,
             )
             content = charwise.to_str()
         except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{vocab}, {merges}: not a char-level BPE ({error})") from error
+            raise TokenizerError(f"{', '.join(names)}: not a char-level BPE ({error})") from error
         try:
             return cls(_fix_length(tokenizers.Tokenizer.from_str(content), length))
         except TokenizerError as error:
-            raise TokenizerError(f"{vocab}: {error}") from None
+            raise TokenizerError(f"{names[0]}: {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Writes tokenizer.json atomically; the same tokenizer gives the same bytes."""
@@ -236,6 +247,15 @@ class _Counted:
         for caption in self._captions:
             self.seen += 1
             yield caption
+
+
+def _read_text(source: str | Path | bytes, name: str) -> str:
+    try:
+        return (source if isinstance(source, bytes) else Path(source).read_bytes()).decode()
+    except FileNotFoundError:
+        raise TokenizerError(f"{name}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{name}: cannot be read as text ({error})") from error
 
 
 def _fix_length(tokenizer: tokenizers.Tokenizer, length: int) -> tokenizers.Tokenizer:

@@ -1,6 +1,8 @@
 """Published checkpoints: what loads, what is refused, and by which words."""
 
 import hashlib
+import io
+import json
 import tarfile
 
 import pytest
@@ -9,12 +11,15 @@ from published import TINY, published_shapes, rule_state
 
 from mas.__main__ import main
 from mas.pretrained import (
+    MINDALLE_BPE,
     MINDALLE_MD5,
+    MINDALLE_MEMBER,
     CheckpointError,
     import_vqgan,
     load_published,
-    read_member,
+    read_members,
 )
+from mas.text import PAD, Tokenizer
 from mas.vqgan import VQGAN, VQGANConfig
 
 SMALL = dict(
@@ -154,13 +159,36 @@ def test_a_size_that_the_levels_do_not_divide_is_refused(checkpoint):
         load_published(checkpoint({"state_dict": state_of("taming")}), format="taming", size=33)
 
 
+def bpe_files():
+    """A vocabulary and merges in the form of minDALL-E's."""
+    pieces = ["[PAD]", "[UNK]", *"adogt", *(c + "</w>" for c in "adogt"), "do", "dog</w>"]
+    vocab = json.dumps({piece: i for i, piece in enumerate(pieces)}).encode()
+    return vocab, b"#version: 0.2\nd o\ndo g</w>\n"
+
+
+def pack(path, members, *, prefix=""):
+    """A tarball whose other members stand before, between and after the wanted ones."""
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for number, (name, content) in enumerate(members.items()):
+            for entry, data in ((f"1.3B/other{number}", bytes(5000)), (name, content)):
+                info = tarfile.TarInfo(prefix + entry)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+        archive.addfile(tarfile.TarInfo(f"{prefix}1.3B/stage2_last.ckpt"))
+    return path
+
+
 @pytest.fixture
-def tarball(checkpoint, tmp_path):
+def members(checkpoint):
     path = checkpoint({"state_dict": state_of("mindalle")})
-    with tarfile.open(tmp_path / "1.3B.tar.gz", "w:gz") as archive:
-        archive.add(path, "1.3B/stage1_last.ckpt")
+    content = path.read_bytes()
     path.unlink()
-    return tmp_path / "1.3B.tar.gz"
+    return dict(zip((MINDALLE_MEMBER, *MINDALLE_BPE), (content, *bpe_files()), strict=True))
+
+
+@pytest.fixture
+def tarball(members, tmp_path):
+    return pack(tmp_path / "1.3B.tar.gz", members)
 
 
 def test_the_tarball_is_read_in_place_after_its_md5(tarball):
@@ -172,12 +200,66 @@ def test_the_tarball_is_read_in_place_after_its_md5(tarball):
         load_published(tarball, format="mindalle", size=32)
 
 
-def test_a_broken_tarball_is_named(tarball):
+def test_nothing_is_unpickled_before_the_md5_is_right(tarball, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("unpickled"))
+    with pytest.raises(CheckpointError, match="MD5 is"):
+        load_published(tarball, format="mindalle", size=32, trust_pickle=True)
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("1.3B.tar.gz", ""), ("mine.tar", "./")])
+def test_importing_the_tarball_also_imports_its_bpe(name, prefix, members, tmp_path, capsys):
+    path = pack(tmp_path / name, members, prefix=prefix)
+    words = ["import-vqgan", str(path), "--format", "mindalle", "--size", "32", "--md5", "any"]
+    assert main([*words, "--output", str(tmp_path / "vqgan")]) == 0
+    assert sorted(x.name for x in tmp_path.iterdir()) == sorted([name, "vqgan"])
+    written = sorted(x.name for x in (tmp_path / "vqgan").iterdir())
+    assert written == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert VQGAN.from_pretrained(tmp_path / "vqgan").config == CONFIGS["mindalle"]
+    tokenizer = Tokenizer.from_file(tmp_path / "vqgan/tokenizer.json")
+    ids = json.loads(bpe_files()[0])
+    expected = [ids[piece] for piece in ("a</w>", "dog</w>", "[UNK]")]
+    assert tokenizer.encode(["A dog z"]).tolist() == [expected + [PAD] * 61]
+    assert "tokenizer.json: 14 entries, 64 tokens" in capsys.readouterr().out
+
+
+def test_a_tarball_without_bpe_gives_the_network_alone(members, tmp_path, capsys):
+    path = pack(tmp_path / "mine.tar.gz", {MINDALLE_MEMBER: members[MINDALLE_MEMBER]})
+    output = str(tmp_path / "vqgan")
+    import_vqgan(str(path), format="mindalle", output=output, size=32, md5="any")
+    assert "no tokenizer: " in capsys.readouterr().out
+    assert not (tmp_path / "vqgan/tokenizer.json").exists()
+
+
+def test_a_damaged_bpe_is_named_and_nothing_is_written(members, tmp_path):
+    path = pack(tmp_path / "mine.tar.gz", members | {MINDALLE_BPE[1]: b"no merges here"})
+    output = str(tmp_path / "vqgan")
+    with pytest.raises(ValueError, match="not a char-level BPE"):
+        import_vqgan(str(path), format="mindalle", output=output, size=32, md5="any")
+    assert not (tmp_path / "vqgan").exists()
+
+
+def test_a_tarball_with_pickled_objects_needs_trust(checkpoint, members, tmp_path, capsys):
+    content = {"state_dict": state_of("mindalle"), "callbacks": Callback()}
+    members = members | {MINDALLE_MEMBER: checkpoint(content).read_bytes()}
+    path = pack(tmp_path / "mine.tar.gz", members)
+    words = ["import-vqgan", str(path), "--format", "mindalle", "--size", "32", "--md5", "any"]
+    words += ["--output", str(tmp_path / "vqgan")]
+    assert main(words) == 1
+    assert "add --trust-pickle" in capsys.readouterr().err
+    assert main([*words, "--trust-pickle"]) == 0
+    assert VQGAN.from_pretrained(tmp_path / "vqgan").config == CONFIGS["mindalle"]
+
+
+def test_a_broken_tarball_is_named(tarball, tmp_path):
+    assert read_members(tarball, ["1.3B/nothing"]) == {}
     with pytest.raises(CheckpointError, match="has no member 1"):
-        read_member(tarball, "1.3B/nothing")
-    tarball.write_bytes(tarball.read_bytes()[:2000])
-    with pytest.raises(CheckpointError, match="broken tarball"):
-        load_published(tarball, format="mindalle", size=32, md5="any")
+        load_published(pack(tmp_path / "empty.tar", {}), format="mindalle", md5="any")
+    with pytest.raises(CheckpointError, match=r"none\.tar: no such file"):
+        load_published(tmp_path / "none.tar", format="mindalle")
+    for size in (2000, len(tarball.read_bytes()) - 9):
+        tarball.write_bytes(tarball.read_bytes()[:size])
+        with pytest.raises(CheckpointError, match="broken tarball"):
+            load_published(tarball, format="mindalle", size=32, md5="any")
 
 
 def test_the_command_writes_a_folder_once(checkpoint, tmp_path, capsys):
