@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from mas.storage import StorageError
 
 NORM_EPS = 1e-6  # of every published VQGAN; PyTorch's default of 1e-5 shows on flat pictures
 
@@ -258,6 +261,20 @@ def check_tokens(tokens_BT: Tensor, *, grid: int, codes: int) -> None:
     low, high = tokens_BT.aminmax()
     if low < 0 or high >= codes:
         raise ValueError(f"tokens must be 0 to {codes - 1}, got {int(low)} to {int(high)}")
+
+
+def check_finite(network: nn.Module, folder: str | Path) -> None:
+    """Refuses weights that a run which diverged has left behind: they would decode to nothing.
+
+    Raises:
+        StorageError: names the tensors with NaN or infinity.
+    """
+    broken = [name for name, x in network.state_dict().items() if not x.sum().isfinite()]
+    if broken:
+        raise StorageError(
+            f"{folder}: NaN or infinity in {len(broken)} tensors, first in {broken[0]}; "
+            "train or copy it again"
+        )
 
 
 def shape_text(x: Tensor) -> str:

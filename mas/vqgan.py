@@ -16,7 +16,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mas.storage import load_network, save_network
-from mas.vq import Backbone, ConvDecoder, ConvEncoder, check_tokens, shape_text, start_weights
+from mas.vq import (
+    Backbone,
+    ConvDecoder,
+    ConvEncoder,
+    check_finite,
+    check_tokens,
+    shape_text,
+    start_weights,
+)
 from mas.vq_codebook import Codebook, GumbelCodebook
 from mas.vq_fast import decode_fast, has_bfloat16
 
@@ -113,7 +121,9 @@ class VQGAN(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> VQGAN:
         """Reads a `vqgan/` folder: config.json + model.safetensors; frozen, evaluation mode."""
-        return load_network(cls, VQGANConfig, folder)
+        network = load_network(cls, VQGANConfig, folder)
+        check_finite(network, folder)
+        return network
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json + model.safetensors."""

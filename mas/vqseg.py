@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from mas.scene import CHANNELS, CLASSES, EDGE_CHANNEL, VOID
 from mas.storage import load_network, save_network
-from mas.vq import Backbone, ConvDecoder, ConvEncoder, check_tokens, shape_text, start_weights
+from mas.vq import (
+    Backbone,
+    ConvDecoder,
+    ConvEncoder,
+    check_finite,
+    check_tokens,
+    shape_text,
+    start_weights,
+)
 from mas.vq_codebook import Codebook
 from mas.vqseg_loss import PIXELS_AT_ONCE, decide, positive_weights, scene_loss
 
@@ -184,7 +192,9 @@ class VQSEG(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> VQSEG:
         """Reads a `vqseg/` folder: config.json + model.safetensors; frozen, evaluation mode."""
-        return load_network(cls, VQSEGConfig, folder)
+        network = load_network(cls, VQSEGConfig, folder)
+        check_finite(network, folder)
+        return network
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json + model.safetensors."""

@@ -99,6 +99,16 @@ def test_saved_and_loaded_networks_agree(tmp_path):
     assert torch.equal(vqgan.decode(tokens), again.decode(tokens))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_broken_weights_are_refused_by_name(value, tmp_path):
+    broken = network()
+    with torch.no_grad():
+        broken.decoder.norm.bias[2] = value
+    broken.save_pretrained(tmp_path)
+    with pytest.raises(StorageError, match=r"NaN or infinity in 1 tensors.*decoder\.norm\.bias"):
+        VQGAN.from_pretrained(tmp_path)
+
+
 def test_unknown_config_keys_are_refused_by_name(tmp_path):
     network().save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
