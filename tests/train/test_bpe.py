@@ -1,0 +1,71 @@
+"""`mas fit-bpe`: which captions count, and what the fitted file does with them."""
+
+import json
+import logging
+
+import pytest
+
+from mas.__main__ import main
+from mas.shards import Sample, ShardWriter
+from mas.text import Tokenizer
+from train import bpe
+from train.bpe import fit_bpe
+
+CAPTIONS = ["A Giraffe in the park", "two giraffes", "слон в парке", "象在公园"]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    for shard, captions in enumerate((CAPTIONS[:2], CAPTIONS[2:])):
+        with ShardWriter(str(tmp_path / f"{shard:05}.tar")) as writer:
+            for number in range(3):
+                files = {
+                    "jpg": b"",
+                    "txt": captions[0].encode(),
+                    "json": json.dumps({"captions": captions}).encode(),
+                }
+                writer.write(Sample(f"{shard}{number}", files))
+    return tmp_path
+
+
+def test_all_captions_of_all_shards_are_fitted_one_at_a_time(shards, monkeypatch):
+    seen, alive = [], []
+
+    def fit(captions, **settings):
+        for caption in captions:
+            seen.append(caption)
+            alive.append(captions.gi_frame is not None)  # a generator still at work
+        return original(iter(seen), **settings)
+
+    original = Tokenizer.fit
+    monkeypatch.setattr(bpe.Tokenizer, "fit", fit)
+    output = shards / "tokenizer.json"
+    fit_bpe(input=str(shards), output=str(output), vocab_size=300, length=8)
+    assert seen == [*CAPTIONS[:2] * 3, *CAPTIONS[2:] * 3] and all(alive)
+    tokenizer = Tokenizer.from_file(output)
+    assert (tokenizer.vocab_size, tokenizer.length) == (300, 8)
+
+
+@pytest.mark.parametrize(("options", "kept"), [([], False), (["--lowercase", "false"], True)])
+def test_case_follows_the_option(options, kept, shards, capsys):
+    output = shards / "sub/tokenizer.json"
+    words = ["fit-bpe", "--input", str(shards), "--output", str(output), "--vocab-size", "300"]
+    assert main([*words, *options]) == 0
+    assert "300 entries, 64 tokens a caption" in capsys.readouterr().out
+    tokenizer = Tokenizer.from_file(output)
+    expected = CAPTIONS if kept else [caption.lower() for caption in CAPTIONS]
+    assert tokenizer.decode(tokenizer.encode(CAPTIONS)) == expected
+
+
+def test_the_same_shards_give_the_same_file(shards):
+    for name in ("a.json", "b.json"):
+        fit_bpe(input=str(shards), output=str(shards / name), vocab_size=300)
+    assert (shards / "a.json").read_bytes() == (shards / "b.json").read_bytes()
+
+
+def test_captions_that_cannot_be_read_are_counted(shards, caplog):
+    caplog.set_level(logging.WARNING)
+    with ShardWriter(str(shards / "00002.tar")) as writer:
+        writer.write(Sample("broken", {"jpg": b"", "txt": b"\xff\xfe\xff"}))
+    fit_bpe(input=str(shards), output=str(shards / "tokenizer.json"), vocab_size=300)
+    assert "1 samples have captions that cannot be read" in caplog.text
