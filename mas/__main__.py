@@ -56,6 +56,9 @@ COMMANDS = {
     "evaluate": Command(
         "mas.evaluate:evaluate", "obedience to captions and scenes, picture quality", "eval"
     ),
+    "bench sample": Command(
+        "mas.bench_sample:bench_sample", "tokens per second, against the memory's speed"
+    ),
     "bench preprocess": Command(
         "preprocess.bench:bench_preprocess",
         "photos per second, against what limits them",

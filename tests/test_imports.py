@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 MAS_ORDER = """
     scene shard_files token_shards shards rounding storage sheet text vq_codebook vq vq_fast
     vqseg_loss vqseg vqgan bench_vqseg reader pretrained sequence cache gpt filter quantize decoder
-    generate precision progress model_folder model rerank metrics weights_file studio
+    generate precision bench_sample progress model_folder model rerank metrics weights_file studio
     sample things obedience cases distances inception features examiner figures report evaluate
     bench doctor
 """.split()

@@ -1,0 +1,294 @@
+"""`mas bench sample`: how fast the GPT samples, against the speed at which memory can be read.
+
+In: nothing (random weights of the 271M sizes), or a model folder; token shards, where the number
+formats shall be compared with float32. Out: one dictionary of figures. Sampling one token reads
+every matrix once, so `bandwidth_share` says how near a step comes to reading alone. Every setting
+runs in a process of its own that loads the folder as `mas sample` does; its peak memory counts
+everything, Python and PyTorch included, and `peak_limit_mb` is what it should stay under:
+1.2 x weights + cache + 300 MB.
+Axes: B pictures, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mas.bench_vqseg import peak_mb, run_apart
+from mas.filter import Sampling
+from mas.generate import Decoder, generate
+from mas.gpt import GPT, GPTConfig
+from mas.precision import Precision, StoredGPT, choose_device, make_decoder
+from mas.sequence import Streams
+from mas.storage import build_unfilled
+from mas.token_shards import TokenShards
+
+NETWORK = GPTConfig()
+PRECISIONS: list[Precision] = ["float32", "bfloat16", "int8"]
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # a weight
+READ = 2**29  # bytes of the read test: more than any cache holds
+SPARE_MB = 300  # of the peak: Python, PyTorch and everything that is neither weights nor cache
+AT_ONCE = 16  # pictures compared at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One measurement."""
+
+    folder: Path  # of a GPT
+    precision: Precision
+    count: int  # pictures at once
+    guidance: float
+    repeats: int
+    device: str
+    compiled: bool
+
+
+def bench_sample(
+    *,
+    model: Path | None = None,
+    network: GPTConfig = NETWORK,
+    precisions: list[Precision] | None = None,
+    counts: list[int] | None = None,
+    guidance: float = 3.0,
+    repeats: int = 2,
+    device: str = "cpu",
+    tokens: Path | None = None,
+    pictures: int = 32,
+) -> dict[str, Any]:
+    """Measure how fast tokens are sampled, and what fewer bits do to what the GPT predicts.
+
+    Args:
+        model: a model or GPT folder; default: random weights.
+        network: sizes of the network with random weights.
+        precisions: number formats; default: float32, bfloat16 and int8; on a GPU bfloat16.
+        counts: pictures at once; default: 1 and 4; on a GPU 1 and 64, without and with
+            torch.compile.
+        guidance: 1 runs one stream a picture, everything else two.
+        repeats: runs of each setting, the best of which counts; the first token's time is that of
+            the first run.
+        device: cpu, cuda, …
+        tokens: token shards of pictures to compare the formats on; needs a trained model.
+        pictures: how many of them.
+    """
+    if repeats < 1 or pictures < 1 or any(count < 1 for count in counts or []):
+        raise ValueError("--counts, --repeats and --pictures must be at least 1")
+    if tokens is not None and model is None:
+        raise ValueError("--tokens compares predictions of trained weights: give --model, too")
+    Sampling(guidance=guidance)
+    place = choose_device(device)
+    on_cpu = place.type == "cpu"
+    precisions = precisions or (PRECISIONS if on_cpu else ["bfloat16"])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = find_gpt(model) if model else write_random(network, Path(temporary))
+        config = StoredGPT(folder, place).config
+        bandwidth = measure_bandwidth(place)
+        results = [
+            run_apart(
+                measure,
+                Setting(
+                    folder=folder,
+                    precision=precision,
+                    count=count,
+                    guidance=guidance,
+                    repeats=repeats,
+                    device=device,
+                    compiled=compiled,
+                ),
+                bandwidth,
+            )
+            for compiled in ([False] if on_cpu else [False, True])
+            for precision in precisions
+            for count in counts or ([1, 4] if on_cpu else [1, 64])
+        ]
+        agreement = compare_folder(folder, tokens, precisions, pictures) if tokens else None
+    return {
+        "parameters": count_parameters(config)["all"],
+        "bandwidth_gb_per_second": round(bandwidth / 1e9, 1),
+        "results": results,
+        **({"agreement": agreement} if agreement else {}),
+        "tokens": {stream.name: stream.length for stream in config.layout.streams},
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def find_gpt(folder: Path) -> Path:
+    """The GPT of a model folder, or the folder itself where it is one of a GPT."""
+    return folder / "gpt" if (folder / "gpt").is_dir() else folder
+
+
+def write_random(config: GPTConfig, folder: Path) -> Path:
+    """A GPT folder with the weights that a training starts from."""
+    torch.manual_seed(0)
+    GPT(config).save_pretrained(folder)
+    return folder
+
+
+def measure_bandwidth(device: torch.device) -> float:
+    """Bytes a second that all threads together read of memory; the best of ten passes."""
+    numbers = torch.zeros(READ // 4, device=device)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        numbers.sum().item()
+        seconds.append(time.perf_counter() - start)
+    return numbers.nbytes / min(seconds)
+
+
+def count_parameters(config: GPTConfig) -> dict[str, int]:
+    """Parameters: all, what every step multiplies by on average, and what sampling stores of each.
+
+    A step reads the blocks and the head of its stream; the text head is never read.
+    """
+    sizes = {name: x.numel() for name, x in build_unfilled(GPT, config).state_dict().items()}
+    blocks = sum(size for name, size in sizes.items() if name.startswith("blocks."))
+    heads = {stream: sizes[f"heads.{stream.name}.weight"] for stream in config.layout.streams[1:]}
+    sampled = sum(stream.length for stream in heads)
+    head = sum(stream.length * size for stream, size in heads.items()) // sampled
+    return {
+        "all": sum(sizes.values()),
+        "step": blocks + head,
+        "matrices": blocks + sum(heads.values()),
+        "embeddings": sum(size for name, size in sizes.items() if name.startswith("embeddings.")),
+    }
+
+
+def measure(setting: Setting, bandwidth: float) -> dict[str, Any]:
+    """Speed and memory of one setting; what runs in a fresh process."""
+    device = choose_device(setting.device)
+    stored = StoredGPT(setting.folder, device)
+    decoder = make_decoder(stored, setting.precision)
+    if setting.compiled:
+        decoder.extend = torch.compile(decoder.extend, dynamic=True)  # type: ignore[method-assign]
+    runs = [time_run(decoder, setting, seed=seed) for seed in range(setting.repeats)]
+    parameters, layout = count_parameters(stored.config), decoder.layout
+    sampled = layout.scene.length + layout.image.length
+    seconds = min(total for total, _ in runs)
+    step_bytes = BYTES[setting.precision] * parameters["step"]
+    rows = setting.count * (1 if setting.guidance == 1 else 2)
+    cache_bytes = decoder.new_cache(rows).nbytes
+    table = 4 if setting.precision == "float32" else 2
+    weight_bytes = (
+        BYTES[setting.precision] * parameters["matrices"] + table * parameters["embeddings"]
+    )
+    return {
+        "precision": setting.precision,
+        "count": setting.count,
+        "guidance": setting.guidance,
+        "compiled": setting.compiled,
+        "tokens_per_second": round(setting.count * sampled / seconds, 1),
+        "first_token_seconds": round(runs[0][1], 3),
+        "bytes_per_token": step_bytes // setting.count,
+        "bandwidth_share": round(step_bytes * sampled / seconds / bandwidth, 3),
+        "peak_mb": round(peak_mb(device), 1),
+        "peak_limit_mb": round((1.2 * weight_bytes + cache_bytes) / 2**20 + SPARE_MB, 1),
+        "weights_mb": round(weight_bytes / 2**20, 1),
+        "cache_mb": round(cache_bytes / 2**20, 1),
+    }
+
+
+def time_run(decoder: Decoder, setting: Setting, *, seed: int) -> tuple[float, float]:
+    """Seconds for all tokens, and for the first one; captions of full length, all different."""
+    layout = decoder.layout
+    times: list[float] = []
+    generator = torch.Generator().manual_seed(seed)
+    shape = (setting.count, layout.text.length)
+    text_BT = torch.randint(1, layout.text.vocabulary, shape, generator=generator)
+    sampling = Sampling(guidance=setting.guidance)
+    start = time.perf_counter()
+
+    def report(*_: Tensor) -> None:
+        if not times and decoder.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    generate(
+        decoder,
+        text_BT,
+        seeds=range(setting.count),
+        scene=sampling,
+        image=sampling,
+        on_progress=report,
+    ).image.cpu()
+    return time.perf_counter() - start, times[0] - start
+
+
+def compare_folder(
+    folder: Path, tokens: Path, precisions: Sequence[Precision], pictures: int
+) -> dict[str, Any]:
+    """`compare` for each number format below float32, over the first pictures of token shards."""
+    shards = TokenShards(tokens)
+    gpt = GPT.from_pretrained(folder)
+    rows = [shards[i] for i in range(min(pictures, len(shards)))]
+    text, scene, image = (
+        torch.from_numpy(np.stack(stream).astype(np.int64))
+        for stream in zip(*((texts[0], *others) for texts, *others in rows), strict=True)
+    )
+    gpt.layout.pack(text, scene, image)
+    return {
+        precision: compare(gpt, make_decoder(gpt, precision), text, scene, image)
+        for precision in precisions
+        if precision != "float32"
+    }
+
+
+@torch.inference_mode()
+def compare(
+    gpt: GPT, decoder: Decoder, text_BT: Tensor, scene_BT: Tensor, image_BT: Tensor
+) -> dict[str, dict[str, float]]:
+    """How far a decoder's predictions are from the GPT's, for given sequences, per stream.
+
+    The decoder reads them token by token, as it samples. `argmax`: share of positions with the same
+    likeliest token; `logits`: mean distance; `perplexity`: relative change.
+    """
+    results: dict[str, list[Tensor]] = {"scene": [], "image": []}
+    for first in range(0, len(text_BT), AT_ONCE):
+        rows = slice(first, first + AT_ONCE)
+        tokens = Streams(text_BT[rows], scene_BT[rows], image_BT[rows])
+        exact, rounded = gpt(*tokens), predict(decoder, tokens)
+        for name, entries in results.items():
+            a_BTV, b_BTV = getattr(exact, name), getattr(rounded, name)
+            targets = getattr(tokens, name).flatten()
+            losses = [
+                F.cross_entropy(x.flatten(0, 1), targets, reduction="none").double()
+                for x in (a_BTV, b_BTV)
+            ]
+            same = (a_BTV.argmax(-1) == b_BTV.argmax(-1)).flatten().double()
+            away = (a_BTV - b_BTV).abs().mean(-1).flatten().double()
+            entries.append(torch.stack([same, away, losses[1] - losses[0]]))
+    figures = {}
+    for name, entries in results.items():
+        same, away, change = torch.cat(entries, dim=1).mean(1)
+        figures[name] = {
+            "argmax": round(same.item(), 4),
+            "logits": round(away.item(), 4),
+            "perplexity": round(change.expm1().item(), 5),
+        }
+    return figures
+
+
+def predict(decoder: Decoder, tokens: Streams) -> Streams:
+    """Logits of given scene and image tokens, computed one position after the other."""
+    layout = decoder.layout
+    sequence_BT = layout.pack(*tokens)
+    cache = decoder.new_cache(len(sequence_BT))
+    state = decoder.extend(sequence_BT[:, : layout.scene.start], cache=cache, start=0)
+    logits: dict[str, list[Tensor]] = {"scene": [], "image": []}
+    for position in range(layout.scene.start, layout.length):
+        stream = layout.stream_at(position)
+        logits[stream.name].append(decoder.head(state, stream).float())
+        if position + 1 < layout.length:
+            piece_BT = sequence_BT[:, position : position + 1]
+            state = decoder.extend(piece_BT, cache=cache, start=position)
+    stacked = (torch.stack(entries, dim=1) for entries in logits.values())
+    return Streams(torch.empty(0), *stacked)
