@@ -49,7 +49,6 @@ SMALL = GPTConfig(  # configs/small, for machines without the configs
 )
 WARM_UP = 2  # steps before the clock starts; compilation falls into the first
 PICTURES = 512  # of the random token shard
-LOADER_SECONDS = 2.0
 
 Precision = Literal["32-true", "bf16-mixed"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -245,7 +244,7 @@ def random_tokens(config: GPTConfig, count: int, device: torch.device) -> Stream
     )
 
 
-def measure_loader(config: GPTConfig, batch_size: int) -> float:
+def measure_loader(config: GPTConfig, batch_size: int, *, seconds: float = 2.0) -> float:
     """Tokens a second that the loader alone delivers, read in the training process."""
     with tempfile.TemporaryDirectory() as folder:
         write_random_shard(folder, config)
@@ -254,9 +253,10 @@ def measure_loader(config: GPTConfig, batch_size: int) -> float:
         pictures, start = 0, time.perf_counter()
         for batch in data.train_dataloader():
             pictures += len(batch["number"])
-            if (seconds := time.perf_counter() - start) > LOADER_SECONDS:
+            taken = time.perf_counter() - start
+            if taken > seconds:
                 break
-    return round(pictures * config.layout.length / seconds, 1)
+    return round(pictures * config.layout.length / taken, 1)
 
 
 def write_random_shard(folder: str, config: GPTConfig) -> None:

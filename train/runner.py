@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from train.callbacks import (
@@ -217,8 +217,10 @@ class TrainCLI(LightningCLI):
         step = self.start_step
         loggers: list[Logger] = [MetricsLog(self.folder, resumed_step=step)]
         if importlib.util.find_spec("tensorboard"):
+            from train.events import Events
+
             loggers.append(
-                TensorBoardLogger(str(self.folder), name="", version="tensorboard", purge_step=step)
+                Events(str(self.folder), name="", version="tensorboard", purge_step=step)
             )
         return loggers
 

@@ -66,7 +66,7 @@ class Sharded(ModelParallelStrategy):
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=SPREAD)
         for optimizer, plain in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             names = self._names(optimizer)
-            whole = {
+            whole: dict[str, Any] = {
                 "state": {names[number]: values for number, values in plain["state"].items()},
                 "param_groups": [
                     {**g, "params": [names[number] for number in g["params"]]}

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 
 from mas.__main__ import main
 from mas.gpt import GPT
+from mas.shards import TokenShards
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 from train.cli import train
+from train.runner import JOBS
 
 NETWORKS = {"vqseg": VQSEG, "vqgan": VQGAN, "gpt": GPT}
 
@@ -109,19 +111,132 @@ def test_a_damaged_checkpoint_is_named(content, words, tmp_path):
         train(words("gpt", trainer__max_steps=2, ckpt_path=path))
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_the_weights(words, monkeypatch, tmp_path):
+def spoil(monkeypatch, change):
+    """Lets the GPT's image loss in training be `change(loss)`."""
     original = GPT.losses
 
     def losses(self, *tokens):
         result = original(self, *tokens)
-        return result._replace(image=result.image * float("nan")) if self.training else result
+        return result._replace(image=change(result.image)) if self.training else result
 
+    monkeypatch.setattr(GPT, "losses", losses)
+
+
+def blow_up(loss):
+    return loss + (loss - loss.detach()) * 1e38 * 1e38  # the value stays, the gradient does not
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(lambda loss: loss * float("nan"), "the loss is nan"), (blow_up, "the gradient norm is")],
+)
+def test_what_is_no_number_stops_the_run_before_the_weights(
+    change, reason, words, monkeypatch, tmp_path
+):
     assert train(words("gpt", trainer__max_steps=1)) == 0
     before = (tmp_path / "run/model.safetensors").read_bytes()
-    monkeypatch.setattr(GPT, "losses", losses)
-    with pytest.raises(ValueError, match="loss is nan at step 1, batch of samples 4-7"):
+    spoil(monkeypatch, change)
+    with pytest.raises(ValueError, match=f"{reason}.* at step 1, batch of samples 4-7") as caught:
         train([*words("gpt", trainer__max_steps=2), "--ckpt_path=last"])
+    assert "\n" not in str(caught.value)
     assert (tmp_path / "run/model.safetensors").read_bytes() == before
+    batch = torch.load(tmp_path / "run/failed_batch.pt", weights_only=True)
+    assert batch["number"].tolist() == [4, 5, 6, 7]
+    assert ", ".join(batch["key"]) in str(caught.value)
+    shards = TokenShards(words("gpt")[1].partition("=")[2])
+    pictures = [int(key.partition("/")[2]) for key in batch["key"]]
+    for picture, image in zip(pictures, batch["image"], strict=True):
+        assert image.tolist() == shards[picture][2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("stage", "advice"),
+    [
+        ("gpt", "set model.checkpoint_blocks true, or divide data.batch_size and multiply trainer"),
+        ("vqgan", "divide data.batch_size and multiply model.accumulate"),
+    ],
+)
+def test_a_batch_that_does_not_fit_gets_advice(stage, advice, words, monkeypatch):
+    def step(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(JOBS[stage].module, "training_step", step)
+    with pytest.raises(ValueError, match=f"a batch of 4 pictures does not fit .*: {advice}"):
+        train(words(stage, trainer__max_steps=1))
+
+
+@pytest.mark.parametrize("path", ["notes.txt", "config.yaml", "model.safetensors"])
+def test_a_folder_of_other_things_is_refused_and_left_alone(path, words, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / path).write_text("mine")
+    for extra in ([], ["--ckpt_path=auto"]):
+        with pytest.raises(ValueError, match=f"run holds {path}, which no mas train has written"):
+            train([*words("gpt", trainer__max_steps=1), *extra])
+    assert [p.name for p in (tmp_path / "run").rglob("*")] == [path]
+    assert (tmp_path / "run" / path).read_text() == "mine"
+
+
+def test_a_file_is_no_run_folder(words, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match="run is a file: give a folder"):
+        train(words("gpt", trainer__max_steps=1))
+
+
+def test_refused_runs_leave_nothing_and_failed_ones_do_not_block_the_next(
+    words, monkeypatch, tmp_path
+):
+    with pytest.raises(ValueError, match="image vocabulary 32, the network 64"):
+        train(words("gpt", trainer__max_steps=1, model__network__image_vocabulary=64))
+    assert not (tmp_path / "run").exists()
+    with monkeypatch.context() as broken:
+        spoil(broken, lambda loss: loss * float("nan"))
+        with pytest.raises(ValueError, match="the loss is nan at step 0"):
+            train(words("gpt", trainer__max_steps=1))
+    assert (tmp_path / "run/config.yaml").exists()
+    assert train(words("gpt", trainer__max_steps=1)) == 0
+
+
+def final_weights(run):
+    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_close(a, b):
+    for name, weight in a.items():
+        torch.testing.assert_close(weight, b[name], rtol=1e-3, atol=1e-5)
+
+
+def test_accumulated_gradients_equal_those_of_the_large_batch(words, tmp_path):
+    settings = {
+        "trainer__max_steps": 3,
+        "model__network__dropout": 0,
+        "model__caption_dropout__share": 0,
+    }
+    assert train(words("gpt", "large", data__batch_size=8, **settings)) == 0
+    assert train(words("gpt", "small", trainer__accumulate_grad_batches=2, **settings)) == 0
+    large, small = (final_weights(tmp_path / run) for run in ("large", "small"))
+    assert_close(large, small)
+
+
+def test_recomputed_blocks_train_the_same_weights(words, tmp_path):
+    assert train(words("gpt", "kept", trainer__max_steps=3)) == 0
+    recomputing = words("gpt", "recomputed", trainer__max_steps=3, model__checkpoint_blocks="true")
+    assert train(recomputing) == 0
+    assert_close(*(final_weights(tmp_path / run) for run in ("kept", "recomputed")))
+
+
+def test_compiled_blocks_train_the_same_weights(words, monkeypatch, tmp_path):
+    def compile_quickly(block):
+        compiled.append(block)
+        original(block, backend="aot_eager")  # all of it but generating code
+
+    compiled, original = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    settings = {"trainer__max_steps": 3, "model__network__dropout": 0}
+    assert train(words("gpt", "eager", **settings)) == 0
+    assert not compiled
+    assert train(words("gpt", "compiled", model__compile="true", **settings)) == 0
+    assert len(compiled) == 2
+    assert_close(*(final_weights(tmp_path / run) for run in ("eager", "compiled")))
 
 
 @pytest.mark.parametrize(
