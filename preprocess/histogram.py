@@ -15,6 +15,7 @@ from mas.scene import CLASS_NAMES, PALETTE
 ROWS = 53  # a column; three columns hold all 157 classes
 ROW = 18  # pixels
 NAME, BAR, NUMBERS = 170, 200, 150  # pixels of a column's three parts
+SHARE, COUNT = 60, 130  # pixels from the end of the longest bar to where the numbers end
 SWATCH = 4  # pixels; the shortest bar that shows its colour
 GAP = 16  # pixels around columns
 BACKGROUND, INK = (250, 249, 246), (45, 45, 48)
@@ -38,7 +39,7 @@ def draw_histogram(classes: Mapping[str, Mapping[str, int]], *, photos: int) -> 
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(size=FONT_SIZE)
     title = f"{photos:,} photos, {len(names)} of {len(CLASS_NAMES)} classes"
-    draw.text((GAP, GAP), f"{title}; share of labelled pixels, photos", fill=INK, font=font)
+    draw.text((GAP, GAP), f"{title}; share of all labelled pixels, photos", fill=INK, font=font)
     for number, name in enumerate(names):
         column, row = divmod(number, ROWS)
         x = GAP + column * (NAME + BAR + NUMBERS + GAP)
@@ -48,6 +49,7 @@ def draw_histogram(classes: Mapping[str, Mapping[str, int]], *, photos: int) -> 
         share = classes[name]["pixels"] / total
         draw.text((x, y), name, fill=INK, font=font)
         draw.rectangle((x + NAME, y + 2, x + NAME + length, y + ROW - 5), fill=colour, outline=INK)
-        numbers = f"{share:.2%}   {classes[name]['photos']:,}"
-        draw.text((x + NAME + BAR + 8, y), numbers, fill=INK, font=font)
+        numbers = (f"{share:.2%}", f"{classes[name]['photos']:,}")
+        for text, right in zip(numbers, (SHARE, COUNT), strict=True):
+            draw.text((x + NAME + BAR + right, y), text, fill=INK, font=font, anchor="ra")
     return image

@@ -27,8 +27,9 @@ from mas.shards import (
 from mas.sheet import contact_sheet, overlay
 
 MEMBERS = ("jpg", "scene.png", "txt", "json")
-COLUMNS = ("photo", "scene, edges white", "overlay", "key, caption, classes")
+COLUMNS = ("photo", "scene, edges white, void black", "overlay", "key, caption, classes")
 CLASSES_SHOWN = 8  # of each sample, the largest first
+SMALL = 0.005  # share of a scene; smaller classes are not named beside it
 ROWS_PRINTED = 25  # of the histogram
 
 
@@ -107,10 +108,11 @@ def _evenly(length: int, count: int) -> list[int]:
 
 
 def _words(sample: Sample, scene: SceneMap) -> str:
-    largest = sorted(scene.histogram().items(), key=lambda item: -item[1])[:CLASSES_SHOWN]
-    shares = ", ".join(f"{name} {n / scene.labels.size:.0%}" for name, n in largest)
+    shares = {name: n / scene.labels.size for name, n in scene.histogram().items()}
+    largest = sorted(shares, key=lambda name: -shares[name])[:CLASSES_SHOWN]
+    classes = ", ".join(f"{name} {shares[name]:.0%}" for name in largest if shares[name] >= SMALL)
     caption = (read_captions(sample) or [""])[0]
-    return f"{sample.key}\n\n{caption}\n\n{shares}, void {scene.void_fraction():.0%}"
+    return f"{sample.key}\nvoid {scene.void_fraction():.0%}\n\n{caption}\n\n{classes}"
 
 
 def _describe(report: dict[str, Any]) -> str:

@@ -83,8 +83,7 @@ def run_on_ray(
     import ray
     import ray.data
 
-    for handler in logging.getLogger("ray.data").handlers:
-        handler.setLevel(max(handler.level, logging.ERROR))
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its handlers may be anybody's
     started = not ray.is_initialized()
     if started:
         _start(config)

@@ -16,6 +16,7 @@ import preprocess.worker
 from mas.scene import Segments
 from preprocess.photo import PhotoConfig
 from preprocess.ray_executor import _count_workers as count_workers
+from preprocess.ray_executor import _warn_of_idle_gpus as warn_of_idle_gpus
 from preprocess.run import ExecutorConfig
 from preprocess.worker import SceneWorker
 
@@ -113,6 +114,20 @@ def test_one_actor_holds_all_networks_and_works_beside_them(
 )
 def test_as_many_workers_as_cpus_and_gpus_hold(options, resources, wanted):
     assert count_workers(ExecutorConfig(**options), resources) == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "resources", "warned"),
+    [
+        ({"networks": True}, {"GPU": 2.0}, True),
+        ({"networks": True}, {}, False),
+        ({"networks": True, "gpus_per_worker": 0.5}, {"GPU": 2.0}, False),
+        ({"networks": False}, {"GPU": 2.0}, False),
+    ],
+)
+def test_gpus_that_nobody_uses_are_told_of(caplog, options, resources, warned):
+    warn_of_idle_gpus(ExecutorConfig(**options), resources)
+    assert ["--gpus-per-worker" in message for message in caplog.messages] == [True] * warned
 
 
 def test_gpus_that_are_not_there_are_named():

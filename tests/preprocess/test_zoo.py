@@ -319,7 +319,10 @@ def test_bad_tars_fail_alone_and_say_why(bad_tars, kind):
     assert [sample.key for sample in kept] == ["0", "1", "2"]
 
 
-def test_a_tar_of_rejects_alone_is_done_and_empty(tmp_path):
+def test_a_tar_of_rejects_alone_is_done_and_empty(tmp_path, caplog):
     (tmp_path / "00000.tar").write_bytes(tar_of(still(jpg=b"")("a")))
-    assert run(tmp_path / "00000.tar", tmp_path / "out") == 0
+    (tmp_path / "00001.tar").write_bytes(GOOD_TAR)
+    assert run(tmp_path, tmp_path / "out") == 0
     assert not list(read_shard(str(tmp_path / "out" / "00000.tar")))
+    (warning,) = caplog.messages
+    assert warning == "shard 00000: not one sample could be used: unknown_format 1"
