@@ -20,10 +20,12 @@ from tqdm import tqdm
 
 from mas.cases import Case, Cases, read_cases
 from mas.examiner import Examiner, Made
+from mas.features import Extractor
 from mas.figures import (
     compare_scenes,
     compare_sets,
     count_codes,
+    measure_distance,
     measure_diversity,
     measure_reader,
     measure_tokenizers,
@@ -51,6 +53,7 @@ def evaluate(
     model: str = "park",
     unseen: str | None = None,
     reader: Path | None = None,
+    extractor: Path | None = None,
     count: int = 200,
     guidance: list[float] | None = None,
     sweep_count: int = 50,
@@ -71,6 +74,8 @@ def evaluate(
         unseen: more scene shards whose combinations the training never showed, reported apart.
         reader: folder of the network that reads pictures (mas train reader); by default the one
             that ships with the model.
+        extractor: file of a feature extractor, such as Inception's weights, for FID and KID as they
+            are published.
         count: pictures, spread evenly over the shards.
         guidance: one or more; more are a sweep, whose best is used for everything else (default:
             the model's).
@@ -93,6 +98,7 @@ def evaluate(
     others = read_cases(unseen, count) if unseen else None
     folder = find_folder(model)
     eye = find_reader(reader, folder)
+    features = Extractor(extractor) if extractor else None
     network = MakeAScene.from_pretrained(model, device=device, precision=precision)
     start = time.perf_counter()
     examiner = Examiner(network, eye, seed=seed, batch=batch)
@@ -104,6 +110,7 @@ def evaluate(
             guidances=guidance or [network.sampling.guidance],
             sweep_count=sweep_count,
             seeds=seeds,
+            extractor=features,
         )
     figures = {
         "model": {"name": model, "sha256": network.sha256, "precision": network.precision},
@@ -143,6 +150,7 @@ def examine(
     guidances: Sequence[float],
     sweep_count: int,
     seeds: int,
+    extractor: Extractor | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
     """All figures and the rows of the sample sheet.
 
@@ -153,6 +161,7 @@ def examine(
         guidances: to try; the best is used.
         sweep_count: captions each of several guidances is tried on.
         seeds: pictures of one caption for diversity.
+        extractor: of features for published distances; None: not asked.
     """
     asked = cases.cases
     tried = spread_out(asked, sweep_count) if len(guidances) > 1 else []
@@ -185,6 +194,7 @@ def examine(
         ),
         "reader": measure_reader(asked, real),
         "distribution": compare_sets(made, real),
+        "published_distance": extractor and measure_distance(extractor, examiner, made, real),
         "diversity": measure_diversity(examiner, asked[:DIVERSE], guidance, seeds, real),
         **measure_tokenizers(examiner, asked),
         "codes": count_codes(examiner, made),

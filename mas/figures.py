@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from mas.cases import Case, Cases, resize
 from mas.distances import disagreement, frechet_distance, kernel_distance, spread
 from mas.examiner import Examiner, Made
+from mas.features import DistanceMetrics, Extractor
 from mas.metrics import CodeMetrics, PictureMetrics, SceneMetrics
 from mas.obedience import Obedience, Seen
 from mas.scene import CLASS_NAMES, FACE_IDS, HUMAN_IDS, THINGS
@@ -104,6 +106,18 @@ def compare_sets(made: Made, real: Made) -> dict[str, float]:
         "fid_real": frechet_distance(real_ND[::2], real_ND[1::2]),
         "kid_real": kernel_distance(real_ND[::2], real_ND[1::2]),
     }
+
+
+def measure_distance(
+    extractor: Extractor, examiner: Examiner, made: Made, real: Made
+) -> dict[str, Any]:
+    """Distances of generated from real pictures on the features of a network from a file."""
+    metrics = DistanceMetrics(extractor)
+    for pictures, is_real in ((made.pictures, False), (real.pictures, True)):
+        for start in range(0, len(pictures), examiner.batch):
+            image_BCHW = examiner.to_image(pictures[start : start + examiner.batch])
+            metrics.update(image_BCHW, real=is_real)
+    return asdict(metrics.compute(seed=examiner.seed))
 
 
 def measure_diversity(

@@ -220,6 +220,7 @@ def _others(figures: Mapping[str, Any]) -> str:
         "vqseg": "VQ-SEG on real scenes",
         "vqgan": "VQ-GAN on real pictures",
         "distribution": "Distance from real pictures (features of the reader, not of Inception)",
+        "published_distance": "Distance from real pictures on features of a network from a file",
         "diversity": "Diversity: pictures of one caption, beside real ones of different captions",
         "codes": "Codes used in generated pictures",
     }

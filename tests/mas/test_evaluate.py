@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from mas import evaluate as command
 from mas.__main__ import main
@@ -167,6 +168,24 @@ def test_without_a_reader_nothing_is_said_of_what_pictures_show(run, caplog):
     assert figures["caption"]["place"] is None and figures["caption"]["class"] is not None
     assert figures["diversity"].keys() == {"scene", "scene_real"}
     assert "train one with mas train reader" in caplog.text
+
+
+class Means(nn.Module):
+    """Means of the colours as features."""
+
+    def forward(self, image_BCHW):
+        return image_BCHW.mean((2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_distances_on_features_of_a_file_say_what_they_were_measured_with(run, tmp_path):
+    path = tmp_path / "means.pt"
+    torch.jit.trace(Means(), torch.zeros(2, 3, 32, 32)).save(str(path))
+    output, figures = run(extractor=path)
+    distance = figures["published_distance"]
+    assert distance["count"] == distance["true_count"] == 6
+    assert distance["extractor"] == "means.pt" and distance["fid"] > 0
+    assert distance["sha256"] in output.with_suffix(".md").read_text()
 
 
 def test_a_sweep_needs_something_to_choose_by(run):
