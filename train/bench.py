@@ -39,14 +39,7 @@ from train.stage import Optimiser
 
 logger = logging.getLogger(__name__)
 
-SMALL = GPTConfig(  # configs/small, for machines without the configs
-    layers=8,
-    width=448,
-    heads=7,
-    text_vocabulary=4096,
-    scene_vocabulary=1024,
-    image_vocabulary=4096,
-)
+SMALL = GPTConfig(layers=10, width=256, heads=4, dropout=0.1)  # configs/small/gpt.yaml
 WARM_UP = 2  # steps before the clock starts; compilation falls into the first
 PICTURES = 512  # of the random token shard
 

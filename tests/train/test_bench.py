@@ -1,6 +1,7 @@
 """`mas bench train` on the smallest networks, and the architecture it compares with."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +9,18 @@ import yaml
 
 from mas.__main__ import main
 from mas.gpt import GPT, GPTConfig
-from train.bench import Setting, bench_train, compare, measure, measure_loader
+from train.bench import (
+    SMALL,
+    Setting,
+    bench_train,
+    compare,
+    measure,
+    measure_loader,
+    read_network,
+)
 from train.reference import ReferenceGPT
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = GPTConfig(
     layers=2,
     width=32,
@@ -60,6 +70,10 @@ def test_a_step_is_never_faster_than_its_passes(precision, reference):
     result = measure(setting)
     assert result["tokens_per_second"] <= result["forward_backward_tokens_per_second"]
     assert ("mfu" in result) is not reference
+
+
+def test_the_default_is_the_small_config():
+    assert read_network(str(CONFIGS / "small/gpt.yaml")) == SMALL
 
 
 def test_the_loader_reads_every_stream():
