@@ -125,7 +125,7 @@ def import_vqgan(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{output}: already there and not an empty folder; name a new one")
     path = Path(checkpoint)
-    members = _read_tarball(path, md5=md5) if _is_tarball(path) else {}
+    members = _read_tarball(path, md5=md5)
     network, ignored = _convert(path, members, format=format, size=size, trust_pickle=trust_pickle)
     bpe = [members[name] for name in MINDALLE_BPE if name in members]
     tokenizer = Tokenizer.from_mindalle(*bpe) if len(bpe) == len(MINDALLE_BPE) else None
@@ -162,7 +162,7 @@ def load_published(
             tensors that are missing, unknown, of the wrong shape or not finite; by name.
     """
     path = Path(checkpoint)
-    members = _read_tarball(path, md5=md5) if _is_tarball(path) else {}
+    members = _read_tarball(path, md5=md5)
     return _convert(path, members, format=format, size=size, trust_pickle=trust_pickle)
 
 
@@ -233,12 +233,10 @@ def _load(path: Path, source: Path | io.BytesIO, *, trust_pickle: bool) -> Any:
         ) from error
 
 
-def _is_tarball(path: Path) -> bool:
-    return path.name.endswith(TAR_ENDINGS)
-
-
 def _read_tarball(path: Path, *, md5: str) -> dict[str, bytes]:
-    """The checkpoint and, if it is there, the BPE of minDALL-E's tarball."""
+    """The checkpoint and, if it is there, the BPE of a tarball; nothing of other files."""
+    if not path.name.endswith(TAR_ENDINGS):
+        return {}
     members = read_members(path, (MINDALLE_MEMBER, *MINDALLE_BPE), md5=md5)
     if MINDALLE_MEMBER not in members:
         raise CheckpointError(f"{path}: has no member {MINDALLE_MEMBER}")
