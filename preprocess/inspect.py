@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from PIL import Image
 
 from mas.scene import CLASS_NAMES, SceneError, SceneMap
@@ -21,6 +23,7 @@ from mas.shards import (
     ShardError,
     ShardIndex,
     expand_shards,
+    local_path,
     read_captions,
     write_file,
 )
@@ -28,6 +31,7 @@ from mas.sheet import contact_sheet, overlay
 
 MEMBERS = ("jpg", "scene.png", "txt", "json")
 COLUMNS = ("photo", "scene, edges white, void black", "overlay", "key, caption, classes")
+REMOTE_SHARDS = 4  # of a run may have to be copied
 CLASSES_SHOWN = 8  # of each sample, the largest first
 SMALL = 0.005  # share of a scene; smaller classes are not named beside it
 ROWS_PRINTED = 25  # of the histogram
@@ -37,7 +41,7 @@ def inspect(shards: str, *, output: str, count: int = 16, as_json: bool = False)
     """Draw a contact sheet of scene shards and print their class histogram.
 
     Args:
-        shards: a scene shard, a folder of them, a glob or a brace pattern.
+        shards: a scene shard, a folder of them, a glob or a brace pattern; local or URL.
         output: PNG to write.
         count: samples on the sheet, spread evenly over the shards.
         as_json: print one JSON object instead of a table.
@@ -73,18 +77,23 @@ def inspect(shards: str, *, output: str, count: int = 16, as_json: bool = False)
 def choose(paths: Sequence[str], count: int) -> Iterator[Sample]:
     """`count` samples spread evenly over the shards, or all where there are fewer.
 
+    Of remote shards, which are copied whole, only a few are looked at.
+
     Raises:
-        ShardError: a sample without photo or scene.
+        ShardError: a broken shard, or a sample without photo or scene.
     """
-    chosen = [paths[i] for i in _evenly(len(paths), count)]
-    try:
-        index = ShardIndex(chosen, extensions=MEMBERS)
-    except ShardError as error:
-        if " has no " not in str(error):  # broken, not of another kind
-            raise
-        raise ShardError(f"{error}; mas inspect shows what mas preprocess writes") from error
-    for i in _evenly(len(index), count):
-        yield index.read(i)
+    remote = any(local_path(path) is None for path in paths)
+    most = min(count, REMOTE_SHARDS) if remote else count
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = [_fetch(paths[i], folder) for i in _evenly(len(paths), most)]
+        try:
+            index = ShardIndex(chosen, extensions=MEMBERS)
+        except ShardError as error:
+            if " has no " not in str(error):  # broken, not of another kind
+                raise
+            raise ShardError(f"{error}; mas inspect shows what mas preprocess writes") from error
+        for i in _evenly(len(index), count):
+            yield index.read(i)
 
 
 def read_pair(sample: Sample) -> tuple[Image.Image, SceneMap]:
@@ -101,6 +110,16 @@ def read_pair(sample: Sample) -> tuple[Image.Image, SceneMap]:
     if photo.size != scene.size:
         raise ShardError(f"{sample.key}: photo {photo.size} and scene {scene.size} differ in size")
     return photo, scene
+
+
+def _fetch(path: str, folder: str) -> str:
+    """A local shard where it is, a remote one as a copy in `folder`."""
+    if local_path(path) is not None:
+        return path
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    copy = f"{folder}/{Path(inner).name}"
+    filesystem.get_file(inner, copy)
+    return copy
 
 
 def _evenly(length: int, count: int) -> list[int]:

@@ -3,11 +3,13 @@ import json
 import pytest
 from photo_world import make_shards, photo_sample, write_photos
 
+from mas.shards import read_shard
 from preprocess.bench import (
     StubNetwork,
     bench_preprocess,
     make_sample,
     measure_overhead,
+    write_shards,
 )
 from preprocess.photo import PhotoConfig
 from preprocess.segment import FaceConfig, HumanConfig
@@ -62,6 +64,13 @@ def test_the_overhead_is_what_comes_on_top_of_the_networks(tmp_path, quick, monk
     (tmp_path / "claimed").mkdir()
     claimed = measure_overhead(SceneConfig(), str(tmp_path / "claimed"), seconds=1.0, threads=2)
     assert -1 < claimed < -0.99
+
+
+def test_shards_that_are_full_are_stored_once(tmp_path):
+    write_shards(str(tmp_path / "in"), [photo_sample(key) for key in "abc"], photos=8)
+    paths = sorted((tmp_path / "in").iterdir())
+    assert [len(list(read_shard(str(path)))) for path in paths] == [3, 3, 2]
+    assert [path.stat().st_nlink for path in paths] == [2, 2, 1]
 
 
 def test_generated_photos_are_like_those_of_coco():

@@ -50,6 +50,20 @@ def test_samples_are_spread_over_the_shards(scenes):
     assert len(list(choose(paths, 100))) == 15
 
 
+def test_remote_shards_give_the_same_sheet_and_only_a_few_are_copied(scenes, tmp_path, monkeypatch):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in scenes.glob("*.tar"):
+        memory.pipe(f"/inspected/{path.name}", path.read_bytes())
+    inspect("memory://inspected", output=str(tmp_path / "remote.png"), count=3)
+    inspect(str(scenes), output=str(tmp_path / "local.png"), count=3)
+    assert (tmp_path / "remote.png").read_bytes() == (tmp_path / "local.png").read_bytes()
+    monkeypatch.setattr("preprocess.inspect.REMOTE_SHARDS", 1)
+    paths = [f"memory://inspected/{i:05d}.tar" for i in range(3)]
+    assert {sample.key[:5] for sample in choose(paths, 9)} == {"00000"}
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
