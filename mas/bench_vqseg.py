@@ -144,7 +144,6 @@ def measure_layout(setting: Setting) -> dict[str, Any]:
 
     step_seconds = _fastest(step, setting.seconds, device)
     highest_mb = peak_mb(device)  # before anything else adds to it
-    step_flops = count_flops(step)
     network.eval()
     encode_seconds = _fastest(encode, setting.seconds, device)
     result = {
@@ -153,9 +152,9 @@ def measure_layout(setting: Setting) -> dict[str, Any]:
         "peak_mb": round(highest_mb, 1),
         "parameters": sum(p.numel() for p in network.parameters()),
         "idle_mb": round(idle_mb, 1),
-        "train_gflop_per_map": round(step_flops / setting.batch_size / 1e9, 2),
     }
     if device.type == "cuda":
+        step_flops = count_flops(step)
         limit = measure_limit(device, torch.bfloat16 if setting.bfloat16 else torch.float32)
         result["train_share_of_limit"] = round(step_flops / step_seconds / limit, 3)
     return result
