@@ -1,5 +1,6 @@
 """The shipped configs: every one parses, and its network can be built."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,10 @@ def read(folder, stage):
     return parse_config(CLASSES[stage][1], values["model"]["network"], stage)
 
 
-@pytest.mark.parametrize("stage", CLASSES)
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize(
+    ("folder", "stage"),
+    [*product(FOLDERS, CLASSES), *((folder, "gpt") for folder in ("small", "1b", "4b"))],
+)
 def test_config_parses_and_its_network_builds(folder, stage, capsys):
     path = CONFIGS / folder / f"{stage}.yaml"
     with pytest.raises(SystemExit) as caught:
