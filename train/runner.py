@@ -41,6 +41,7 @@ from train.vqseg import VQSEGTraining
 
 logger = logging.getLogger(__name__)
 
+EVENTS = "tensorboard"  # folder of its events in a run folder
 TRAINER_DEFAULTS = {
     "max_steps": -1,
     "max_epochs": -1,  # the data stream has no end: training is counted in optimiser steps
@@ -219,9 +220,7 @@ class TrainCLI(LightningCLI):
         if importlib.util.find_spec("tensorboard"):
             from train.events import Events
 
-            loggers.append(
-                Events(str(self.folder), name="", version="tensorboard", purge_step=step)
-            )
+            loggers.append(Events(str(self.folder), name="", version=EVENTS, purge_step=step))
         return loggers
 
 
@@ -259,7 +258,8 @@ def check_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a folder as --trainer.default_root_dir")
-    found = sorted(path.name for path in folder.glob("[!.]*"))
+    # TensorBoard's events are there before the data has passed its checks.
+    found = sorted(path.name for path in folder.glob("[!.]*") if path.name != EVENTS)
     config = folder / CONFIG
     if not found or (config.is_file() and config.read_bytes().startswith(MARK.encode())):
         return

@@ -29,22 +29,21 @@ STEPS = 10  # of six pictures: three epochs
 def launch(words, tmp_path):
     """launch(folder, before): runs both ranks as torchrun does; `before` is called in rank 1."""
 
-    def launch(folder, before=None, environment=torchrun_environment):
+    def launch(folder, before=None, environment=torchrun_environment, **changed):
         recorder = {
             "class_path": "recorder.Recorder",
             "init_args": {"folder": seen_in(tmp_path, folder)},
         }
-        arguments = words(
-            "vqseg",
-            folder,
-            trainer__max_steps=STEPS,
-            trainer__devices=len(RANKS),
-            trainer__strategy="ddp",
-            trainer__callbacks=json.dumps([recorder]),
-            checkpoints__every_n_steps=1,
-            data__batch_size=BATCH,
-            ckpt_path="auto",
-        )
+        settings = {
+            "trainer__max_steps": STEPS,
+            "trainer__devices": len(RANKS),
+            "trainer__strategy": "ddp",
+            "trainer__callbacks": json.dumps([recorder]),
+            "checkpoints__every_n_steps": 1,
+            "data__batch_size": BATCH,
+            "ckpt_path": "auto",
+        }
+        arguments = words("vqseg", folder, **settings | changed)
         port = free_port()
         processes = [
             start(
@@ -228,3 +227,11 @@ def test_the_slurm_script_queues_itself_again_only_when_it_was_told_to_stop(
     assert command.endswith("--ckpt_path auto --config c.yaml\n")
     told = tmp_path / "told"
     assert told.exists() == requeued and (not requeued or told.read_text() == "requeue 7\n")
+
+
+def test_ranks_that_were_refused_can_be_started_again(launch, tmp_path):
+    assert launch("refused", data__batch_size=11) == [1, 1]
+    for rank in RANKS:
+        log = (tmp_path / f"refused.{rank}.log").read_text()
+        assert "24 pictures (20 without those held out) are fewer than one batch of 22" in log
+    assert launch("refused", trainer__max_steps=1) == [0, 0]
