@@ -141,6 +141,11 @@ class TrainCLI(LightningCLI):
                 "leave trainer.max_epochs alone and set trainer.max_steps: "
                 "the data stream has no epochs that end"
             )
+        if str(settings.precision) in ("16", "16-mixed", "16-true"):
+            raise ValueError(
+                f"trainer.precision {settings.precision} needs a scaled loss, which is not offered: use "
+                "bf16-mixed, or 32-true where the card has no bfloat16"
+            )
         self.folder = Path(settings.default_root_dir)
         self.checkpoint = find_checkpoint(self.folder, self.config_init.ckpt_path)
         self.start_step = 0

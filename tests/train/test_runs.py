@@ -2,18 +2,21 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from mas.__main__ import main
 from mas.gpt import GPT
 from mas.shards import TokenShards
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
+from train import progress
 from train.cli import train
 from train.runner import JOBS
 
@@ -75,6 +78,7 @@ def test_pictures_of_the_gpt_follow_from_tokenizers_with_the_right_hashes(words,
     [
         ({"trainer__max_steps": None}, "set trainer.max_steps"),
         ({"trainer__max_epochs": 3}, "leave trainer.max_epochs alone"),
+        ({"trainer__precision": "16-mixed"}, "trainer.precision 16-mixed needs a scaled loss"),
         ({"data__batch_size": 21}, "24 pictures .20 without those held out. are fewer than one"),
         ({"model__network__image_vocabulary": 64}, "image vocabulary 32, the network 64: set"),
         ({"ckpt_path": "last"}, "there is no checkpoint .*last.ckpt: start without --ckpt_path"),
@@ -194,6 +198,27 @@ def test_refused_runs_leave_nothing_and_failed_ones_do_not_block_the_next(
             train(words("gpt", trainer__max_steps=1))
     assert (tmp_path / "run/config.yaml").exists()
     assert train(words("gpt", trainer__max_steps=1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "unit"), [("gpt", r"[\d,]+ tokens/s, MFU \d+%"), ("vqseg", r"[\d,]+ pictures/s")]
+)
+def test_the_bar_shows_loss_throughput_and_how_much_of_the_machine_is_used(
+    stage, unit, words, monkeypatch
+):
+    class Bar(tqdm):
+        def update(self, done):
+            super().update(done)
+            return True  # as if it were time to show it
+
+        def set_postfix_str(self, text, refresh):
+            texts.append(text)
+
+    texts = []
+    monkeypatch.setattr(progress, "tqdm", Bar)
+    assert train(words(stage, trainer__max_steps=5, trainer__accumulate_grad_batches=2)) == 0
+    assert len(texts) == 5
+    assert all(re.fullmatch(rf"(loss \d+\.\d{{4}}, )?{unit}", text) for text in texts), texts
 
 
 def final_weights(run):
