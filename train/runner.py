@@ -143,8 +143,8 @@ class TrainCLI(LightningCLI):
             )
         if str(settings.precision) in ("16", "16-mixed", "16-true"):
             raise ValueError(
-                f"trainer.precision {settings.precision} needs a scaled loss, which is not offered: "
-                "use bf16-mixed, or 32-true where the card has no bfloat16"
+                f"trainer.precision {settings.precision} needs a scaled loss, which is not "
+                "offered: use bf16-mixed, or 32-true where the card has no bfloat16"
             )
         self.folder = Path(settings.default_root_dir)
         self.checkpoint = find_checkpoint(self.folder, self.config_init.ckpt_path)
