@@ -20,6 +20,7 @@ from mas.reader import Reader, ReaderConfig
 from mas.report import draw_sweep
 from mas.scene import from_coco, merge
 from mas.shards import Sample, ShardError, ShardWriter
+from mas.storage import save_network
 from preprocess.park_truth import picture
 
 TIMES = ("morning", "day", "sunset", "night")
@@ -186,6 +187,19 @@ def test_distances_on_features_of_a_file_say_what_they_were_measured_with(run, t
     assert distance["count"] == distance["true_count"] == 6
     assert distance["extractor"] == "means.pt" and distance["fid"] > 0
     assert distance["sha256"] in output.with_suffix(".md").read_text()
+
+
+def test_the_reader_beside_a_shipped_model_is_taken(reader_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "SHIPPED", tmp_path)
+    assert command.find_reader(None, tmp_path / "park") is None
+    reader = Reader.from_pretrained(reader_folder)
+    save_network(reader, tmp_path / "park-reader", weights="float16")
+    found = command.find_reader(None, tmp_path / "park")
+    assert found is not None and found.config == reader.config
+    assert command.find_reader(None, tmp_path / "elsewhere" / "park") is None
+    image_BCHW = torch.rand(2, 3, 32, 32)
+    agree = found.read(image_BCHW).labels_BHW == reader.read(image_BCHW).labels_BHW
+    assert agree.float().mean() > 0.95  # float16 rounds
 
 
 def test_a_sweep_needs_something_to_choose_by(run):
