@@ -85,7 +85,8 @@ def choose_precision(gpt: GPT | StoredGPT, precision: Precision) -> Precision:
         return precision
     if not on_cpu:
         return "bfloat16"
-    return "int8" if sum(x.numel() for x in tensors_of(gpt).values()) >= LARGE else "float32"
+    numbers = gpt.tensors.numbers if isinstance(gpt, StoredGPT) else count_parameters(gpt)
+    return "int8" if numbers >= LARGE else "float32"
 
 
 def make_decoder(gpt: GPT | StoredGPT, precision: Precision) -> Decoder:
@@ -108,6 +109,10 @@ def make_decoder(gpt: GPT | StoredGPT, precision: Precision) -> Decoder:
         make_linear=make_int8 if precision == "int8" else make_linear,
         stored=torch.bfloat16,
     )
+
+
+def count_parameters(gpt: GPT) -> int:
+    return sum(parameter.numel() for parameter in gpt.parameters())
 
 
 def tensors_of(gpt: GPT | StoredGPT) -> Mapping[str, Tensor]:

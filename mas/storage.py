@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -125,6 +126,11 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         with self._open() as file:
             names = {name, name + SCALE} & self.stored
             return widen({n: file.get_tensor(n) for n in names})[name].clone()
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers all tensors hold together; reads none of them."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

@@ -16,8 +16,9 @@ from mas import MakeAScene
 from mas.filter import Sampling
 from mas.gpt import GPT
 from mas.model_folder import FILES, ModelError
-from mas.precision import choose_device, choose_precision
+from mas.precision import StoredGPT, choose_device, choose_precision
 from mas.scene import VOID, SceneError, SceneMap
+from mas.storage import StoredTensors
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
@@ -285,6 +286,19 @@ def test_auto_takes_int8_for_large_networks_on_a_cpu(tiny_model, monkeypatch):
     assert choose_precision(tiny_model.gpt, "auto") == "float32"
     monkeypatch.setattr(mas.precision, "LARGE", 1000)
     assert choose_precision(tiny_model.gpt, "auto") == "int8"
+
+
+def test_auto_reads_no_weights_of_a_stored_gpt(tiny_model, tiny_folder, monkeypatch):
+    def fail(tensors, name):
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(StoredTensors, "__getitem__", fail)
+    stored = StoredGPT(tiny_folder / "gpt", torch.device("cpu"))
+    parameters = sum(parameter.numel() for parameter in tiny_model.gpt.parameters())
+    assert stored.tensors.numbers == parameters
+    for largest, precision in ((parameters, "int8"), (parameters + 1, "float32")):
+        monkeypatch.setattr(mas.precision, "LARGE", largest)
+        assert choose_precision(stored, "auto") == precision
 
 
 def test_devices_and_precisions_that_do_not_exist_are_refused(tiny_model):
