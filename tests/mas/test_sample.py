@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import mas.sample
 from mas.__main__ import main
 from mas.filter import Sampling
 from mas.model_folder import write_folder
-from mas.scene import SceneMap
+from mas.scene import COCO_CATEGORY_IDS, SceneMap
 from mas.vqgan import VQGAN
 
 CAPTION = "two dogs on a bench"
@@ -93,15 +94,32 @@ def test_the_same_command_writes_the_same_pngs_also_over_the_old_ones(run, tmp_p
     assert files(tmp_path / "b")["0000.png"] != again["0000.png"]
 
 
-@pytest.mark.parametrize("form", ["la", "grey", "palette"])
-def test_a_scene_in_any_form_and_size_is_followed(run, tmp_path, form):
-    layout = scene(64)
+def write_scene(layout, form):
+    """Writes scene.png in one of the forms a person may hand in."""
     if form == "la":
         layout.to_png("scene.png")
     elif form == "grey":
         Image.fromarray(layout.labels).save("scene.png")
-    else:
+    elif form == "palette":
         layout.to_rgb().save("scene.png")
+    elif form == "drawn":  # colours a little beside the palette's
+        shades = np.asarray(layout.to_rgb()).astype(int)
+        Image.fromarray(np.clip(shades + 3, 0, 255).astype(np.uint8)).save("scene.png")
+    else:
+        assert form == "coco"
+        ids = layout.labels.astype(np.int32) + 1000  # red + 256 green + 65536 blue
+        colours = np.stack([ids % 256, ids // 256, ids * 0], axis=-1)
+        Image.fromarray(colours.astype(np.uint8)).save("scene.png")
+        segments = [
+            {"id": int(label) + 1000, "category_id": COCO_CATEGORY_IDS[label]}
+            for label in np.unique(layout.labels)
+        ]
+        Path("scene.json").write_text(json.dumps({"segments_info": segments}))
+
+
+@pytest.mark.parametrize("form", ["la", "grey", "palette", "drawn", "coco"])
+def test_a_scene_in_any_form_and_size_is_followed(run, tmp_path, form):
+    write_scene(scene(64), form)
     assert run(CAPTION, "--scene", "scene.png", "--count=1", "--output", "out")[0] == 0
     written = SceneMap.from_png(tmp_path / "out/0000.scene.png")
     assert np.array_equal(written.labels, scene(32).labels)
