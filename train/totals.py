@@ -39,4 +39,4 @@ def log_totals(module: LightningModule, metrics: Sequence[Totals]) -> None:
         values |= metric.compute()
     step = float(module.global_step)  # the row's; else Lightning counts batches
     seen = {f"validation/{k}": v for k, v in values.items() if not math.isnan(v)}
-    module.log_dict({**seen, "step": step})
+    module.log_dict({**seen, "step": step}, sync_dist=True)  # equal on all ranks already

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from mas.metrics import CodeMetrics, PictureMetrics
@@ -83,12 +84,19 @@ class VQGANTraining(Stage):
         return self.crops.boxes
 
     def on_fit_start(self) -> None:
-        """Raises ValueError for float16, whose scaled gradients the two players would share."""
+        """Raises ValueError for settings under which the two players cannot take turns."""
         super().on_fit_start()
-        if self.trainer.precision == "16-mixed":
+        if self.trainer.precision == "16-mixed":  # its loss scale would be shared by both
             raise ValueError(
                 "the VQ-GAN does not train in float16: set trainer.precision bf16-mixed"
             )
+        strategy = self.trainer.strategy
+        if self.discriminator is not None and isinstance(strategy, DDPStrategy):
+            if not strategy._ddp_kwargs.get("find_unused_parameters"):
+                raise ValueError(
+                    "the VQ-GAN and its discriminator take turns: set trainer.strategy "
+                    "ddp_find_unused_parameters_true"
+                )
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         players = [self.network, self.discriminator]

@@ -1,7 +1,8 @@
-"""A callback that notes which samples every step of every rank trained on."""
+"""Callbacks that note what every rank did: its samples, its weights at the end."""
 
 from pathlib import Path
 
+import torch
 from pytorch_lightning import Callback
 
 
@@ -16,3 +17,13 @@ class Recorder(Callback):
         with open(self.folder / f"{trainer.global_rank}.txt", "a") as file:
             for number, key in zip(batch["number"].tolist(), batch["key"], strict=True):
                 file.write(f"{trainer.global_step} {number} {key}\n")
+
+
+class WeightsKeeper(Callback):
+    """Saves all weights of a rank as FOLDER/weightsRANK.pt when it has trained."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.state_dict(), self.folder / f"weights{trainer.global_rank}.pt")

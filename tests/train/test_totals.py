@@ -22,7 +22,7 @@ class Module:
         self.trainer = SimpleNamespace(strategy=strategy)
         self.logged = {}
 
-    def log_dict(self, values):
+    def log_dict(self, values, *, sync_dist):
         self.logged |= values
 
 

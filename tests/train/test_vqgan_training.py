@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import finish, start
+from pytorch_lightning.strategies import DDPStrategy
+from test_ddp import free_port, torchrun_environment
 
 from mas.metrics import CodeMetrics, PictureMetrics
 from mas.scene import CLASS_NAMES, FACE_IDS, PALETTE, SceneMap
@@ -192,13 +195,53 @@ def test_what_cannot_be_trained_is_refused_in_one_line(settings, words_of_error,
     assert "\n" not in str(caught.value)
 
 
-def test_float16_is_refused_before_it_spoils_the_discriminator(network_sizes):
+@pytest.fixture
+def module(network_sizes):
     network = VQGANConfig(**network_sizes["vqgan"] | {"multipliers": (1, 1), "attention": ()})
     settings = (Optimiser(), AdversaryConfig(), PerceptualConfig(), CropsConfig())
     names = ("optimiser", "adversary", "perceptual", "crops")
     module = VQGANTraining(network=network, **dict(zip(names, settings, strict=True)))
-    module._trainer = SimpleNamespace(precision="16-mixed")
+    module._trainer = SimpleNamespace(precision="32-true", strategy=None)
+    module.on_fit_start()
+    return module
+
+
+def test_float16_is_refused_before_it_spoils_the_discriminator(module):
+    module._trainer.precision = "16-mixed"
     with pytest.raises(ValueError, match=r"set trainer\.precision bf16-mixed"):
         module.on_fit_start()
-    module._trainer.precision = "bf16-mixed"
+
+
+def test_ddp_that_waits_for_all_gradients_is_refused(module):
+    module._trainer.strategy = DDPStrategy()
+    with pytest.raises(ValueError, match=r"set trainer\.strategy ddp_find_unused_parameters_true"):
+        module.on_fit_start()
+    module._trainer.strategy = DDPStrategy(find_unused_parameters=True)
     module.on_fit_start()
+    module._trainer.strategy, module.discriminator = DDPStrategy(), None
+    module.on_fit_start()
+
+
+def test_two_ranks_keep_equal_players(words, tmp_path):
+    keeper = {"class_path": "recorder.WeightsKeeper", "init_args": {"folder": str(tmp_path)}}
+    arguments = words(
+        "vqgan",
+        trainer__max_steps=5,
+        trainer__devices=2,
+        trainer__strategy="ddp_find_unused_parameters_true",
+        trainer__callbacks=json.dumps([keeper]),
+        model__adversary__start=2,
+        pictures__count=0,
+    )
+    port = free_port()
+    processes = [
+        start(arguments, log=tmp_path / f"{rank}.log", environment=torchrun_environment(rank, port))
+        for rank in (0, 1)
+    ]
+    assert finish(*processes) == [0, 0]
+    first, second = (
+        torch.load(tmp_path / f"weights{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    (row,) = [row for row in read(tmp_path / "run") if row["validation/loss"]]
+    assert float(row["validation/psnr"]) > 0 and float(row["validation/usage"]) > 0
