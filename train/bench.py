@@ -66,6 +66,7 @@ def bench_train(
     config: str | None = None,
     batch_size: int = 4,
     steps: int = 5,
+    dropout: float = 0.0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     precision: Literal["both", "32-true", "bf16-mixed"] = "both",
     compile: bool = True,
@@ -78,6 +79,7 @@ def bench_train(
         config: a config of mas train gpt, for the sizes of the network; default: 25M parameters.
         batch_size: pictures a step.
         steps: that are measured, after two that are not.
+        dropout: of both networks, whatever the config says; the published recipe has none.
         device: where; auto takes the GPU if there is one.
         precision: number format; both measures float32 and bfloat16.
         compile: measure compiled as well.
@@ -88,7 +90,7 @@ def bench_train(
         raise ValueError("--batch-size and --steps must be at least 1")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no usable GPU here; use --device cpu")
-    network = read_network(config) if config else SMALL
+    network = replace(read_network(config) if config else SMALL, dropout=dropout)
     place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     kinds: tuple[Precision, ...] = (
         ("32-true", "bf16-mixed") if precision == "both" else (precision,)
@@ -118,6 +120,7 @@ def bench_train(
         "loader_over_step": round(loader / best["tokens_per_second"], 1),
         "batch_size": batch_size,
         "sequence": network.layout.length,
+        "dropout": dropout,
         "device": torch.cuda.get_device_name() if place == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "results": results,
