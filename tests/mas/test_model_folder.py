@@ -1,0 +1,220 @@
+import dataclasses
+import hashlib
+import json
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+
+import mas.model_folder
+from mas import MakeAScene
+from mas.filter import Sampling
+from mas.gpt import GPT
+from mas.model_folder import FILES, ModelError
+from mas.text import Tokenizer
+from mas.vqgan import VQGAN
+from mas.vqseg import VQSEG
+
+CAPTION = "a giraffe in the park"
+
+
+def other_part(parts, name):
+    """The part `name`, changed so that it no longer fits the GPT."""
+    if name == "vocabulary":
+        return {"tokenizer": Tokenizer.fit(["a dog"] * 3, vocab_size=258, length=12)}
+    if name == "length":
+        return {"tokenizer": Tokenizer.fit(["two brown dogs"] * 40, vocab_size=300, length=10)}
+    part, field, value = {
+        "scene codes": ("vqseg", "codes", 25),
+        "scene grid": ("vqseg", "grid", 8),
+        "image codes": ("vqgan", "codes", 21),
+        "image grid": ("vqgan", "size", 64),
+    }[name]
+    changes = {field: value} | ({"size": 64} if name == "scene grid" else {})
+    network = parts[part]
+    return {part: type(network)(dataclasses.replace(network.config, **changes))}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vocabulary", "tokenizer and GPT.*vocabulary 258 against 300"),
+        ("length", "tokenizer and GPT.*"),
+        ("scene codes", "VQ-SEG and GPT.*codes 25 against 24"),
+        ("scene grid", "VQ-SEG and GPT.*grid 8 against 4"),
+        ("image codes", "VQ-GAN and GPT.*codes 21 against 20"),
+        ("image grid", "VQ-GAN and GPT.*grid 8 against 4"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_named(parts, name, message):
+    with pytest.raises(ModelError, match=message):
+        MakeAScene(**{**parts, **other_part(parts, name)})
+
+
+def test_the_folder_holds_what_it_should_and_describes_itself(tiny_folder):
+    files = {str(p.relative_to(tiny_folder)) for p in tiny_folder.rglob("*") if p.is_file()}
+    assert files == {"model_index.json", "README.md", *FILES}
+    index = json.loads((tiny_folder / "model_index.json").read_text())
+    assert index["format"] == 1
+    assert index["sizes"]["text"] == {"vocabulary": 300, "length": 12}
+    assert index["sizes"]["scene"] == {"vocabulary": 24, "grid": 4, "pixels": 32}
+    assert index["sizes"]["image"] == {"vocabulary": 20, "grid": 4, "pixels": 32}
+    assert index["sampling"] == dataclasses.asdict(Sampling())
+    assert index["weights"] == dict.fromkeys(("vqseg", "vqgan", "gpt"), "float32")
+    card = (tiny_folder / "README.md").read_text()
+    assert [line for line in card.splitlines() if line.startswith("## ")] == [
+        "## Data",
+        "## Licences",
+        "## Numbers",
+        "## Limits",
+    ]
+    for name, digest in index["sha256"].items():
+        assert hashlib.sha256((tiny_folder / name).read_bytes()).hexdigest() == digest
+    assert GPT.from_pretrained(tiny_folder / "gpt").config.layers == 2
+    assert VQSEG.from_pretrained(tiny_folder / "vqseg").config.codes == 24
+    assert VQGAN.from_pretrained(tiny_folder / "vqgan").config.codes == 20
+
+
+def test_saving_twice_gives_the_same_folder_and_keeps_the_card(tiny_folder, tmp_path):
+    model = MakeAScene.from_pretrained(tiny_folder)
+    model.save_pretrained(tmp_path / "m", card="# my card")
+    again = MakeAScene.from_pretrained(tmp_path / "m")
+    assert again.sha256 == model.sha256 and again.card == "# my card"
+    again.save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m" / "README.md").read_text() == "# my card"
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_folder_with_something_else_is_left_alone(tiny_model, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ModelError, match="something else"):
+        tiny_model.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_model_folder_that_holds_something_else_too_is_left_alone(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "thesis.tex").write_text("precious")
+    with pytest.raises(ModelError, match=r"something else than a model \(thesis.tex\)"):
+        tiny_model.save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m" / "thesis.tex").read_text() == "precious"
+    with pytest.raises(ModelError, match="is a file"):
+        tiny_model.save_pretrained(tmp_path / "m" / "thesis.tex")
+
+
+def test_the_current_folder_is_not_pulled_away(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".", tmp_path):
+        with pytest.raises(ModelError, match="name one inside it"):
+            tiny_model.save_pretrained(name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_named(tiny_model):
+    with pytest.raises(OSError) as refusal:
+        tiny_model.save_pretrained("/proc/model")
+    assert refusal.value.filename == "/proc/model"
+
+
+def test_a_failed_save_leaves_nothing_behind(tiny_model, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(mas.model_folder, "write_json", fail)
+    with pytest.raises(OSError, match="disk full"):
+        tiny_model.save_pretrained(tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def copied(tiny_folder, tmp_path):
+    return shutil.copytree(tiny_folder, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", [*FILES, "README.md", "model_index.json"])
+def test_a_missing_part_is_named(copied, name):
+    (copied / name).unlink()
+    with pytest.raises(ModelError, match=name):
+        MakeAScene.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_exchanged_or_damaged_part_is_named(copied, name):
+    content = bytearray((copied / name).read_bytes())
+    content[-2] ^= 1
+    (copied / name).write_bytes(content)
+    with pytest.raises(ModelError, match=name):
+        MakeAScene.from_pretrained(copied)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"format": 99}, "not format 1"),
+        ([], "not format 1"),
+        ({"format": 1}, "hashes is damaged"),
+    ],
+)
+def test_a_damaged_index_is_refused(copied, content, message):
+    (copied / "model_index.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=message):
+        MakeAScene.from_pretrained(copied)
+
+
+def test_unknown_sampling_defaults_are_refused_by_name(copied):
+    index = json.loads((copied / "model_index.json").read_text())
+    index["sampling"]["wildness"] = 3
+    (copied / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="wildness"):
+        MakeAScene.from_pretrained(copied)
+
+
+def test_a_name_that_is_no_model_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match="no such model folder"):
+        MakeAScene.from_pretrained(tmp_path / "none")
+    with pytest.raises(ModelError, match=r"model_index\.json is missing"):
+        MakeAScene.from_pretrained(tmp_path)
+    monkeypatch.setattr(mas.model_folder, "SHIPPED", tmp_path)
+    with pytest.raises(ModelError, match="ships no park model"):
+        MakeAScene.from_pretrained("park")
+
+
+def test_park_is_the_model_that_ships(tiny_folder, tmp_path, monkeypatch):
+    shutil.copytree(tiny_folder, tmp_path / "park")
+    monkeypatch.setattr(mas.model_folder, "SHIPPED", tmp_path)
+    assert MakeAScene.from_pretrained("park").gpt.config.layers == 2
+
+
+def test_a_hub_id_is_downloaded_and_what_the_hub_says_is_passed_on(tiny_folder, monkeypatch):
+    asked = []
+
+    def download(name, *, allow_patterns):
+        asked.append((name, set(FILES) <= set(allow_patterns)))
+        if name == "me/absent":
+            raise OSError("Repository Not Found\ntraceback")
+        return str(tiny_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert MakeAScene.from_pretrained("me/park").gpt.config.layers == 2
+    with pytest.raises(ModelError, match=r"me/absent.*Repository Not Found\)"):
+        MakeAScene.from_pretrained("me/absent")
+    assert asked == [("me/park", True), ("me/absent", True)]
+
+
+def test_pushing_uploads_a_complete_folder(tiny_model, tmp_path, monkeypatch):
+    uploaded = {}
+
+    def create(repo_id, *, private, exist_ok):
+        return f"https://hub/{repo_id}"
+
+    def upload(*, repo_id, folder_path, commit_message):
+        uploaded[repo_id] = shutil.copytree(folder_path, tmp_path / "uploaded")
+
+    hub = SimpleNamespace(create_repo=create, upload_folder=upload)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    assert tiny_model.push_to_hub("me/park") == "https://hub/me/park"
+    loaded = MakeAScene.from_pretrained(uploaded["me/park"], device="cpu")
+    images = [model.generate(CAPTION).images[0] for model in (loaded, tiny_model)]
+    assert np.array_equal(*map(np.asarray, images))
