@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mas/__init__.py").read_tex
 
 EXTRAS = {
     "preprocess": ["ray[data]>=2.50", "transformers>=5", "face-alignment>=1.5"],
-    "train": ["pytorch-lightning>=2.6.6", "tensorboard>=2.18"],
+    "train": ["pytorch-lightning>=2.6.6", "tensorboard>=2.18", "scipy>=1.13"],
     "eval": ["torchmetrics>=1.6", "scipy>=1.13", "transformers>=5"],
     "studio": ["gradio>=6"],
     "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],
