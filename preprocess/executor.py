@@ -235,12 +235,10 @@ def _find_pending(
     """Jobs that are neither done nor set aside, and those to be tried again; counts the others."""
     pending = []
     present = set(folder.list_names())
+    done = folder.finished({job.name: job.fingerprint for job in jobs})
     for job in jobs:
-        stats = None
-        if job.name + STATS in present:
-            stats = folder.finished(job.name, job.fingerprint)
-        if stats is not None:
-            if config.retry_rejected and set(passing) & set(stats.get("rejected", {})):
+        if job.name in done:
+            if config.retry_rejected and set(passing) & set(done[job.name].get("rejected", {})):
                 pending.append(replace(job, again=True))
             else:
                 summary.skipped += 1

@@ -6,6 +6,7 @@ COCO are cut into jobs by sorted key, so the same input always gives the same jo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections import defaultdict
@@ -15,6 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from mas.shards import OnReject, Sample, ShardError, expand_shards, local_path, read_shard
 from preprocess.executor import Job
@@ -77,6 +79,7 @@ def find_jobs(input: str, *, captions: str = "", samples_per_shard: int = 1000) 
         shards = any(name.endswith(".tar") for name in filesystem.ls(inner, detail=False))
         if not shards:
             return _cut(input, _folder_entries(input), samples_per_shard)
+    _list_once(filesystem, inner)
     jobs = []
     for path in expand_shards(input):
         size = fsspec.core.url_to_fs(path)[0].size(path)
@@ -87,6 +90,17 @@ def find_jobs(input: str, *, captions: str = "", samples_per_shard: int = 1000) 
     if twice:
         raise ShardError(f"{input}: several shards are called {twice[0]}.tar; run them one by one")
     return jobs
+
+
+def _list_once(filesystem: Any, pattern: str) -> None:
+    """Lists the folder of a brace pattern, so that a store is not asked about shard after shard.
+
+    fsspec answers questions about files of a folder from its listing.
+    """
+    folder = pattern.rpartition("/")[0]
+    if "{" in pattern and "{" not in folder and not isinstance(filesystem, LocalFileSystem):
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.ls(folder)
 
 
 def _cut(name: str, entries: Sequence[Entry], samples_per_shard: int) -> list[Job]:

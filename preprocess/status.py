@@ -61,10 +61,8 @@ def collect(folder: RunFolder) -> dict[str, Any]:
     photos: Counter[str] = Counter()
     pixels: Counter[str] = Counter()
     spans: list[tuple[float, float]] = []
-    for name in folder.list_names():
-        if not name.endswith(STATS):
-            continue
-        stats = folder.read(name) or {}
+    made = [name for name in folder.list_names() if name.endswith(STATS)]
+    for stats in filter(None, folder.read_all(made)):
         sums["shards"] += 1
         for key in ("photos_in", "photos_out", "people"):
             sums[key] += stats.get(key, 0)

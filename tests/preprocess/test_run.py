@@ -229,6 +229,11 @@ def test_where_a_network_runs_is_no_setting():
     assert here == there
 
 
+def test_a_missing_remote_folder_of_shards_is_named(tmp_path):
+    with pytest.raises(ShardError, match=r"10 of 10 shards do not exist"):
+        run("memory://nowhere/{00000..00009}.tar", tmp_path / "out")
+
+
 @pytest.mark.parametrize("input", ["nothing-here", "empty", "{00000..00009}.tar"])
 def test_a_missing_input_leaves_no_output(tmp_path, input):
     (tmp_path / "empty").mkdir()
