@@ -18,7 +18,7 @@ from photo_world import (
 )
 from PIL import Image
 
-from mas.shards import read_shard
+from mas.shards import ShardError, read_shard
 from preprocess.inputs import find_jobs
 from preprocess.photo import PhotoConfig
 from preprocess.run import preprocess
