@@ -23,7 +23,7 @@ from PIL import Image
 
 from mas.scene import SceneMap
 from mas.shards import expand_shards, read_shard
-from mas.sheet import contact_sheet, overlay
+from mas.sheet import overlay
 
 TOOLS = Path(__file__).parent
 
@@ -208,20 +208,3 @@ def read_curves(path: Path, *, width: int = 240, height: int = 70) -> list[dict[
         )
         curves.append({"name": name, "line": line, "first": values[0], "last": values[-1]})
     return curves
-
-
-def show_shard(folder: Path, count: int) -> list[Picture]:
-    """A photo | scene | overlay | caption sheet of the first samples of a folder's shards."""
-    rows: list[list[Image.Image | str]] = []
-    for sample in read_shard(expand_shards(str(folder))[0]):
-        photo = Image.open(io.BytesIO(sample.files["jpg"]))
-        caption = sample.files["txt"].decode()
-        if "scene.png" in sample.files:
-            scene = SceneMap.from_png(io.BytesIO(sample.files["scene.png"]))
-            rows.append([photo, scene.to_rgb(edges=True), overlay(photo, scene), caption])
-        else:
-            rows.append([photo, caption])
-        if len(rows) == count:
-            break
-    names = ["photo", "scene", "photo + scene", "caption"] if len(rows[0]) == 4 else ["", ""]
-    return [Picture("", contact_sheet(rows, cell=160, header=names))]

@@ -8,7 +8,7 @@ and the command that did it. A finished step is not run again as long as its com
 import argparse
 from pathlib import Path
 
-from demo_page import Demo, Picture, Step, show_shard
+from demo_page import Demo, Picture, Step, shard_cards
 from PIL import Image
 
 from mas.scene import SceneMap
@@ -68,7 +68,7 @@ def park_source(output: Path, options: argparse.Namespace) -> list[Step]:
                 command=["park", "--output", str(shards), "--count", str(count),
                          "--seed", str(seed), "--size", str(options.size),
                          "--shard-size", "500"],
-                pictures=lambda shards=shards: show_shard(shards, 4),
+                cards=lambda shards=shards: shard_cards(shards, 4),
             )
         )  # fmt: skip
         steps.append(
@@ -79,7 +79,7 @@ def park_source(output: Path, options: argparse.Namespace) -> list[Step]:
                 command=["preprocess", "--config", "configs/preprocess/park.yaml",
                          "--photo.size", str(options.size), "--workers", "2",
                          "--input", str(shards), "--output", str(scenes)],
-                pictures=lambda scenes=scenes: show_shard(scenes, 4),
+                cards=lambda scenes=scenes: shard_cards(scenes, 2),
             )
         )  # fmt: skip
     return steps
@@ -97,7 +97,7 @@ def photo_source(output: Path, options: argparse.Namespace) -> list[Step]:
                      "--panoptic.folder", str(options.photos / "panoptic/train"),
                      "--photo.size", str(options.size), "--workers", "2",
                      "--input", str(options.photos / "train"), "--output", str(scenes)],
-            pictures=lambda: show_shard(scenes, 4),
+            cards=lambda: shard_cards(scenes, 4),
         )
     ]  # fmt: skip
 
