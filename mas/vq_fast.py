@@ -1,7 +1,7 @@
 """The decoder of `vq` for looking at pictures on a CPU: the same function, rounded where it may be.
 
-In: a `ConvDecoder` and features on the token grid. Out: what the decoder would give, about three
-times sooner on a CPU with bfloat16 instructions. Three things make it so:
+In: a `ConvDecoder` and features on the token grid. Out: what the decoder would give, in about
+half the time on a CPU with bfloat16 instructions. Three things make it so:
 
 - Convolutions inside the residual blocks of fine grids run in bfloat16. They are most of the work,
   and what they add to the picture is small. The path that carries the picture (residual sums,

@@ -161,7 +161,7 @@ class VQGAN(nn.Module):
         Args:
             tokens_BT: long, as `encode` writes them.
             precision: float32 is the network as it stands, with gradients where they are wanted.
-                mixed is for looking at pictures on a CPU (`mas.vq_fast`): over twice as fast, no
+                mixed is for looking at pictures on a CPU (`mas.vq_fast`): about twice as fast, no
                 pixel off by more than 2/255. auto is mixed on CPUs that have bfloat16
                 instructions, else float32.
 
