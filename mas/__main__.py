@@ -89,7 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait slow a second busy process down forty-fold; must be set
     # before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(level=logging.INFO, format="mas: %(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="mas: %(levelname)s: %(message)s")
+    for package in ("mas", "preprocess", "train"):
+        logging.getLogger(package).setLevel(logging.INFO)
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
