@@ -31,6 +31,8 @@ MAY_DIFFER = {
     "restart",
     "codebook_weight",
     "face_weight",
+    "pixels",
+    "balance",
 }
 
 
