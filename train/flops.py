@@ -25,8 +25,8 @@ PEAKS = {
     "RTX 4090": 165,
     "RTX 3090": 71,
 }
-MATRIX = 1024  # rows and columns of the multiplication that measures a CPU
-SECONDS = 0.2  # that it is repeated
+MATRIX = 512  # rows and columns of the product that measures a CPU; short: some are not interrupted
+SECONDS = 0.3  # that it is repeated
 
 
 def training_flops(config: GPTConfig) -> float:
