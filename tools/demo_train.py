@@ -1,4 +1,4 @@
-"""`make demo-train` and `make smoke-photos`: from data to pictures with a tiny model trained here.
+"""`make demo` and `make smoke-photos`: from data to pictures with a tiny model trained here.
 
 In: nothing (the park world), or a folder of real photos in shards with COCO panoptic annotations.
 Out: OUTPUT/index.html, which shows for every stage what went in, what came out, how long it took
@@ -206,7 +206,7 @@ def given_and_made(photo: Path, scene: Path, folder: Path) -> Image.Image:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("demo/trained"))
+    parser.add_argument("--output", type=Path, default=Path("demo"))
     parser.add_argument("--count", type=int, default=4000, help="pictures of the park world")
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
     parser.add_argument("--photos", type=Path, help="folder of real photos in the form of COCO")
