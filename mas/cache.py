@@ -55,11 +55,7 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """One query a row against all keys, R N 1 H; on CPUs faster than the fused attention."""
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)
     query = (q * q.shape[-1] ** -0.5).to(keys.dtype).reshape(-1, q.shape[-1], 1)
-    # The same product; which side is quick depends on the library behind the number format.
-    if keys.dtype == torch.bfloat16:
-        scores = keys.bmm(query).transpose(1, 2)
-    else:
-        scores = query.transpose(1, 2).bmm(keys.transpose(1, 2))
+    scores = query.transpose(1, 2).bmm(keys.transpose(1, 2))
     weights = scores.softmax(-1, dtype=q.dtype).to(values.dtype)
     return weights.bmm(values).to(q.dtype).view(q.shape)
 
