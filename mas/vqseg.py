@@ -54,6 +54,7 @@ class VQSEGConfig:
     embedding: int = 8  # numbers a label is looked up as (default layout)
     patch: int = 8  # pixels a side that the stem folds into channels; 1 in the published layout
     features: int = 32  # numbers a pixel that the logits are computed from (default layout)
+    hidden: int = 0  # of a layer between a cell and its patch, on both sides (default layout)
     width: int = 128  # channels of the finest level
     multipliers: tuple[int, ...] = (1, 2)  # of width, finest level first; halving between
     blocks: int = 1  # residual blocks a level in the encoder; the decoder has one more
@@ -77,6 +78,10 @@ class VQSEGConfig:
         for name in ("size", "grid", "codes", "code_width", "embedding", "patch", "features"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden < 0 or (self.hidden and self.layout == "published"):
+            raise ValueError(
+                f"hidden is {self.hidden}: use 0 or more, and 0 in the published layout"
+            )
         if not 0 < self.pixels <= 1 or not 0 <= self.balance <= 1:
             raise ValueError(
                 "pixels must be above 0 and at most 1, balance 0 to 1, got "
@@ -120,34 +125,49 @@ class VQSEGLosses(NamedTuple):
     tokens_BT: Tensor  # long
 
 
+class Detail(nn.Sequential):
+    """What one linear layer between a cell and its patch cannot say; starts as nothing."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int) -> None:
+        super().__init__(nn.Linear(width_in, hidden), nn.SiLU(), nn.Linear(hidden, width_out))
+
+
 class PatchStem(nn.Module):
     """Looks labels and edges up in a table and folds each patch of pixels into channels."""
 
-    def __init__(self, *, embedding: int, patch: int, width: int) -> None:
+    def __init__(self, *, embedding: int, patch: int, width: int, hidden: int) -> None:
         super().__init__()
         self.patch = patch
         self.table = nn.Embedding(2 * (CLASSES + 1), embedding)  # labels and void, ± edge
         self.project = nn.Linear(patch**2 * embedding, width)
+        self.detail = Detail(patch**2 * embedding, hidden, width) if hidden else None
 
     def forward(self, labels_BHW: Tensor, edges_BHW: Tensor) -> Tensor:
         ids_BHW = labels_BHW.clamp(max=CLASSES).int() + (CLASSES + 1) * edges_BHW  # void follows
         ids_BHWP = fold_patches(ids_BHW, self.patch)
-        hidden = self.project(rearrange(self.table(ids_BHWP), "b h w p d -> b h w (p d)"))
+        patches = rearrange(self.table(ids_BHWP), "b h w p d -> b h w (p d)")
+        hidden = self.project(patches)
+        if self.detail is not None:
+            hidden = hidden + self.detail(patches)
         return rearrange(hidden, "b h w d -> b d h w").contiguous()
 
 
 class PatchHead(nn.Module):
     """Turns each grid cell into the features of its patch of pixels, and those into logits."""
 
-    def __init__(self, *, features: int, patch: int, width: int) -> None:
+    def __init__(self, *, features: int, patch: int, width: int, hidden: int) -> None:
         super().__init__()
         self.patch = patch
         self.project = nn.Linear(width, patch**2 * features)
+        self.detail = Detail(width, hidden, patch**2 * features) if hidden else None
         self.classifier = nn.Linear(features, CHANNELS)
 
     def forward(self, hidden_BDHW: Tensor) -> Tensor:
         """Features of the pixels, patch by patch, P D; a view, nothing is moved."""
-        hidden = self.project(rearrange(hidden_BDHW, "b d h w -> b h w d"))
+        cells = rearrange(hidden_BDHW, "b d h w -> b h w d")
+        hidden = self.project(cells)
+        if self.detail is not None:
+            hidden = hidden + self.detail(cells)
         return F.silu(rearrange(hidden, "b h w (p d) -> (b h w p) d", p=self.patch**2))
 
 
@@ -169,8 +189,9 @@ class VQSEG(nn.Module):
         self.head: PatchHead | None = None  # published: the decoder's last convolution is the head
         if config.layout == "default":
             channels = config.width
-            self.stem = PatchStem(embedding=config.embedding, patch=config.patch, width=channels)
-            self.head = PatchHead(features=config.features, patch=config.patch, width=channels)
+            sizes = {"patch": config.patch, "width": channels, "hidden": config.hidden}
+            self.stem = PatchStem(embedding=config.embedding, **sizes)
+            self.head = PatchHead(features=config.features, **sizes)
         else:
             channels = CHANNELS
             self.stem = OneHotStem()
@@ -187,6 +208,9 @@ class VQSEG(nn.Module):
         self.post_quant = nn.Conv2d(config.code_width, deepest, 1)
         self.decoder = ConvDecoder(deepest, channels, config.backbone)
         start_weights(self)
+        for module in self.modules():
+            if isinstance(module, Detail):
+                nn.init.zeros_(module[-1].weight)
         start_bias(self.decoder.head if self.head is None else self.head.classifier)
 
     @classmethod

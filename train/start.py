@@ -34,6 +34,7 @@ MAY_DIFFER = {
     "pixels",
     "balance",
 }
+GROWS = {"blocks", "hidden"}  # may be larger, hidden only from 0: what is new starts as nothing
 
 
 def start_from(network: VQSEG | VQGAN, folder: str | Path) -> None:
@@ -41,7 +42,8 @@ def start_from(network: VQSEG | VQGAN, folder: str | Path) -> None:
 
     A VQ-SEG may also have patches a whole number of times larger than the folder's: it then starts
     as the same network that sees every pixel enlarged by that number. So one trained at 128 px and
-    16×16 tokens starts one at 256 px and 16×16 tokens.
+    16×16 tokens starts one at 256 px and 16×16 tokens. Residual blocks may be added, and hidden
+    layers where there were none: both start as the identity.
 
     Raises:
         StorageError: the folder holds no such network.
@@ -56,14 +58,19 @@ def start_from(network: VQSEG | VQGAN, folder: str | Path) -> None:
         if not rest:
             _enlarge_patches(state, before["patch"], times)
             differing.remove("patch")
-    wrong = sorted(differing - MAY_DIFFER)
+    grown = {
+        key
+        for key in differing & GROWS
+        if now[key] > before[key] and (key == "blocks" or not before[key])
+    }
+    wrong = sorted(differing - MAY_DIFFER - grown)
     if wrong:
         raise ValueError(
             f"{folder} holds another network: "
             + ", ".join(f"{key} is {before[key]}, not {now[key]}" for key in wrong)
             + "; set model.network to what it has"
         )
-    network.load_state_dict(state)
+    network.load_state_dict((network.state_dict() if grown else {}) | state)
     for key in sorted(differing):
         logger.info("%s was %s in %s, is now %s", key, before[key], folder, now[key])
 

@@ -310,6 +310,8 @@ def test_usual_sizes_and_grids_are_possible(size, grid, patch, multipliers):
         ({"layout": "published"}, "set patch to 1, not 2"),
         ({"quantizer": "gumbel"}, "quantizer 'gumbel': use one of nearest, cosine"),
         ({"codes": 0}, "codes must be at least 1"),
+        ({"hidden": -1}, "hidden is -1"),
+        ({**PUBLISHED, "hidden": 8}, "0 in the published layout"),
         ({"pixels": 0.0}, "pixels must be above 0"),
         ({"balance": 0.5}, "balance needs pixels to draw from"),
         ({**PUBLISHED, "pixels": 0.5}, "set pixels to 1"),

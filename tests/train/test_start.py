@@ -66,12 +66,36 @@ def test_larger_patches_see_enlarged_scenes_as_the_trained_network_sees_them(tmp
     )
 
 
+@pytest.mark.parametrize("changes", [{"blocks": 2}, {"hidden": 24}, {"blocks": 3, "hidden": 8}])
+def test_a_grown_network_starts_as_the_trained_one_and_learns_with_all_of_itself(changes, tmp_path):
+    trained = build(VQSEG, SEG)
+    trained.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    network = VQSEG(dataclasses.replace(SEG, **changes))
+    start_from(network, tmp_path)
+    labels, edges = scenes(16)
+    tokens = trained.encode(labels, edges)
+    assert torch.equal(network.eval().encode(labels, edges), tokens)
+    torch.testing.assert_close(network.decode_logits(tokens), trained.decode_logits(tokens))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    optimiser = torch.optim.SGD(network.train().parameters(), lr=1e-2)
+    for _ in range(2):
+        optimiser.zero_grad()
+        network.loss(labels, edges).total.backward()
+        optimiser.step()
+    new = before.keys() - trained.state_dict().keys()
+    weights = [name for name in new if name.endswith("weight") and "norm" not in name]
+    assert weights and all(not torch.equal(network.state_dict()[n], before[n]) for n in weights)
+
+
 @pytest.mark.parametrize(
     ("network_class", "config", "changes", "words"),
     [
         (VQSEG, SEG, {"size": 8, "patch": 1}, "patch is 2, not 1; set model.network"),
         (VQSEG, SEG, {"codes": 8, "code_width": 8}, "code_width is 4, not 8, codes is 16, not 8"),
         (VQSEG, SEG, {"quantizer": "cosine"}, "quantizer is nearest, not cosine"),
+        (VQSEG, dataclasses.replace(SEG, blocks=2), {"blocks": 1}, "blocks is 2, not 1"),
+        (VQSEG, dataclasses.replace(SEG, hidden=8), {"hidden": 9}, "hidden is 8, not 9"),
         (VQGAN, GAN, {"quantizer": "cosine"}, "quantizer is nearest, not cosine"),
         (VQGAN, GAN, {"patch": 2}, "patch is 1, not 2"),
         (VQGAN, GAN, {"width": 16}, "width is 8, not 16"),
