@@ -131,6 +131,9 @@ class Detail(nn.Sequential):
     def __init__(self, width_in: int, hidden: int, width_out: int) -> None:
         super().__init__(nn.Linear(width_in, hidden), nn.SiLU(), nn.Linear(hidden, width_out))
 
+    def start(self) -> None:
+        nn.init.zeros_(self.get_submodule("2").get_parameter("weight"))
+
 
 class PatchStem(nn.Module):
     """Looks labels and edges up in a table and folds each patch of pixels into channels."""
@@ -210,7 +213,7 @@ class VQSEG(nn.Module):
         start_weights(self)
         for module in self.modules():
             if isinstance(module, Detail):
-                nn.init.zeros_(module[-1].weight)
+                module.start()
         start_bias(self.decoder.head if self.head is None else self.head.classifier)
 
     @classmethod
