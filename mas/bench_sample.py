@@ -176,7 +176,9 @@ def measure(setting: Setting, bandwidth: float) -> dict[str, Any]:
     seconds = min(total for total, _ in runs)
     step_bytes = BYTES[setting.precision] * parameters["step"]
     rows = setting.count * (1 if setting.guidance == 1 else 2)
-    cache_bytes = decoder.new_cache(rows).nbytes
+    config = stored.config
+    elements = 2 * config.layers * rows * config.layout.length * config.width
+    cache_bytes = elements * torch.finfo(decoder.dtype).bits // 8
     table = 4 if setting.precision == "float32" else 2
     weight_bytes = (
         BYTES[setting.precision] * parameters["matrices"] + table * parameters["embeddings"]

@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+PIECE = 64  # tokens that room is made for at a time
+
 
 class Cache:
-    """Keys and values L R N T H in one number format; queries may have another."""
+    """Keys and values of each layer, R N T H in one number format; queries may have another.
+
+    On a CPU there is room for a whole number of `PIECE` tokens, and more is made when it is needed:
+    so that what is read lies in one piece of memory.
+    """
 
     def __init__(
         self,
@@ -25,37 +31,56 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device | None = None,
     ) -> None:
-        shape = (layers, rows, heads, length, head_width)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        self.length = length
+        self.grows = device is None or device.type == "cpu"
+        shape = (rows, heads, 0 if self.grows else length, head_width)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, start: int) -> Tensor:
         """Stores keys and values of the tokens from `start` on, and attends; all R N T H."""
         stop = start + q.shape[2]
-        keys, values = self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
-        keys[:, :, start:] = k
-        values[:, :, start:] = v
+        self._make_room(layer, stop)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, start:stop] = k
+        values[:, :, start:stop] = v
         if start == 0:
             return causal_attention(q, k, v)
-        if stop - start == 1 and q.device.type == "cpu":
-            return attend_one(q, keys, values)
-        return causal_attention(q, keys.to(q.dtype), values.to(q.dtype))
+        if self.grows and stop - start == 1:
+            return attend_one(q, keys, values, length=stop)
+        keys, values = keys[:, :, :stop].to(q.dtype), values[:, :, :stop].to(q.dtype)
+        return causal_attention(q, keys, values)
 
     def copy_rows(self, source: Cache, rows: list[int], *, length: int) -> None:
         """Fills the first `length` positions: row i becomes row `rows[i]` of `source`."""
-        self.keys[:, :, :, :length] = source.keys[:, rows, :, :length]
-        self.values[:, :, :, :length] = source.values[:, rows, :, :length]
+        for layer in range(len(self.keys)):
+            self._make_room(layer, length)
+            self.keys[layer][:, :, :length] = source.keys[layer][rows, :, :length]
+            self.values[layer][:, :, :length] = source.values[layer][rows, :, :length]
+
+    def _make_room(self, layer: int, tokens: int) -> None:
+        if tokens <= self.keys[layer].shape[2]:
+            return
+        room = min(-(-tokens // PIECE) * PIECE, self.length)
+        for tensors in (self.keys, self.values):
+            before = tensors[layer]
+            rows, heads, used, head_width = before.shape
+            tensors[layer] = before.new_zeros(rows, heads, room, head_width)
+            tensors[layer][:, :, :used] = before
 
 
-def attend_one(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """One query a row against all keys, R N 1 H; on CPUs faster than the fused attention."""
+def attend_one(q: Tensor, keys: Tensor, values: Tensor, *, length: int) -> Tensor:
+    """One query a row against the first `length` keys, R N 1 H; faster than fused attention.
+
+    In bfloat16 the whole room is read, unused places with weight 0: oneDNN prepares its bfloat16
+    products for every length anew, which takes longer than they do, and copies what is cut out.
+    """
+    if keys.dtype != torch.bfloat16:
+        keys, values = keys[:, :, :length], values[:, :, :length]
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)
     query = (q * q.shape[-1] ** -0.5).to(keys.dtype).reshape(-1, q.shape[-1], 1)
     scores = query.transpose(1, 2).bmm(keys.transpose(1, 2))
+    scores[:, :, length:] = -torch.inf
     weights = scores.softmax(-1, dtype=q.dtype).to(values.dtype)
     return weights.bmm(values).to(q.dtype).view(q.shape)
 

@@ -54,7 +54,7 @@ class CPUDecoder:
         tensors: Mapping[str, Tensor],
         *,
         make_linear: Callable[[Tensor], Linear],
-        stored: torch.dtype = torch.float32,
+        stored: torch.dtype,
     ) -> None:
         """Converts all tensors.
 
@@ -62,8 +62,7 @@ class CPUDecoder:
             config: of the GPT.
             tensors: its state by name; each is asked for once and not kept.
             make_linear: turns a matrix V K into the function that multiplies by it.
-            stored: number format of embeddings. The cache is not rounded: for each length oneDNN
-                prepares its bfloat16 products anew, which takes longer than they do, and gigabytes.
+            stored: number format of embeddings and cache.
         """
         self.config, self.layout = config, config.layout
         self.norm_of = _rms_norm if config.gated else _layer_norm
@@ -78,7 +77,7 @@ class CPUDecoder:
         self.positions_TD = torch.cat(
             [_read_positions(tensors, stream) for stream in self.layout.streams]
         )
-        self.dtype = self.positions_TD.dtype
+        self.dtype = stored
         self.rotation = rotation_table(config, self.positions_TD) if config.rotary else None
         self.heads = {
             stream.name: make_linear(tensors[f"heads.{stream.name}.weight"])

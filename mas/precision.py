@@ -101,7 +101,7 @@ def make_decoder(gpt: GPT | StoredGPT, precision: Precision) -> Decoder:
     tensors = tensors_of(gpt)
     if precision == "float32":
         make_linear = partial(FloatLinear, dtype=torch.float32)
-        return CPUDecoder(gpt.config, tensors, make_linear=make_linear)
+        return CPUDecoder(gpt.config, tensors, make_linear=make_linear, stored=torch.float32)
     make_linear = partial(FloatLinear, dtype=torch.bfloat16)
     return CPUDecoder(
         gpt.config,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 Weights = Literal["float32", "float16", "int8"]
 LARGEST_INT8 = 127
+ROWS_AT_ONCE = 1024  # that are rounded together; bounds the memory it takes
 SCALE = ":scale"  # behind the name of an int8 tensor: the name of its scales
 
 
@@ -28,12 +29,16 @@ class Int8(NamedTuple):
 
 def to_int8(weight_VK: Tensor) -> Int8:
     """Rounds to the nearest; symmetric, the largest of each row becomes ±127."""
-    weight_VK = weight_VK.detach().float()
+    parts = [_to_int8(rows_VK.float()) for rows_VK in weight_VK.detach().split(ROWS_AT_ONCE)]
+    return Int8(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
+
+
+def _to_int8(weight_VK: Tensor) -> Int8:
     largest_V = weight_VK.abs().amax(1).clamp(min=1e-12)
     # Rounded to bfloat16 first, so that the integers make up for the rounding of the scale.
     scale_V = (largest_V / LARGEST_INT8).bfloat16()
-    integers_VK = (weight_VK / scale_V.float()[:, None]).round()
-    return Int8(integers_VK.clamp(-LARGEST_INT8, LARGEST_INT8).char(), scale_V)
+    integers_VK = (weight_VK / scale_V.float()[:, None]).round_()
+    return Int8(integers_VK.clamp_(-LARGEST_INT8, LARGEST_INT8).char(), scale_V)
 
 
 def from_int8(rounded: Int8) -> Tensor:
