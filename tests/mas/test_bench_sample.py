@@ -148,7 +148,7 @@ def test_int8_of_a_large_network_never_needs_the_memory_of_float32(tmp_path):
     grown = float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
     weights = count_parameters(config)["matrices"] / 2**20  # of 8 bits; float32 takes four times
     assert weights > 80
-    assert grown < 1.2 * weights + 110  # libraries come to it, too
+    assert grown < 3.5 * weights  # libraries come to it, too; both formats would take five times
 
 
 @pytest.mark.parametrize(

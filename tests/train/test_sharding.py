@@ -3,7 +3,7 @@
 import pytest
 import torch
 from processes import finish, start
-from test_ddp import RANKS, torchrun_environment
+from test_ddp import RANKS, free_port, torchrun_environment
 
 from mas.gpt import GPT
 from train.cli import train
@@ -24,12 +24,12 @@ def launch(words, tmp_path):
             model__optimiser__schedule="constant",
             ckpt_path="auto",
         )
-        environment = torchrun_environment()
+        port = free_port()
         processes = [
             start(
                 arguments,
                 log=tmp_path / f"{folder}.{rank}.log",
-                environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                environment=torchrun_environment(rank, port),
             )
             for rank in RANKS
         ]
