@@ -386,6 +386,6 @@ def rotate(x_BNTH: Tensor, by: Rotation) -> Tensor:
 
 def _cross_entropy(head: nn.Module, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the losses, number of right predictions; targets of -100 count for neither."""
-    logits = head(x)
-    loss = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
+    logits = head(x).float()  # the argmax of bfloat16 is slow, too
+    loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     return loss, (logits.detach().argmax(-1) == targets).sum()
