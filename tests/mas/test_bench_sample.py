@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -140,15 +141,21 @@ def test_int8_of_a_large_network_never_needs_the_memory_of_float32(tmp_path):
         "import sys, torch; from pathlib import Path\n"
         "from mas.bench_vqseg import peak_mb\n"
         "from mas.precision import StoredGPT, make_decoder\n"
+        "from mas.quantize import make_int8\n"
+        "make_int8(torch.ones(64, 64))(torch.ones(1, 64))  # loads the libraries\n"
         "cpu = torch.device('cpu'); before = peak_mb(cpu)\n"
         "decoder = make_decoder(StoredGPT(Path(sys.argv[1]), cpu), 'int8')\n"
         "print(peak_mb(cpu) - before)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
-    grown = float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    # With its threshold fixed, glibc hands freed matrices back at once: what the conversion needs
+    # is measured, not what the allocator happens to keep.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    result = subprocess.run(command, capture_output=True, check=True, text=True, env=environment)
+    grown = float(result.stdout)
     weights = count_parameters(config)["matrices"] / 2**20  # of 8 bits; float32 takes four times
     assert weights > 80
-    assert grown < 3.5 * weights  # libraries come to it, too; both formats would take five times
+    assert grown < 1.2 * weights + 110  # mapped files and the largest matrix come to it
 
 
 @pytest.mark.parametrize(
