@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mas.cache import Cache
-from mas.gpt import GPTConfig, Rotation, cell_table, rotate, rotation_table
+from mas.gpt import GPTConfig, Rotation, cell_table, make_cache, rotate, rotation_table
 from mas.quantize import Linear
 from mas.sequence import Stream
 
@@ -86,15 +86,7 @@ class CPUDecoder:
 
     def new_cache(self, rows: int, *, length: int | None = None) -> Cache:
         """An empty cache for `rows` sequences of `length` tokens (default: whole ones)."""
-        return Cache(
-            layers=self.config.layers,
-            rows=rows,
-            heads=self.config.heads,
-            length=length or self.layout.length,
-            head_width=self.config.width // self.config.heads,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        return make_cache(self.config, rows, length=length, dtype=self.dtype, device=self.device)
 
     def extend(self, tokens_RT: Tensor, *, cache: Cache, start: int) -> Tensor:
         """Reads tokens at positions `start` …, fills the cache, returns the last state, R D."""

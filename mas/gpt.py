@@ -243,15 +243,7 @@ class GPT(nn.Module):
 
     def new_cache(self, rows: int, *, length: int | None = None) -> Cache:
         """An empty cache for `rows` sequences of `length` tokens (default: whole ones)."""
-        return Cache(
-            layers=self.config.layers,
-            rows=rows,
-            heads=self.config.heads,
-            length=length or self.layout.length,
-            head_width=self.config.width // self.config.heads,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        return make_cache(self.config, rows, length=length, dtype=self.dtype, device=self.device)
 
     def extend(self, tokens_BT: Tensor, *, cache: Cache, start: int) -> Tensor:
         """Reads tokens at positions `start` …, fills the cache, returns the last state, B D.
@@ -343,6 +335,26 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=deviation / math.sqrt(2 * self.config.layers))
             elif "norm" not in name:
                 nn.init.normal_(parameter, std=deviation)
+
+
+def make_cache(
+    config: GPTConfig,
+    rows: int,
+    *,
+    length: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Cache:
+    """An empty cache for `rows` sequences of `length` tokens (None: whole ones)."""
+    return Cache(
+        layers=config.layers,
+        rows=rows,
+        heads=config.heads,
+        length=length or config.layout.length,
+        head_width=config.width // config.heads,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
