@@ -26,7 +26,7 @@ from torch import nn
 from mas.filter import Sampling
 from mas.gpt import GPT
 from mas.precision import StoredGPT
-from mas.rounding import Weights
+from mas.rounding import Weights, is_rounded
 from mas.storage import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -162,9 +162,7 @@ def write_folder(
         new = temporary / "new"
         new.mkdir()
         tokenizer.save(new / TOKENIZER)
-        # A tokenizer must find the code it found in training, so it keeps the finer numbers.
-        finer: Weights = "float16" if weights == "int8" else weights
-        formats: dict[str, Weights] = {"vqseg": finer, "vqgan": finer, "gpt": weights}
+        formats = {name: _choose_format(name, networks[name], weights) for name in NETWORKS}
         for name in NETWORKS:
             save_network(networks[name], new / name, weights=formats[name])
         hashes = {name: file_hash(new / name) for name in FILES}
@@ -181,6 +179,15 @@ def write_folder(
         if folder.exists():
             folder.rename(temporary / "old")
         new.rename(folder)
+
+
+def _choose_format(name: str, network: nn.Module, weights: Weights) -> Weights:
+    """A tokenizer must find the code it found in training: only one that had int8 weights when it
+    made the tokens keeps them.
+    """
+    if weights != "int8" or name == "gpt" or is_rounded(network.state_dict(), "int8"):
+        return weights
+    return "float16"
 
 
 def push_folder(save: Callable[[Path], None], repo_id: str, *, private: bool) -> str:

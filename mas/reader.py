@@ -124,6 +124,11 @@ class Reader(nn.Module):
         """Positions in `config.places`, long B, of scene maps (uint8, any size)."""
         return self.place_logits(labels_BHW).argmax(1)
 
+    def look(self, image_BCHW: Tensor) -> list[Tensor]:
+        """Features of pictures in [0, 1]: of every pixel, then of each level, finest first."""
+        seen = self._see(image_BCHW)
+        return [seen.pixels_BDHW, *seen.levels]
+
     def logits(self, image_BCHW: Tensor, pixels_BP: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the classes at some pixels, B P K, and of the hours, B K; for training.
 

@@ -33,7 +33,7 @@ from mas.vq import (
     start_weights,
 )
 from mas.vq_codebook import Codebook
-from mas.vqseg_loss import PIXELS_AT_ONCE, decide, positive_weights, scene_loss
+from mas.vqseg_loss import choose_pixels, decide, positive_weights, scene_loss
 
 Layout = Literal["default", "published"]
 QuantizerName = Literal["nearest", "cosine"]
@@ -258,7 +258,7 @@ class VQSEG(nn.Module):
         features_PD = self._pixels(grid)
         decided = [
             decide(features if self.head is None else self.head.classifier(features))
-            for features in features_PD.split(PIXELS_AT_ONCE)
+            for features in features_PD.split(choose_pixels(features_PD.device))
         ]
         labels_BHW, edges_BHW = (
             self._unfold(torch.cat(parts), grid) for parts in zip(*decided, strict=True)

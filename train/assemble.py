@@ -48,8 +48,8 @@ def assemble(
         temperature: likewise, of the draw; a model trained for minutes wants less than 1.
         top_k: likewise, tokens kept; below 1 a share of the vocabulary.
         top_p: likewise, total probability of the tokens kept.
-        weights: number format on the disk; int8 is for the GPT's matrices, the tokenizers then get
-            float16.
+        weights: number format on the disk; int8 is for the GPT's matrices; the tokenizers then get
+            float16, unless they were trained with checkpoints.weights int8.
         card: text of the model card, README.md: data, licences, numbers, limits (default: one that
             knows the sizes only).
     """

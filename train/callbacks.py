@@ -20,6 +20,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
 from torch import Tensor
 
+from mas.rounding import Weights
 from mas.shard_files import remove_temporary, replacing, write_file
 from mas.sheet import contact_sheet
 from mas.storage import CONFIG_FILE, WEIGHTS_FILE, save_network
@@ -120,12 +121,19 @@ class Checkpoints(Checkpoint):
     Args:
         every_n_steps: optimiser steps between two checkpoints.
         monitor: metric of the validation whose smallest value makes best.ckpt; none for no best.
+        weights: number format of model.safetensors; a tokenizer that shall be shipped in int8 must
+            make its tokens with int8 weights, too.
     """
 
-    def __init__(self, every_n_steps: int = 1000, monitor: str | None = "validation/loss") -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 1000,
+        monitor: str | None = "validation/loss",
+        weights: Weights = "float32",
+    ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"checkpoints.every_n_steps is {every_n_steps}, use 1 or more")
-        self.every_n_steps, self.monitor = every_n_steps, monitor
+        self.every_n_steps, self.monitor, self.weights = every_n_steps, monitor, weights
         self.stage = ""  # which network is trained
         self.config = ""  # the run's resolved YAML, kept in every checkpoint
         self.defaults = ""  # the YAML of a config that sets nothing
@@ -162,7 +170,7 @@ class Checkpoints(Checkpoint):
                 with torch.device("meta"):
                     network = type(before)(before.config)
                 network.load_state_dict(self._weights, assign=True)
-                save_network(network, folder)
+                save_network(network, folder, weights=self.weights)
             self._weights = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -226,11 +234,28 @@ class Averaging(WeightAveraging):
             raise ValueError(f"averaging.decay is {decay}, use a number between 0 and 1")
         self.decay = decay
         # Buffers (codebooks, counters) are moving averages themselves: copied, not averaged.
-        super().__init__(use_buffers=False, avg_fn=self.average)
+        super().__init__(use_buffers=False, multi_avg_fn=self.average_all)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device  # where the module is about to move
+        super().setup(trainer, pl_module, stage)
 
     def average(self, average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        return torch.lerp(average, current, self._share(count))
+
+    def average_all(
+        self,
+        averages: tuple[Tensor, ...] | list[Tensor],
+        currents: tuple[Tensor, ...] | list[Tensor],
+        count: Tensor | int,
+    ) -> None:
+        """The same for all tensors in one call, in place: a GPU would wait for hundreds of them."""
+        torch._foreach_lerp_(list(averages), list(currents), self._share(count))
+
+    def _share(self, count: Tensor | int) -> float:
+        """What the current weights count after `count` steps."""
         warm = (1 + int(count)) / (10 + int(count))
-        return torch.lerp(average, current, 1 - min(self.decay, warm))
+        return 1 - min(self.decay, warm)
 
 
 class Pictures(Callback):

@@ -16,7 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mas.weights_file import WeightsError, load_graph
-from train.perceptual import SMALLEST, Perceptual, PerceptualConfig, load_perceptual
+from train.perceptual import (
+    SMALLEST,
+    Perceptual,
+    PerceptualConfig,
+    ReaderPerceptual,
+    load_perceptual,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +92,18 @@ class Judges:
 
     def __init__(self, perceptual: PerceptualConfig, crops: CropsConfig) -> None:
         self.crops = crops
+        if perceptual.reader and (
+            crops.object_weight or (crops.face_weight and crops.face_network is None)
+        ):
+            raise ValueError(
+                "a reader compares whole pictures, not crops: set model.perceptual.vgg, or "
+                "model.crops.face_weight and object_weight to 0"
+            )
         by_vgg = perceptual.weight or crops.object_weight
         by_vgg = by_vgg or (crops.face_weight and crops.face_network is None)
-        self.vgg: Perceptual | None = load_perceptual(perceptual) if by_vgg else None
+        self.vgg: Perceptual | ReaderPerceptual | None = (
+            load_perceptual(perceptual) if by_vgg else None
+        )
         self.face: nn.Module | None = None
         if crops.face_weight:
             self.face = FaceFeatures(crops.face_network) if crops.face_network else self.vgg

@@ -314,14 +314,15 @@ class PhotoData(PictureData):
 
     Args:
         boxes: faces and things of its scene that a photo brings along; linked to model.crops.
+        labels: whether a photo brings the labels of its scene along; linked to model.focus.
         arguments: as for PictureData.
     """
 
     photos = True
 
-    def __init__(self, *, boxes: int = 0, **arguments: Any) -> None:
+    def __init__(self, *, boxes: int = 0, labels: bool = False, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.boxes = boxes
+        self.boxes, self.scenes = boxes, labels
 
 
 class TokenData(StreamData):

@@ -1,8 +1,9 @@
-"""How alike two pictures look to VGG-16: LPIPS, with weights that the user supplies by file.
+"""How alike two pictures look to a network: LPIPS by VGG-16, or the same by a trained reader.
 
 In: pictures in [0, 1]. Out: one distance a picture. Zhang et al. (arXiv 1801.03924), version 0.1:
 unit-length features of five layers of VGG-16, squared differences weighted by one linear layer
-each, averaged over the picture.
+each, averaged over the picture. VGG's weights are a file that the user supplies; where there are
+none, a reader (mas/reader.py) that was trained on the same scene shards can take its place.
 Axes: B batch, C channels, H W pixels.
 """
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mas.reader import Reader
 from mas.weights_file import pick_tensors, read_tensors
 
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # (channels, convolutions) of VGG-16
@@ -33,12 +35,15 @@ class PerceptualConfig:
     """The perceptual term and the files of its network."""
 
     weight: float = 0.0  # of the term, beside L1 with weight 1; 0 = none, taming has 1
+    reader: str | None = None  # folder of a trained reader that compares instead of VGG-16
     vgg: str | None = None  # file with torchvision's weights of VGG-16
     linear: str | None = None  # file with LPIPS' linear layers; none: all channels count alike
 
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise ValueError(f"model.perceptual.weight is {self.weight}, use 0 or more")
+        if self.reader and self.vgg:
+            raise ValueError("model.perceptual has a reader and VGG-16: leave one of them out")
 
 
 class VGG16(nn.Module):
@@ -97,16 +102,48 @@ class Perceptual(nn.Module):
         return [F.normalize(x_BCHW.float(), dim=1, eps=1e-10) for x_BCHW in features]
 
 
-def load_perceptual(config: PerceptualConfig) -> Perceptual:
+class ReaderPerceptual(nn.Module):
+    """Squared distance of a reader's features, of unit length at every place; frozen.
+
+    The reader tells classes apart, so what makes a thing recognisable weighs most. It is no judge
+    of what was trained with it: evaluate with another one.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__()
+        self.reader = reader.eval().requires_grad_(False)
+
+    def forward(self, image_BCHW: Tensor, true_image_BCHW: Tensor) -> Tensor:
+        """Distance B of pictures in [0, 1] of the reader's size from their originals.
+
+        The gradient reaches `image_BCHW` only.
+        """
+        with torch.no_grad():
+            truths = self._look(true_image_BCHW)
+        layers = [
+            (guess - truth).square().sum(1).mean(dim=(1, 2))
+            for guess, truth in zip(self._look(image_BCHW), truths, strict=True)
+        ]
+        return torch.stack(layers).sum(0)
+
+    def _look(self, image_BCHW: Tensor) -> list[Tensor]:
+        return [F.normalize(x_BDHW.float(), dim=1) for x_BDHW in self.reader.look(image_BCHW)]
+
+
+def load_perceptual(config: PerceptualConfig) -> Perceptual | ReaderPerceptual:
     """The network with the weights of the files.
 
     Raises:
         WeightsError: no file named, or one that cannot be used; names it and its source.
+        StorageError: the folder holds no reader.
     """
+    if config.reader is not None:
+        return ReaderPerceptual(Reader.from_pretrained(config.reader))
     if config.vgg is None:
         raise ValueError(
             "the perceptual, face and object terms need the weights of VGG-16: set "
-            f"model.perceptual.vgg to a file from {VGG_SOURCE}"
+            f"model.perceptual.vgg to a file from {VGG_SOURCE}, or model.perceptual.reader to a "
+            "folder of mas train reader"
         )
     network = Perceptual()
     expected = network.vgg.state_dict()

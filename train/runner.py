@@ -131,6 +131,7 @@ class TrainCLI(LightningCLI):
             parser.link_arguments("model.network.size", "data.size")
         if self.name == "vqgan":
             parser.link_arguments("model.boxes", "data.boxes", apply_on="instantiate")
+            parser.link_arguments("model.labels", "data.labels", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init.trainer

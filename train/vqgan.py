@@ -28,6 +28,7 @@ from train.adversary import (
     generator_loss,
 )
 from train.crops import CropsConfig, Judges
+from train.focus import EVEN, FocusConfig
 from train.perceptual import PerceptualConfig
 from train.stage import Optimiser, Rows, Stage
 from train.start import start_from
@@ -45,6 +46,7 @@ class VQGANTraining(Stage):
         crops: terms for faces and things of the scene map; weights 0 leave them out.
         codebook_weight: of the codebook loss; L1 has weight 1.
         gradient_weight: of the L1 between differences of neighbouring pixels; 0 leaves it out.
+        focus: what the pixels of things, people and faces count in both.
         accumulate: batches whose gradients are added up for one step.
         init_from: folder of a trained VQ-GAN to fine-tune: a run, or what mas import-vqgan wrote.
         seed: of the random numbers of a step; linked to seed_everything.
@@ -63,6 +65,7 @@ class VQGANTraining(Stage):
         crops: CropsConfig,
         codebook_weight: float = 1.0,
         gradient_weight: float = 0.0,
+        focus: FocusConfig = EVEN,
         accumulate: int = 1,
         init_from: str | None = None,
         seed: int = 0,
@@ -71,7 +74,7 @@ class VQGANTraining(Stage):
         self.automatic_optimization = False
         self.adversary = adversary
         self.codebook_weight, self.gradient_weight = codebook_weight, gradient_weight
-        self.accumulate = accumulate
+        self.focus, self.accumulate = focus, accumulate
         self.discriminator = PatchDiscriminator(self.adversary) if self.adversary.weight else None
         self.perceptual_weight, self.crops = perceptual.weight, crops
         self.judges = Judges(perceptual, crops)
@@ -82,6 +85,11 @@ class VQGANTraining(Stage):
     def boxes(self) -> int:
         """Faces and things that each photo must bring along; tells the data."""
         return self.crops.boxes
+
+    @property
+    def labels(self) -> bool:
+        """Whether each photo must bring the labels of its scene map along; tells the data."""
+        return not self.focus.even
 
     def on_fit_start(self) -> None:
         """Raises ValueError for settings under which the two players cannot take turns."""
@@ -105,7 +113,7 @@ class VQGANTraining(Stage):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         real_BCHW = batch["image"].float() / 255
         fake_BCHW, codebook_loss, tokens_BT = self.network(real_BCHW)
-        values = self.reconstruction(real_BCHW, fake_BCHW)
+        values = self.reconstruction(real_BCHW, fake_BCHW, batch.get("labels"))
         reconstruction = values.pop("sum")
         values["codebook"] = codebook_loss
         loss = reconstruction + self.codebook_weight * codebook_loss
@@ -137,15 +145,21 @@ class VQGANTraining(Stage):
             self.step(judged=bool(say))
         return loss
 
-    def reconstruction(self, real_BCHW: Tensor, fake_BCHW: Tensor) -> dict[str, Tensor]:
+    def reconstruction(
+        self, real_BCHW: Tensor, fake_BCHW: Tensor, labels_BHW: Tensor | None
+    ) -> dict[str, Tensor]:
         """`reconstruction`: L1 between pictures and, if weighted, between their differences of
-        neighbours; `perceptual`, if weighted; `sum`: both, weighted.
+        neighbours, pixels weighted by their labels where there is a focus; `perceptual`, if
+        weighted; `sum`: both, weighted.
         """
         error_BCHW = fake_BCHW - real_BCHW
-        loss = error_BCHW.abs().mean()
+        weights_B1HW = error_BCHW.new_ones(1, 1, 1, 1).expand(-1, -1, *error_BCHW.shape[2:])
+        if labels_BHW is not None:
+            weights_B1HW = self.focus.weigh(labels_BHW)[:, None]
+        loss = (error_BCHW.abs() * weights_B1HW).mean()
         if self.gradient_weight:
-            across = error_BCHW.diff(dim=3).abs().mean()
-            down = error_BCHW.diff(dim=2).abs().mean()
+            across = (error_BCHW.diff(dim=3).abs() * weights_B1HW[..., 1:]).mean()
+            down = (error_BCHW.diff(dim=2).abs() * weights_B1HW[..., 1:, :]).mean()
             loss = loss + self.gradient_weight * (across + down)
         if not self.perceptual_weight:
             return {"reconstruction": loss, "sum": loss}
@@ -184,7 +198,7 @@ class VQGANTraining(Stage):
         fake_BCHW, codebook_loss, tokens_BT = self.network(real_BCHW)
         self._pictures.update(fake_BCHW, true_image_BCHW=real_BCHW)
         self._codes.update(tokens_BT)
-        values = self.reconstruction(real_BCHW, fake_BCHW)
+        values = self.reconstruction(real_BCHW, fake_BCHW, batch.get("labels"))
         values["loss"] = values.pop("sum") + self.codebook_weight * codebook_loss
         self.log_losses("validation", values, count=len(real_BCHW))
 
