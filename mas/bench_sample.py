@@ -35,13 +35,13 @@ from mas.sequence import Streams
 from mas.storage import build_unfilled
 from mas.token_shards import TokenShards
 
-# How steps run on a GPU: kernel by kernel, as CUDA graphs, as graphs of compiled kernels.
-Mode = Literal["eager", "graph", "compiled"]
+# How steps run on a GPU: kernel by kernel, or as CUDA graphs of these or of fused kernels.
+Mode = Literal["eager", "graph", "compiled", "triton"]
 
 NETWORK = GPTConfig()
 PRECISIONS: list[Precision] = ["float32", "bfloat16", "int8"]
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # a weight
-MODES: list[Mode] = ["eager", "graph", "compiled"]
+MODES: list[Mode] = ["eager", "graph", "triton", "compiled"]
 READ = 2**29  # bytes of the read test: more than any cache holds
 READ_GPU = 2**31  # likewise: reading them takes long enough not to notice what starting it takes
 SPARE_MB = 300  # of the peak: Python, PyTorch and everything that is neither weights nor cache
@@ -81,7 +81,7 @@ def bench_sample(
         network: sizes of the network with random weights.
         precisions: number formats; default: float32, bfloat16 and int8; on a GPU bfloat16.
         counts: pictures at once; default: 1 and 4; on a GPU 1 and 64.
-        modes: how steps run on a GPU; default: eager, graph and compiled.
+        modes: how steps run on a GPU; default: eager, graph, triton and compiled.
         guidance: 1 runs one stream a picture, everything else two.
         repeats: runs of each setting, the best of which counts; the first token's time is that of
             the first run, on a GPU of the first one that has nothing to prepare.
@@ -203,15 +203,19 @@ def measure(setting: Setting, bandwidth: float) -> dict[str, Any]:
     decoder = make_decoder(stored, setting.precision)
     prepared = {}
     if isinstance(decoder, CUDADecoder):
-        graphs, compiled = setting.mode != "eager", setting.mode == "compiled"
-        decoder = CUDADecoder(decoder.gpt, graphs=graphs, compiled=compiled)
+        kernels = "torch" if setting.mode in ("eager", "graph") else setting.mode
+        decoder = CUDADecoder(decoder.gpt, graphs=setting.mode != "eager", kernels=kernels)
         first_run, _ = time_run(decoder, setting, seed=0)
     runs = [time_run(decoder, setting, seed=seed) for seed in range(setting.repeats)]
     parameters, layout = count_parameters(stored.config), decoder.layout
     sampled = layout.scene.length + layout.image.length
     seconds = min(total for total, _ in runs)
     if isinstance(decoder, CUDADecoder):
-        prepared = {"mode": decoder.mode, "prepare_seconds": round(first_run - seconds, 2)}
+        prepared = {
+            "mode": setting.mode,
+            "steps": decoder.mode,
+            "prepare_seconds": round(first_run - seconds, 2),
+        }
     step_bytes = BYTES[setting.precision] * parameters["step"]
     rows = setting.count * (1 if setting.guidance == 1 else 2)
     config = stored.config

@@ -4,15 +4,16 @@ In: a `mas.gpt.GPT` on its device. Out: what the loop in mas/generate.py needs, 
 choose a token and read it without a word from the CPU: launching the hundreds of small kernels of a
 step takes longer than running them. Position and tokens are therefore tensors at fixed addresses,
 and attention reads a fixed number of keys, a whole number of `BUCKET`, with those to come masked.
-Everything but the recording also runs on a CPU. Axes: B pictures, R rows, T tokens, D width,
-N heads, H width of a head, V vocabulary.
+What lies between the matrices is computed by PyTorch, by what torch.compile makes of it, or in the
+kernels of mas/cuda_kernels.py. Everything but recording and the last also runs on a CPU.
+Axes: B pictures, R rows, T tokens, D width, N heads, H width of a head, V vocabulary.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,15 +21,20 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mas.cache import Cache
-from mas.decoder import read_positions
+from mas.decoder import EPSILON, read_positions
 from mas.generate import Choice
 from mas.gpt import GPT, Rotation, make_cache, rotate, rotation_table
 from mas.sequence import Stream
 
 BUCKET = 128  # keys by which the part of the cache that is read grows
 MOST_GRAPHS = 32  # kept at a time: one per bucket and way of choosing
-EPSILON = 1e-5  # of LayerNorm
-KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # that take a mask
+RMS_EPSILON = torch.finfo(torch.float32).eps  # what RMSNorm takes in float32 and bfloat16
+FEW_ROWS = 4  # up to which a product with a matrix takes as long as reading it
+MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # that take a mask
+
+# What computes a step: PyTorch's kernels; those and what torch.compile makes of the rest, in half a
+# minute for every number of rows; or own kernels, for head widths that are powers of 2.
+Kernels = Literal["torch", "compiled", "triton"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +54,13 @@ class Layer(NamedTuple):
 class CUDADecoder:
     """Computes like `GPT.extend` and `GPT.head`, and offers recorded steps beside."""
 
-    def __init__(self, gpt: GPT, *, graphs: bool = True, compiled: bool = False) -> None:
+    def __init__(self, gpt: GPT, *, graphs: bool = True, kernels: Kernels = "torch") -> None:
         """Takes the tensors of `gpt` as they are.
 
         Args:
             gpt: in evaluation mode, on the device and in the number format to compute in.
             graphs: record steps; without a CUDA device they always run kernel by kernel.
-            compiled: fuse what lies between two attentions with torch.compile, at the first step
-                of every number of rows.
+            kernels: what computes a step; where it cannot, PyTorch does.
         """
         self.gpt, self.config, self.layout = gpt, gpt.config, gpt.layout
         self.device, self.dtype = gpt.device, gpt.dtype
@@ -72,8 +77,11 @@ class CUDADecoder:
         }
         self.positions_TD = torch.cat([read_positions(tensors, s) for s in self.layout.streams])
         self.rotation = rotation_table(self.config, self.positions_TD)
+        self.kernels = kernels
+        if kernels == "triton" and (self.config.width // self.config.heads).bit_count() != 1:
+            self.kernels = "torch"
         self.cross: Callable[..., tuple[Tensor, Tensor]] = cross
-        if compiled:
+        if kernels == "compiled":
             self.cross = torch.compile(cross, dynamic=False, fullgraph=True)
         self.idle: CUDASteps | None = None
 
@@ -93,10 +101,8 @@ class CUDADecoder:
 
     @property
     def mode(self) -> str:
-        """How steps run: eager, graph, compiled; what did not work here is not counted."""
-        if self.cross is not cross:
-            return "compiled" if self.graphs else "compiled without graph"
-        return "graph" if self.graphs else "eager"
+        """How steps really run: torch, compiled or triton, with or without graphs."""
+        return f"{self.kernels} graph" if self.graphs else self.kernels
 
     @property
     def idle_bytes(self) -> int:
@@ -126,6 +132,14 @@ class CUDADecoder:
         """
         x_RD = F.embedding(tokens_R, self.embeddings[stream.name])
         x_RD = x_RD + self.positions_TD.index_select(0, position_1)
+        if self.kernels == "triton":
+            x_RD = self._read_fused(x_RD, position_1, cache)
+        else:
+            x_RD = self._read_masked(x_RD, position_1, cache, keys)
+        return _normalise(x_RD, self.norm)
+
+    def _read_masked(self, x_RD: Tensor, position_1: Tensor, cache: Cache, keys: int) -> Tensor:
+        """All blocks, in PyTorch's kernels, R D."""
         places_T = torch.arange(keys, device=self.device)
         mask_T = torch.zeros(keys, dtype=self.dtype, device=self.device)
         mask_T = mask_T.masked_fill(places_T > position_1, -torch.inf)
@@ -133,15 +147,40 @@ class CUDADecoder:
         if self.config.rotary:
             rotation = Rotation(*(table.index_select(0, position_1) for table in self.rotation))
         heads = self.config.heads
+        between = self.cross if self.kernels == "compiled" else cross
         qkv = enter(x_RD, self.layers[0], rotation, heads)
         for i, pair in enumerate(cache.pairs):
             attended_RD = attend(qkv, pair, position_1, mask_T)
             if i + 1 < len(self.layers):
                 layers = self.layers[i], self.layers[i + 1]
-                x_RD, qkv = self.cross(x_RD, attended_RD, *layers, rotation, heads)
+                x_RD, qkv = between(x_RD, attended_RD, *layers, rotation, heads)
             else:
                 x_RD = leave(x_RD, attended_RD, self.layers[i])
-        return _normalise(x_RD, self.norm)
+        return x_RD
+
+    def _read_fused(self, x_RD: Tensor, position_1: Tensor, cache: Cache) -> Tensor:
+        """All blocks, in own kernels, R D; many rows leave the matrices to PyTorch."""
+        from mas import cuda_kernels  # here, because Triton is not on every machine
+
+        linear = cuda_kernels.linear if len(x_RD) <= FEW_ROWS else plain_linear
+        rotation = self.rotation if self.config.rotary else None
+        for layer, pair in zip(self.layers, cache.pairs, strict=True):
+            qkv_RD = linear(
+                x_RD,
+                layer.to_qkv,
+                norm=layer.attention_norm,
+                epsilon=_epsilon(layer.attention_norm),
+            )
+            attended_RD = cuda_kernels.attend(
+                qkv_RD,
+                pair,
+                position_1,
+                qk_norm=layer.qk_norm,
+                epsilon=RMS_EPSILON,
+                rotation=rotation,
+            )
+            x_RD = leave(x_RD, attended_RD, layer, linear)
+        return x_RD
 
 
 class CUDASteps:
@@ -179,7 +218,9 @@ class CUDASteps:
         if self.position != position:
             self.position_1.fill_(position)
         self.position = position + 1
-        keys = min(-(-(position + 1) // BUCKET) * BUCKET, self.decoder.layout.length)
+        keys = self.decoder.layout.length
+        if self.decoder.kernels != "triton":
+            keys = min(-(-(position + 1) // BUCKET) * BUCKET, keys)
         graph = self.graphs.get((choice, keys))
         if graph is not None:
             graph.replay()
@@ -213,14 +254,15 @@ class CUDASteps:
         self.position_1.add_(1)
 
     def _run_safely(self, choice: Choice, keys: int) -> None:
-        """`_run`, without compiled parts where they cannot be compiled."""
+        """`_run`, by PyTorch alone where the other kernels do not work."""
         try:
             self._run(choice, keys)
         except Exception as error:
-            if self.decoder.cross is cross:
+            kernels = self.decoder.kernels
+            if kernels == "torch":
                 raise
-            logger.warning("torch.compile failed, steps run without: %s", _first_line(error))
-            self.decoder.cross = cross
+            logger.warning("%s kernels failed, PyTorch's are used: %s", kernels, _first_line(error))
+            self.decoder.kernels = "torch"
             self._run(choice, keys)
 
     def _run_and_record(self, choice: Choice, keys: int) -> None:
@@ -247,9 +289,28 @@ class CUDASteps:
         self.graphs[choice, keys] = graph
 
 
+def plain_linear(
+    x_RK: Tensor,
+    matrix_NK: Tensor,
+    *,
+    norm: tuple[Tensor, ...] = (),
+    epsilon: float = 0.0,
+    activation: str = "none",
+    residual_RN: Tensor | None = None,
+) -> Tensor:
+    """What `mas.cuda_kernels.linear` computes, in PyTorch's kernels and for any number of rows."""
+    y_RN = F.linear(_normalise(x_RK, norm) if norm else x_RK, matrix_NK)
+    if activation == "gelu":
+        y_RN = F.gelu(y_RN)
+    elif activation == "swiglu":
+        gate, value = y_RN.chunk(2, dim=-1)
+        y_RN = F.silu(gate) * value
+    return y_RN if residual_RN is None else residual_RN + y_RN
+
+
 def enter(x_RD: Tensor, layer: Layer, rotation: Rotation | None, heads: int) -> Tensor:
     """What attention gets of a token: normed and rotated q, k and v, three R N H."""
-    qkv_RD = F.linear(_normalise(x_RD, layer.attention_norm), layer.to_qkv)
+    qkv_RD = plain_linear(x_RD, layer.to_qkv, norm=layer.attention_norm)
     # Not einops: torch.compile shall see nothing but PyTorch.
     qkv = qkv_RD.view(len(x_RD), 3, heads, -1).transpose(0, 1)
     if not layer.qk_norm and rotation is None:
@@ -275,21 +336,25 @@ def attend(qkv: Tensor, pair: Tensor, position_1: Tensor, mask_T: Tensor) -> Ten
     keys, values = pair[:, :, :, : len(mask_T)]
     q = qkv[0, :, :, None]
     mask = mask_T.expand(*q.shape[:3], -1)
-    with sdpa_kernel(KERNELS):
+    with sdpa_kernel(MASKED):
         attended_RN1H = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
     return attended_RN1H.flatten(1)
 
 
-def leave(x_RD: Tensor, attended_RD: Tensor, layer: Layer) -> Tensor:
+def leave(
+    x_RD: Tensor, attended_RD: Tensor, layer: Layer, linear: Callable[..., Tensor] = plain_linear
+) -> Tensor:
     """A block after its attention, R D."""
-    x_RD = x_RD + F.linear(attended_RD, layer.to_out)
-    hidden = F.linear(_normalise(x_RD, layer.feedforward_norm), layer.expand)
-    if len(layer.feedforward_norm) == 1:  # gated
-        gate, value = hidden.chunk(2, dim=-1)
-        hidden = F.silu(gate) * value
-    else:
-        hidden = F.gelu(hidden)
-    return x_RD + F.linear(hidden, layer.contract)
+    x_RD = linear(attended_RD, layer.to_out, residual_RN=x_RD)
+    norm = layer.feedforward_norm
+    hidden = linear(
+        x_RD,
+        layer.expand,
+        norm=norm,
+        epsilon=_epsilon(norm),
+        activation="swiglu" if len(norm) == 1 else "gelu",
+    )
+    return linear(hidden, layer.contract, residual_RN=x_RD)
 
 
 def cross(
@@ -311,6 +376,10 @@ def _normalise(x: Tensor, norm: tuple[Tensor, ...]) -> Tensor:
     if len(norm) == 1:
         return F.rms_norm(x, shape, norm[0])
     return F.layer_norm(x, shape, norm[0], norm[1], EPSILON)
+
+
+def _epsilon(norm: tuple[Tensor, ...]) -> float:
+    return RMS_EPSILON if len(norm) == 1 else EPSILON
 
 
 def _read_layer(tensors: Mapping[str, Tensor], name: str, *, normed: bool) -> Layer:

@@ -198,7 +198,7 @@ def test_a_failed_run_gives_back_what_it_was_lent():
 
 def test_steps_that_cannot_be_compiled_run_as_they_are(caplog):
     gpt = build()
-    decoder = CUDADecoder(gpt)
+    decoder = CUDADecoder(gpt, kernels="compiled")
 
     def broken(*_):
         raise RuntimeError("no compiler\nhere")
@@ -208,9 +208,9 @@ def test_steps_that_cannot_be_compiled_run_as_they_are(caplog):
         result = generate(decoder, draw(2)[0], seeds=[1, 2])
     assert same(result, generate(gpt, draw(2)[0], seeds=[1, 2]))
     assert [r.message for r in caplog.records] == [
-        "torch.compile failed, steps run without: no compiler"
+        "compiled kernels failed, PyTorch's are used: no compiler"
     ]
-    assert decoder.mode == "eager"
+    assert decoder.mode == "torch"
 
 
 def test_broken_weights_are_named():
@@ -237,7 +237,7 @@ def test_recorded_steps_give_the_tokens_of_the_same_steps_run_one_by_one(options
         expected = generate(eager, text_BT, **settings)
         assert same(generate(recorded, text_BT, **settings), expected)
         assert same(generate(recorded, text_BT, **settings), expected)
-    assert recorded.mode == "graph"
+    assert recorded.mode == "torch graph"
     assert recorded.idle.graphs
 
 
@@ -258,4 +258,4 @@ def test_the_decoder_of_a_gpu_records_its_steps(precision):
     decoder = make_decoder(build().cuda(), precision)
     first = generate(decoder, draw(2)[0], seeds=[1, 2])
     assert same(first, generate(decoder, draw(2)[0], seeds=[1, 2]))
-    assert decoder.mode == "graph" and decoder.dtype == getattr(torch, precision)
+    assert decoder.mode == "torch graph" and decoder.dtype == getattr(torch, precision)
