@@ -13,6 +13,7 @@ Axes: B pictures, T tokens, V vocabulary.
 from __future__ import annotations
 
 import gc
+import logging
 import tempfile
 import time
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ READ = 2**29  # bytes of the read test: more than any cache holds
 READ_GPU = 2**31  # likewise: reading them takes long enough not to notice what starting it takes
 SPARE_MB = 300  # of the peak: Python, PyTorch and everything that is neither weights nor cache
 AT_ONCE = 16  # pictures compared at a time
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +119,13 @@ def bench_sample(
             for precision in precisions
             for count in counts or ([1, 4] if on_cpu else [1, 64])
         ]
-        results = [
-            measure(setting, bandwidth)
-            if place.type == "cuda"
-            else run_apart(measure, setting, bandwidth)
-            for setting in settings
-        ]
+        results = []
+        for setting in settings:
+            if place.type == "cuda":
+                results.append(measure(setting, bandwidth))
+            else:
+                results.append(run_apart(measure, setting, bandwidth))
+            logger.info("%s", results[-1])
         agreement = compare_folder(folder, tokens, precisions, pictures) if tokens else None
     return {
         "parameters": count_parameters(config)["all"],
