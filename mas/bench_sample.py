@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mas.bench_vqseg import peak_mb, run_apart
-from mas.cuda_decoder import CUDADecoder
+from mas.cuda_decoder import CUDADecoder, Kernels
 from mas.filter import Sampling
 from mas.generate import Decoder, generate
 from mas.gpt import GPT, GPTConfig
@@ -42,7 +42,12 @@ Mode = Literal["eager", "graph", "compiled", "triton"]
 NETWORK = GPTConfig()
 PRECISIONS: list[Precision] = ["float32", "bfloat16", "int8"]
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # a weight
-MODES: list[Mode] = ["eager", "graph", "triton", "compiled"]
+MODES: dict[Mode, Kernels] = {
+    "eager": "torch",
+    "graph": "torch",
+    "triton": "triton",
+    "compiled": "compiled",
+}
 READ = 2**29  # bytes of the read test: more than any cache holds
 READ_GPU = 2**31  # likewise: reading them takes long enough not to notice what starting it takes
 SPARE_MB = 300  # of the peak: Python, PyTorch and everything that is neither weights nor cache
@@ -100,7 +105,7 @@ def bench_sample(
     place = choose_device(device)
     on_cpu = place.type == "cpu"
     precisions = precisions or (PRECISIONS if on_cpu else ["bfloat16"])
-    modes = (modes or MODES) if place.type == "cuda" else ["eager"]
+    modes = (modes or list(MODES)) if place.type == "cuda" else ["eager"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = find_gpt(model) if model else write_random(network, Path(temporary))
         config = StoredGPT(folder, place).config
@@ -207,8 +212,8 @@ def measure(setting: Setting, bandwidth: float) -> dict[str, Any]:
     decoder = make_decoder(stored, setting.precision)
     prepared = {}
     if isinstance(decoder, CUDADecoder):
-        kernels = "torch" if setting.mode in ("eager", "graph") else setting.mode
-        decoder = CUDADecoder(decoder.gpt, graphs=setting.mode != "eager", kernels=kernels)
+        graphs = setting.mode != "eager"
+        decoder = CUDADecoder(decoder.gpt, graphs=graphs, kernels=MODES[setting.mode])
         first_run, _ = time_run(decoder, setting, seed=0)
     runs = [time_run(decoder, setting, seed=seed) for seed in range(setting.repeats)]
     parameters, layout = count_parameters(stored.config), decoder.layout

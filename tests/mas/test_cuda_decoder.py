@@ -1,13 +1,15 @@
 import dataclasses
 import logging
 import os
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 import mas.cuda_decoder
-from mas.cuda_decoder import CUDADecoder
+from mas.cuda_decoder import CUDADecoder, CUDASteps
 from mas.filter import Sampling
 from mas.generate import generate
 from mas.gpt import GPT, GPTConfig
@@ -233,6 +235,66 @@ def test_steps_that_cannot_be_compiled_run_as_they_are(caplog):
     assert same(result, generate(gpt, draw(2)[0], seeds=[1, 2]))
     assert [r.message for r in caplog.records] == [
         "compiled kernels failed, PyTorch's are used: no compiler"
+    ]
+    assert decoder.mode == "torch"
+
+
+class FakeGraph:
+    """Stands for a CUDA graph."""
+
+
+def pretend_cuda(monkeypatch, decoder, *, record):
+    """Runs the bookkeeping of recordings on a CPU."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    decoder.graphs = True
+
+
+def test_each_bucket_and_way_of_choosing_is_recorded_once_and_replayed(monkeypatch):
+    gpt, run, recording = build(), CUDASteps._run, []
+
+    @contextmanager
+    def record(graph, **_):
+        recording.append(graph)
+        yield
+        recording.pop()
+
+    def traced(steps, choice, keys):
+        if not recording:  # a recording computes nothing
+            return run(steps, choice, keys)
+        recording[-1].replay_of = (choice.stream.name, keys)
+        recording[-1].replay = lambda: replayed.append(1) or run(steps, choice, keys)
+
+    replayed = []
+    decoder = CUDADecoder(gpt)
+    pretend_cuda(monkeypatch, decoder, record=record)
+    monkeypatch.setattr(CUDASteps, "_run", traced)
+    for seeds in ([1, 2], [3, 4]):
+        expected = generate(gpt, draw(2)[0], seeds=seeds)
+        assert same(generate(decoder, draw(2)[0], seeds=seeds), expected)
+    made = {graph.replay_of for graph in decoder.idle.graphs.values()}
+    assert made == {("scene", 8), ("scene", 16), ("image", 16), ("image", 24), ("image", 31)}
+    # The last token is drawn only; the first step of each bucket runs as it is.
+    assert len(replayed) == 2 * (9 + 16 - 1) - len(made)
+
+
+def test_steps_that_cannot_be_recorded_run_as_they_are(monkeypatch, caplog):
+    def record(graph, **_):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    gpt = build()
+    decoder = CUDADecoder(gpt)
+    pretend_cuda(monkeypatch, decoder, record=record)
+    with caplog.at_level(logging.WARNING):
+        result = generate(decoder, draw(2)[0], seeds=[1, 2])
+    assert same(result, generate(gpt, draw(2)[0], seeds=[1, 2]))
+    assert [r.message for r in caplog.records] == [
+        "CUDA graphs failed, steps run without: operation not permitted when stream is capturing"
     ]
     assert decoder.mode == "torch"
 
