@@ -2,21 +2,24 @@
 
 In: nothing (random weights of the 271M sizes), or a model folder; token shards, where the number
 formats shall be compared with float32. Out: one dictionary of figures. Sampling one token reads
-every matrix once, so `bandwidth_share` says how near a step comes to reading alone. Every setting
-runs in a process of its own that loads the folder as `mas sample` does; its peak memory counts
-everything, Python and PyTorch included, and `peak_limit_mb` is what it should stay under:
-1.2 x weights + cache + 300 MB.
+every matrix once, so `bandwidth_share` says how near a step comes to reading alone. On a CPU every
+setting runs in a process of its own that loads the folder as `mas sample` does; its peak memory
+counts everything, Python and PyTorch included, and `peak_limit_mb` is what it should stay under:
+1.2 x weights + cache + 300 MB. On a GPU all settings run in this process, each after a run that
+compiles and records what it needs (`prepare_seconds`), and the peak is that of the card's memory.
 Axes: B pictures, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import gc
+import logging
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,20 +27,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mas.bench_vqseg import peak_mb, run_apart
+from mas.cuda_decoder import CUDADecoder, Kernels
 from mas.filter import Sampling
 from mas.generate import Decoder, generate
 from mas.gpt import GPT, GPTConfig
-from mas.precision import Precision, StoredGPT, choose_device, make_decoder
+from mas.precision import Precision, StoredGPT, choose_device, free_memory, make_decoder
 from mas.sequence import Streams
 from mas.storage import build_unfilled
 from mas.token_shards import TokenShards
 
+# How steps run on a GPU: kernel by kernel, or as CUDA graphs of these or of fused kernels.
+Mode = Literal["eager", "graph", "compiled", "triton"]
+
 NETWORK = GPTConfig()
 PRECISIONS: list[Precision] = ["float32", "bfloat16", "int8"]
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # a weight
+MODES: dict[Mode, Kernels] = {
+    "eager": "torch",
+    "graph": "torch",
+    "triton": "triton",
+    "compiled": "compiled",
+}
 READ = 2**29  # bytes of the read test: more than any cache holds
+READ_GPU = 2**31  # likewise: reading them takes long enough not to notice what starting it takes
 SPARE_MB = 300  # of the peak: Python, PyTorch and everything that is neither weights nor cache
 AT_ONCE = 16  # pictures compared at a time
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +66,7 @@ class Setting:
     guidance: float
     repeats: int
     device: str
-    compiled: bool
+    mode: Mode  # a CPU knows only eager
 
 
 def bench_sample(
@@ -59,6 +75,7 @@ def bench_sample(
     network: GPTConfig = NETWORK,
     precisions: list[Precision] | None = None,
     counts: list[int] | None = None,
+    modes: list[Mode] | None = None,
     guidance: float = 3.0,
     repeats: int = 2,
     device: str = "cpu",
@@ -71,11 +88,11 @@ def bench_sample(
         model: a model or GPT folder; default: random weights.
         network: sizes of the network with random weights.
         precisions: number formats; default: float32, bfloat16 and int8; on a GPU bfloat16.
-        counts: pictures at once; default: 1 and 4; on a GPU 1 and 64, without and with
-            torch.compile.
+        counts: pictures at once; default: 1 and 4; on a GPU 1 and 64.
+        modes: how steps run on a GPU; default: eager, graph, triton and compiled.
         guidance: 1 runs one stream a picture, everything else two.
         repeats: runs of each setting, the best of which counts; the first token's time is that of
-            the first run.
+            the first run, on a GPU of the first one that has nothing to prepare.
         device: cpu, cuda, …
         tokens: token shards of pictures to compare the formats on; needs a trained model.
         pictures: how many of them.
@@ -88,28 +105,32 @@ def bench_sample(
     place = choose_device(device)
     on_cpu = place.type == "cpu"
     precisions = precisions or (PRECISIONS if on_cpu else ["bfloat16"])
+    modes = (modes or list(MODES)) if place.type == "cuda" else ["eager"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = find_gpt(model) if model else write_random(network, Path(temporary))
         config = StoredGPT(folder, place).config
         bandwidth = measure_bandwidth(place)
-        results = [
-            run_apart(
-                measure,
-                Setting(
-                    folder=folder,
-                    precision=precision,
-                    count=count,
-                    guidance=guidance,
-                    repeats=repeats,
-                    device=device,
-                    compiled=compiled,
-                ),
-                bandwidth,
+        settings = [
+            Setting(
+                folder=folder,
+                precision=precision,
+                count=count,
+                guidance=guidance,
+                repeats=repeats,
+                device=device,
+                mode=mode,
             )
-            for compiled in ([False] if on_cpu else [False, True])
+            for mode in modes
             for precision in precisions
             for count in counts or ([1, 4] if on_cpu else [1, 64])
         ]
+        results = []
+        for setting in settings:
+            if place.type == "cuda":
+                results.append(measure(setting, bandwidth))
+            else:
+                results.append(run_apart(measure, setting, bandwidth))
+            logger.info("%s", results[-1])
         agreement = compare_folder(folder, tokens, precisions, pictures) if tokens else None
     return {
         "parameters": count_parameters(config)["all"],
@@ -135,13 +156,30 @@ def write_random(config: GPTConfig, folder: Path) -> Path:
 
 
 def measure_bandwidth(device: torch.device) -> float:
-    """Bytes a second that all threads together read of memory; the best of ten passes."""
+    """Bytes a second that are read of memory, on a CPU by all threads; the best of ten passes."""
+    if device.type == "cuda":
+        return _measure_card(device)
     numbers = torch.zeros(READ // 4, device=device)
     seconds = []
     for _ in range(10):
         start = time.perf_counter()
         numbers.sum().item()
         seconds.append(time.perf_counter() - start)
+    return numbers.nbytes / min(seconds)
+
+
+def _measure_card(device: torch.device) -> float:
+    """The same on a GPU, by its own clock; sums of all numbers and of rows, whichever is faster."""
+    numbers = torch.zeros(min(READ_GPU, free_memory(device) // 2) // 2**14, 2**12, device=device)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    seconds = []
+    for dim in [None, 1] * 10:
+        events[0].record()
+        for _ in range(4):
+            numbers.sum(dim)
+        events[1].record()
+        events[1].synchronize()
+        seconds.append(events[0].elapsed_time(events[1]) / 1000 / 4)
     return numbers.nbytes / min(seconds)
 
 
@@ -164,16 +202,29 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
 
 
 def measure(setting: Setting, bandwidth: float) -> dict[str, Any]:
-    """Speed and memory of one setting; what runs in a fresh process."""
+    """Speed and memory of one setting; what runs in a fresh process on a CPU."""
     device = choose_device(setting.device)
+    if device.type == "cuda":  # leave nothing of the setting before
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     stored = StoredGPT(setting.folder, device)
     decoder = make_decoder(stored, setting.precision)
-    if setting.compiled:
-        decoder.extend = torch.compile(decoder.extend, dynamic=True)  # type: ignore[method-assign]
+    prepared = {}
+    if isinstance(decoder, CUDADecoder):
+        graphs = setting.mode != "eager"
+        decoder = CUDADecoder(decoder.gpt, graphs=graphs, kernels=MODES[setting.mode])
+        first_run, _ = time_run(decoder, setting, seed=0)
     runs = [time_run(decoder, setting, seed=seed) for seed in range(setting.repeats)]
     parameters, layout = count_parameters(stored.config), decoder.layout
     sampled = layout.scene.length + layout.image.length
     seconds = min(total for total, _ in runs)
+    if isinstance(decoder, CUDADecoder):
+        prepared = {
+            "mode": setting.mode,
+            "steps": decoder.mode,
+            "prepare_seconds": round(first_run - seconds, 2),
+        }
     step_bytes = BYTES[setting.precision] * parameters["step"]
     rows = setting.count * (1 if setting.guidance == 1 else 2)
     config = stored.config
@@ -187,7 +238,7 @@ def measure(setting: Setting, bandwidth: float) -> dict[str, Any]:
         "precision": setting.precision,
         "count": setting.count,
         "guidance": setting.guidance,
-        "compiled": setting.compiled,
+        **prepared,
         "tokens_per_second": round(setting.count * sampled / seconds, 1),
         "first_token_seconds": round(runs[0][1], 3),
         "bytes_per_token": step_bytes // setting.count,
@@ -207,12 +258,14 @@ def time_run(decoder: Decoder, setting: Setting, *, seed: int) -> tuple[float, f
     shape = (setting.count, layout.text.length)
     text_BT = torch.randint(1, layout.text.vocabulary, shape, generator=generator)
     sampling = Sampling(guidance=setting.guidance)
+    wait = torch.cuda.synchronize if decoder.device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
 
     def report(*_: Tensor) -> None:
-        if not times and decoder.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
+        if not times:
+            wait()
+            times.append(time.perf_counter())
 
     generate(
         decoder,
@@ -221,7 +274,8 @@ def time_run(decoder: Decoder, setting: Setting, *, seed: int) -> tuple[float, f
         scene=sampling,
         image=sampling,
         on_progress=report,
-    ).image.cpu()
+    )
+    wait()
     return time.perf_counter() - start, times[0] - start
 
 

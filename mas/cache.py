@@ -17,7 +17,8 @@ class Cache:
     """Keys and values of each layer, R N T H in one number format; queries may have another.
 
     On a CPU there is room for a whole number of `PIECE` tokens, and more is made when it is needed:
-    so that what is read lies in one piece of memory.
+    so that what is read lies in one piece of memory. A cache that does not grow keeps keys and
+    values of a layer in one tensor, `pairs`, 2 R N T H.
     """
 
     def __init__(
@@ -30,12 +31,14 @@ class Cache:
         head_width: int,
         dtype: torch.dtype,
         device: torch.device | None = None,
+        grows: bool | None = None,
     ) -> None:
         self.length = length
-        self.grows = device is None or device.type == "cpu"
+        self.grows = (device is None or device.type == "cpu") if grows is None else grows
         shape = (rows, heads, 0 if self.grows else length, head_width)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.pairs = [torch.zeros(2, *shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.keys = [pair[0] for pair in self.pairs]
+        self.values = [pair[1] for pair in self.pairs]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, start: int) -> Tensor:
         """Stores keys and values of the tokens from `start` on, and attends; all R N T H."""

@@ -75,7 +75,7 @@ class CPUDecoder:
             for stream in self.layout.streams
         }
         self.positions_TD = torch.cat(
-            [_read_positions(tensors, stream) for stream in self.layout.streams]
+            [read_positions(tensors, stream) for stream in self.layout.streams]
         )
         self.dtype = stored
         self.rotation = rotation_table(config, self.positions_TD) if config.rotary else None
@@ -150,7 +150,8 @@ class CPUDecoder:
         )
 
 
-def _read_positions(tensors: Mapping[str, Tensor], stream: Stream) -> Tensor:
+def read_positions(tensors: Mapping[str, Tensor], stream: Stream) -> Tensor:
+    """The vectors of all positions of a stream, T D, of the tensors of a GPT."""
     name = f"positions.{stream.name}."
     if stream.grid is None:
         return tensors[name + "sequence"]

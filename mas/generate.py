@@ -11,7 +11,8 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,6 +41,52 @@ class Decoder(Protocol):
     def extend(self, tokens_BT: Tensor, *, cache: Cache, start: int) -> Tensor: ...
 
     def head(self, x_BD: Tensor, stream: Stream) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How the tokens at one position are chosen."""
+
+    stream: Stream
+    sampling: Sampling
+    branches: tuple[str, ...]  # guidance streams of the rows: conditional, unconditional or both
+
+    def tokens(self, logits_RV: Tensor, *, uniform_B: Tensor, given_B: Tensor) -> Tensor:
+        """Given tokens stay, `FREE` ones are drawn; long B."""
+        drawn_B = draw(probabilities(self._guided(logits_RV.float()), self.sampling), uniform_B)
+        return torch.where(given_B == FREE, drawn_B, given_B)
+
+    def _guided(self, logits_RV: Tensor) -> Tensor:
+        guidance = self.sampling.guidance
+        by_branch = dict(zip(self.branches, logits_RV.chunk(len(self.branches)), strict=True))
+        if len(by_branch) == 1:
+            return logits_RV
+        if guidance in (0, 1):
+            return by_branch["conditional" if guidance else "unconditional"]
+        return guide(by_branch["conditional"], by_branch["unconditional"], guidance)
+
+
+class Steps(Protocol):
+    """One batch in a decoder that chooses a token and reads it in one go."""
+
+    cache: Cache
+    tokens_BT: Tensor
+
+    def step(self, choice: Choice, position: int, state_RD: Tensor) -> Tensor:
+        """Fills `position` of `tokens_BT`, reads it, and returns the state that predicts the next.
+
+        The state is overwritten by the next step.
+        """
+
+    def close(self) -> None:
+        """Hands the memory back to the decoder."""
+
+
+@runtime_checkable
+class SteppingDecoder(Protocol):
+    """What a decoder may offer besides; `mas.cuda_decoder.CUDADecoder` does."""
+
+    def start_steps(self, tokens_BT: Tensor, uniforms_BT: Tensor, *, rows: int) -> Steps: ...
 
 
 @torch.inference_mode()
@@ -84,10 +131,13 @@ def generate(
     )
     samplings = {"scene": scene or Sampling(), "image": image or Sampling()}
     loop = _Loop(decoder, given_BT, seeds=seeds, samplings=samplings)
-    while not loop.finished:
-        loop.step()
-        if on_progress is not None:
-            on_progress(given_BT, loop.tokens_BT)
+    try:
+        while not loop.finished:
+            loop.step()
+            if on_progress is not None:
+                on_progress(given_BT, loop.tokens_BT)
+    finally:
+        loop.close()
     return layout.unpack(loop.tokens_BT)
 
 
@@ -110,6 +160,8 @@ class _Loop:
         self.uniforms_BT = uniforms_BT.to(decoder.device)
         self.tokens_BT = given_BT.to(decoder.device, copy=True)
         self.branches = self._choose_branches()
+        self.steps: Steps | None = None
+        self.state_RD: Tensor
         self.position = self._given_until(0)
         if not self.finished:
             self._read_prefix()
@@ -121,31 +173,29 @@ class _Loop:
     def step(self) -> None:
         """Fills the next position, then reads all that is given from there on."""
         first = self.position
-        self.tokens_BT[:, first] = self._choose()
+        stream = self.layout.stream_at(first)
+        choice = Choice(
+            stream=stream, sampling=self.samplings[stream.name], branches=tuple(self.branches)
+        )
         self.position = self._given_until(first + 1)
+        if self.steps is not None and self.position == first + 1 and not self.finished:
+            self.state_RD = self.steps.step(choice, first, self.state_RD)
+            self.tokens_BT[:, first] = self.steps.tokens_BT[:, first]
+            return
+        self.tokens_BT[:, first] = choice.tokens(
+            self.decoder.head(self.state_RD, stream),
+            uniform_B=self.uniforms_BT[:, first],
+            given_B=self.tokens_BT[:, first],
+        )
         if not self.finished:
             piece_BT = self.tokens_BT[:, first : self.position]
             piece_RT = piece_BT.repeat(len(self.branches), 1)
             self.state_RD = self.decoder.extend(piece_RT, cache=self.cache, start=first)
 
-    def _choose(self) -> Tensor:
-        """The tokens at the current position: given ones stay, the others are drawn."""
-        stream = self.layout.stream_at(self.position)
-        sampling = self.samplings[stream.name]
-        logits_BV = self._guided_logits(stream, sampling.guidance)
-        probabilities_BV = probabilities(logits_BV, sampling)
-        drawn_B = draw(probabilities_BV, self.uniforms_BT[:, self.position])
-        given_B = self.tokens_BT[:, self.position]
-        return torch.where(given_B == FREE, drawn_B, given_B)
-
-    def _guided_logits(self, stream: Stream, guidance: float) -> Tensor:
-        logits_RV = self.decoder.head(self.state_RD, stream).float()
-        by_branch = dict(zip(self.branches, logits_RV.chunk(len(self.branches)), strict=True))
-        if len(by_branch) == 1:
-            return logits_RV
-        if guidance in (0, 1):
-            return by_branch["conditional" if guidance else "unconditional"]
-        return guide(by_branch["conditional"], by_branch["unconditional"], guidance)
+    def close(self) -> None:
+        """Lets go of what the decoder has lent."""
+        if self.steps is not None:
+            self.steps.close()
 
     def _choose_branches(self) -> list[str]:
         """Which streams run. A stream that has no weight in any guidance is left out."""
@@ -176,6 +226,11 @@ class _Loop:
         state_RD = self.decoder.extend(read_RT, cache=shared, start=0)
         if not state_RD.isfinite().all():
             raise ValueError("the GPT computes NaN: its weights are broken, train or copy it again")
-        self.cache = self.decoder.new_cache(len(sources))
+        if isinstance(self.decoder, SteppingDecoder):
+            rows = len(sources)
+            self.steps = self.decoder.start_steps(self.tokens_BT, self.uniforms_BT, rows=rows)
+            self.cache = self.steps.cache
+        else:
+            self.cache = self.decoder.new_cache(len(sources))
         self.cache.copy_rows(shared, sources, length=self.position)
         self.state_RD = state_RD[sources]

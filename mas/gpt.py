@@ -344,6 +344,7 @@ def make_cache(
     length: int | None,
     dtype: torch.dtype,
     device: torch.device,
+    grows: bool | None = None,
 ) -> Cache:
     """An empty cache for `rows` sequences of `length` tokens (None: whole ones)."""
     return Cache(
@@ -354,6 +355,7 @@ def make_cache(
         head_width=config.width // config.heads,
         dtype=dtype,
         device=device,
+        grows=grows,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from mas.cuda_decoder import CUDADecoder
 from mas.decoder import CPUDecoder
 from mas.generate import Decoder
 from mas.gpt import GPT, GPTConfig
@@ -93,11 +94,15 @@ def make_decoder(gpt: GPT | StoredGPT, precision: Precision) -> Decoder:
     """The network in one number format (not `auto`); `gpt` itself stays as it is.
 
     On a CPU a stored GPT is converted tensor by tensor, so that no more than the result and one
-    float32 matrix exist at a time.
+    float32 matrix exist at a time; on another device float32 weights never get there unasked.
     """
     if gpt.device.type != "cpu":
-        network = gpt.load() if isinstance(gpt, StoredGPT) else gpt
-        return copy.deepcopy(network).to(torch.bfloat16) if precision == "bfloat16" else network
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        if isinstance(gpt, StoredGPT):
+            network = GPT.from_pretrained(gpt.folder).to(dtype).to(gpt.device)
+        else:
+            network = gpt if gpt.dtype == dtype else copy.deepcopy(gpt).to(dtype)
+        return CUDADecoder(network) if network.device.type == "cuda" else network
     tensors = tensors_of(gpt)
     if precision == "float32":
         make_linear = partial(FloatLinear, dtype=torch.float32)
@@ -124,13 +129,17 @@ def pictures_that_fit(decoder: Decoder, config: GPTConfig) -> int:
     """How many pictures' caches, with guidance, fit into the memory that is free now."""
     per_row = 2 * config.layers * config.layout.length * config.width
     bytes_each = 2 * per_row * torch.finfo(decoder.dtype).bits // 8
-    return max(0, free_memory(decoder.device) - SPARE) // bytes_each
+    free = free_memory(decoder.device)
+    if isinstance(decoder, CUDADecoder):
+        free += decoder.idle_bytes
+    return max(0, free - SPARE) // bytes_each
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on `device`."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     if MEMORY_INFO.is_file():
         for line in MEMORY_INFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):

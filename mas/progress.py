@@ -7,7 +7,7 @@ Axes: B pictures, T tokens, H W grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from einops import rearrange
@@ -80,18 +80,29 @@ class Reporter:
     ) -> None:
         self.tell, self.layout, self.decoders = tell, layout, decoders
         self.first, self.before, self.total = first, before, total
+        self.sampled = 0
         self.scene_shown, self.rows_shown = False, 0
+        self.left_BT: Tensor | None = None  # what is given, FREE where nothing is filled yet
+        self.places: Iterator[int] = iter(())
 
     def __call__(self, given_BT: Tensor, tokens_BT: Tensor) -> None:
+        # Each step fills the next position that is free anywhere. Looking at the tokens would tell
+        # the same, but wait for the device that computes them.
+        if self.left_BT is None:
+            self.left_BT = given_BT.cpu().clone()
+            self.places = iter((self.left_BT == FREE).any(0).nonzero()[:, 0].tolist())
+        place_B = self.left_BT[:, next(self.places)]
+        self.sampled += int((place_B == FREE).sum())
+        place_B.clamp_(min=0)
         _, scene_BT, image_BT = self.layout.unpack(tokens_BT)
-        sampled = int((given_BT == FREE).sum()) - int((tokens_BT == FREE).sum())
+        _, scene_left_BT, image_left_BT = self.layout.unpack(self.left_BT)
         grid = self.layout.image_grid
-        rows = complete_rows(image_BT, grid)
-        scene_complete = not (scene_BT == FREE).any()
+        rows = complete_rows(image_left_BT, grid)
+        scene_complete = not (scene_left_BT == FREE).any()
         self.tell(
             Progress(
                 first=self.first,
-                done=self.before + sampled,
+                done=self.before + self.sampled,
                 total=self.total,
                 scene_BT=scene_BT,
                 image_BT=image_BT,

@@ -1,0 +1,403 @@
+"""The GPT laid out for one-token steps on a GPU: fixed shapes, recorded once as CUDA graphs.
+
+In: a `mas.gpt.GPT` on its device. Out: what the loop in mas/generate.py needs, and steps that
+choose a token and read it without a word from the CPU: launching the hundreds of small kernels of a
+step takes longer than running them. Position and tokens are therefore tensors at fixed addresses,
+and attention reads a fixed number of keys, a whole number of `BUCKET`, with those to come masked.
+What lies between the matrices is computed by PyTorch, by what torch.compile makes of it, or in the
+kernels of mas/cuda_kernels.py. Everything but recording and the last also runs on a CPU.
+Axes: B pictures, R rows, T tokens, D width, N heads, H width of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mas.cache import Cache
+from mas.decoder import EPSILON, read_positions
+from mas.generate import Choice
+from mas.gpt import GPT, Rotation, make_cache, rotate, rotation_table
+from mas.sequence import Stream
+
+BUCKET = 128  # keys by which the part of the cache that is read grows
+MOST_GRAPHS = 32  # kept at a time: one per bucket and way of choosing
+RMS_EPSILON = torch.finfo(torch.float32).eps  # what RMSNorm takes in float32 and bfloat16
+FEW_ROWS = 4  # up to which a product with a matrix takes as long as reading it
+MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # that take a mask
+
+# What computes a step: PyTorch's kernels; those and what torch.compile makes of the rest, in half a
+# minute for every number of rows; or own kernels, for head widths that are powers of 2.
+Kernels = Literal["torch", "compiled", "triton"]
+
+logger = logging.getLogger(__name__)
+
+
+class Layer(NamedTuple):
+    """The tensors of one block; a norm is its weight and, for LayerNorm, its bias."""
+
+    attention_norm: tuple[Tensor, ...]
+    to_qkv: Tensor
+    qk_norm: tuple[Tensor, ...]  # of queries and of keys, or nothing
+    to_out: Tensor
+    feedforward_norm: tuple[Tensor, ...]
+    expand: Tensor
+    contract: Tensor
+
+
+class CUDADecoder:
+    """Computes like `GPT.extend` and `GPT.head`, and offers recorded steps beside."""
+
+    def __init__(self, gpt: GPT, *, graphs: bool = True, kernels: Kernels = "torch") -> None:
+        """Takes the tensors of `gpt` as they are.
+
+        Args:
+            gpt: in evaluation mode, on the device and in the number format to compute in.
+            graphs: record steps; without a CUDA device they always run kernel by kernel.
+            kernels: what computes a step; where it cannot, PyTorch does.
+        """
+        self.gpt, self.config, self.layout = gpt, gpt.config, gpt.layout
+        self.device, self.dtype = gpt.device, gpt.dtype
+        self.graphs = graphs and self.device.type == "cuda"
+        tensors = gpt.state_dict()
+        self.layers = [
+            _read_layer(tensors, f"blocks.{i}.", normed=self.config.qk_norm)
+            for i in range(self.config.layers)
+        ]
+        self.norm = _read_norm(tensors, "norm")
+        self.embeddings = {
+            stream.name: tensors[f"embeddings.{stream.name}.weight"]
+            for stream in self.layout.streams
+        }
+        self.positions_TD = torch.cat([read_positions(tensors, s) for s in self.layout.streams])
+        self.rotation = rotation_table(self.config, self.positions_TD)
+        self.kernels = kernels
+        if kernels == "triton" and (self.config.width // self.config.heads).bit_count() != 1:
+            self.kernels = "torch"
+        self.cross: Callable[..., tuple[Tensor, Tensor]] = cross
+        if kernels == "compiled":
+            self.cross = torch.compile(cross, dynamic=False, fullgraph=True)
+        self.idle: CUDASteps | None = None
+
+    def new_cache(self, rows: int, *, length: int | None = None) -> Cache:
+        """An empty cache for `rows` sequences of `length` tokens (default: whole ones)."""
+        return make_cache(
+            self.config, rows, length=length, dtype=self.dtype, device=self.device, grows=False
+        )
+
+    def extend(self, tokens_BT: Tensor, *, cache: Cache, start: int) -> Tensor:
+        """Reads tokens at positions `start` …, fills the cache, returns the last state, B D."""
+        return self.gpt.extend(tokens_BT, cache=cache, start=start)
+
+    def head(self, x_BD: Tensor, stream: Stream) -> Tensor:
+        """Logits of one stream, B V."""
+        return self.gpt.head(x_BD, stream)
+
+    @property
+    def mode(self) -> str:
+        """How steps really run: torch, compiled or triton, with or without graphs."""
+        return f"{self.kernels} graph" if self.graphs else self.kernels
+
+    @property
+    def idle_bytes(self) -> int:
+        """Memory that is kept for the next batch and given up when it has another size."""
+        return 0 if self.idle is None else sum(pair.nbytes for pair in self.idle.cache.pairs)
+
+    def start_steps(self, tokens_BT: Tensor, uniforms_BT: Tensor, *, rows: int) -> CUDASteps:
+        """Steps of a batch, with an empty cache: those of the last batch where its size fits."""
+        steps, self.idle = self.idle, None
+        if steps is None or (len(steps.tokens_BT), steps.rows) != (len(tokens_BT), rows):
+            steps = None  # frees its memory before as much is asked for again
+            steps = CUDASteps(self, count=len(tokens_BT), rows=rows)
+        steps.reset(tokens_BT, uniforms_BT)
+        return steps
+
+    def read(
+        self, tokens_R: Tensor, position_1: Tensor, stream: Stream, *, cache: Cache, keys: int
+    ) -> Tensor:
+        """`extend` by one token of `stream` at a position that only the device knows, R D.
+
+        Args:
+            tokens_R: one a row.
+            position_1: index in the sequence.
+            stream: to which the position belongs.
+            cache: of whole sequences; filled up to the position.
+            keys: how many places of the cache attention reads, more than the position.
+        """
+        x_RD = F.embedding(tokens_R, self.embeddings[stream.name])
+        x_RD = x_RD + self.positions_TD.index_select(0, position_1)
+        if self.kernels == "triton":
+            x_RD = self._read_fused(x_RD, position_1, cache)
+        else:
+            x_RD = self._read_masked(x_RD, position_1, cache, keys)
+        return _normalise(x_RD, self.norm)
+
+    def _read_masked(self, x_RD: Tensor, position_1: Tensor, cache: Cache, keys: int) -> Tensor:
+        """All blocks, in PyTorch's kernels, R D."""
+        places_T = torch.arange(keys, device=self.device)
+        mask_T = torch.zeros(keys, dtype=self.dtype, device=self.device)
+        mask_T = mask_T.masked_fill(places_T > position_1, -torch.inf)
+        rotation = None
+        if self.config.rotary:
+            rotation = Rotation(*(table.index_select(0, position_1) for table in self.rotation))
+        heads = self.config.heads
+        between = self.cross if self.kernels == "compiled" else cross
+        qkv = enter(x_RD, self.layers[0], rotation, heads)
+        for i, pair in enumerate(cache.pairs):
+            attended_RD = attend(qkv, pair, position_1, mask_T)
+            if i + 1 < len(self.layers):
+                layers = self.layers[i], self.layers[i + 1]
+                x_RD, qkv = between(x_RD, attended_RD, *layers, rotation, heads)
+            else:
+                x_RD = leave(x_RD, attended_RD, self.layers[i])
+        return x_RD
+
+    def _read_fused(self, x_RD: Tensor, position_1: Tensor, cache: Cache) -> Tensor:
+        """All blocks, in own kernels, R D; many rows leave the matrices to PyTorch."""
+        from mas import cuda_kernels  # here, because Triton is not on every machine
+
+        linear = cuda_kernels.linear if len(x_RD) <= FEW_ROWS else plain_linear
+        rotation = self.rotation if self.config.rotary else None
+        for layer, pair in zip(self.layers, cache.pairs, strict=True):
+            qkv_RD = linear(
+                x_RD,
+                layer.to_qkv,
+                norm=layer.attention_norm,
+                epsilon=_epsilon(layer.attention_norm),
+            )
+            attended_RD = cuda_kernels.attend(
+                qkv_RD,
+                pair,
+                position_1,
+                qk_norm=layer.qk_norm,
+                epsilon=RMS_EPSILON,
+                rotation=rotation,
+            )
+            x_RD = leave(x_RD, attended_RD, layer, linear)
+        return x_RD
+
+
+class CUDASteps:
+    """Everything a step of one batch reads and writes, at addresses that stay, and its graphs."""
+
+    def __init__(self, decoder: CUDADecoder, *, count: int, rows: int) -> None:
+        self.decoder, self.rows = decoder, rows
+        layout, device = decoder.layout, decoder.device
+        self.tokens_BT = torch.zeros(count, layout.length, dtype=torch.long, device=device)
+        self.uniforms_BT = torch.zeros(count, layout.length, dtype=torch.double, device=device)
+        self.state_RD = torch.zeros(rows, decoder.config.width, dtype=decoder.dtype, device=device)
+        self.position_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self.position = 0  # what position_1 holds
+        self.cache = decoder.new_cache(rows)
+        self.graphs: dict[tuple[Choice, int], torch.cuda.CUDAGraph] = {}
+        if decoder.graphs:
+            self.stream = torch.cuda.Stream(device)
+            self.pool = torch.cuda.graph_pool_handle()
+
+    def reset(self, tokens_BT: Tensor, uniforms_BT: Tensor) -> None:
+        """Begins another batch of the same size."""
+        self.tokens_BT.copy_(tokens_BT)
+        self.uniforms_BT.copy_(uniforms_BT)
+        for pair in self.cache.pairs:
+            pair.zero_()
+
+    def step(self, choice: Choice, position: int, state_RD: Tensor) -> Tensor:
+        """Fills `position` of `tokens_BT`, reads it, and returns the state that predicts the next.
+
+        Of a place where no graph fits yet the step runs kernel by kernel, which also prepares what
+        must not be prepared during a recording; the next one is recorded right after it.
+        """
+        if state_RD is not self.state_RD:
+            self.state_RD.copy_(state_RD)
+        if self.position != position:
+            self.position_1.fill_(position)
+        self.position = position + 1
+        keys = self.decoder.layout.length
+        if self.decoder.kernels != "triton":
+            keys = min(-(-(position + 1) // BUCKET) * BUCKET, keys)
+        graph = self.graphs.get((choice, keys))
+        if graph is not None:
+            graph.replay()
+        elif self.decoder.graphs:
+            self._run_and_record(choice, keys)
+        else:
+            self._run_safely(choice, keys)
+        return self.state_RD
+
+    def close(self) -> None:
+        """Keeps memory and graphs for the next batch of this size."""
+        self.decoder.idle = self
+
+    def _run(self, choice: Choice, keys: int) -> None:
+        """One step on tensors alone. Its last act is to go on to the next position.
+
+        Run again before that, it does the same again: what is drawn stays as if it were given.
+        """
+        given_B = self.tokens_BT.index_select(1, self.position_1)[:, 0]
+        tokens_B = choice.tokens(
+            self.decoder.head(self.state_RD, choice.stream),
+            uniform_B=self.uniforms_BT.index_select(1, self.position_1)[:, 0],
+            given_B=given_B,
+        )
+        self.tokens_BT.index_copy_(1, self.position_1, tokens_B[:, None])
+        tokens_R = tokens_B.repeat(len(choice.branches))
+        state_RD = self.decoder.read(
+            tokens_R, self.position_1, choice.stream, cache=self.cache, keys=keys
+        )
+        self.state_RD.copy_(state_RD)
+        self.position_1.add_(1)
+
+    def _run_safely(self, choice: Choice, keys: int) -> None:
+        """`_run`, by PyTorch alone where the other kernels do not work."""
+        try:
+            self._run(choice, keys)
+        except Exception as error:
+            kernels = self.decoder.kernels
+            if kernels == "torch":
+                raise
+            logger.warning("%s kernels failed, PyTorch's are used: %s", kernels, _first_line(error))
+            self.decoder.kernels = "torch"
+            self._run(choice, keys)
+
+    def _run_and_record(self, choice: Choice, keys: int) -> None:
+        """A step on a stream of its own, and the same recorded there for the steps to come."""
+        current = torch.cuda.current_stream(self.decoder.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            self._run_safely(choice, keys)
+        current.wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may use the GPU meanwhile.
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                self._run(choice, keys)
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)
+            logger.warning("CUDA graphs failed, steps run without: %s", _first_line(error))
+            self.decoder.graphs = False
+            return
+        if len(self.graphs) == MOST_GRAPHS:
+            self.graphs.clear()
+        self.graphs[choice, keys] = graph
+
+
+def plain_linear(
+    x_RK: Tensor,
+    matrix_NK: Tensor,
+    *,
+    norm: tuple[Tensor, ...] = (),
+    epsilon: float = 0.0,
+    activation: str = "none",
+    residual_RN: Tensor | None = None,
+) -> Tensor:
+    """What `mas.cuda_kernels.linear` computes, in PyTorch's kernels and for any number of rows."""
+    y_RN = F.linear(_normalise(x_RK, norm) if norm else x_RK, matrix_NK)
+    if activation == "gelu":
+        y_RN = F.gelu(y_RN)
+    elif activation == "swiglu":
+        gate, value = y_RN.chunk(2, dim=-1)
+        y_RN = F.silu(gate) * value
+    return y_RN if residual_RN is None else residual_RN + y_RN
+
+
+def enter(x_RD: Tensor, layer: Layer, rotation: Rotation | None, heads: int) -> Tensor:
+    """What attention gets of a token: normed and rotated q, k and v, three R N H."""
+    qkv_RD = plain_linear(x_RD, layer.to_qkv, norm=layer.attention_norm)
+    # Not einops: torch.compile shall see nothing but PyTorch.
+    qkv = qkv_RD.view(len(x_RD), 3, heads, -1).transpose(0, 1)
+    if not layer.qk_norm and rotation is None:
+        return qkv
+    q, k, v = qkv
+    if layer.qk_norm:
+        q, k = (_normalise(x, (w,)) for x, w in zip((q, k), layer.qk_norm, strict=True))
+    if rotation is not None:
+        q, k = rotate(q, rotation), rotate(k, rotation)
+    return torch.stack([q, k, v])
+
+
+def attend(qkv: Tensor, pair: Tensor, position_1: Tensor, mask_T: Tensor) -> Tensor:
+    """Stores keys and values of a token and lets its query see those not masked, R D.
+
+    Args:
+        qkv: three R N H.
+        pair: keys and values of all positions, 2 R N T H.
+        position_1: where those of the token go.
+        mask_T: 0 or -inf for the first places of the cache; the others are not read.
+    """
+    pair.index_copy_(3, position_1, qkv[1:, :, :, None])
+    keys, values = pair[:, :, :, : len(mask_T)]
+    q = qkv[0, :, :, None]
+    mask = mask_T.expand(*q.shape[:3], -1)
+    with sdpa_kernel(MASKED):
+        attended_RN1H = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    return attended_RN1H.flatten(1)
+
+
+def leave(
+    x_RD: Tensor, attended_RD: Tensor, layer: Layer, linear: Callable[..., Tensor] = plain_linear
+) -> Tensor:
+    """A block after its attention, R D."""
+    x_RD = linear(attended_RD, layer.to_out, residual_RN=x_RD)
+    norm = layer.feedforward_norm
+    hidden = linear(
+        x_RD,
+        layer.expand,
+        norm=norm,
+        epsilon=_epsilon(norm),
+        activation="swiglu" if len(norm) == 1 else "gelu",
+    )
+    return linear(hidden, layer.contract, residual_RN=x_RD)
+
+
+def cross(
+    x_RD: Tensor,
+    attended_RD: Tensor,
+    layer: Layer,
+    following: Layer,
+    rotation: Rotation | None,
+    heads: int,
+) -> tuple[Tensor, Tensor]:
+    """From one attention to the next: the state R D, and q, k and v of the next, three R N H."""
+    x_RD = leave(x_RD, attended_RD, layer)
+    return x_RD, enter(x_RD, following, rotation, heads)
+
+
+def _normalise(x: Tensor, norm: tuple[Tensor, ...]) -> Tensor:
+    """LayerNorm with weight and bias, RMSNorm with a weight alone."""
+    shape = norm[0].shape
+    if len(norm) == 1:
+        return F.rms_norm(x, shape, norm[0])
+    return F.layer_norm(x, shape, norm[0], norm[1], EPSILON)
+
+
+def _epsilon(norm: tuple[Tensor, ...]) -> float:
+    return RMS_EPSILON if len(norm) == 1 else EPSILON
+
+
+def _read_layer(tensors: Mapping[str, Tensor], name: str, *, normed: bool) -> Layer:
+    attention, feedforward = name + "attention", name + "feedforward"
+    return Layer(
+        attention_norm=_read_norm(tensors, attention + "_norm"),
+        to_qkv=tensors[attention + ".to_qkv.weight"],
+        qk_norm=tuple(tensors[f"{attention}.{x}_norm.weight"] for x in "qk") if normed else (),
+        to_out=tensors[attention + ".to_out.weight"],
+        feedforward_norm=_read_norm(tensors, feedforward + "_norm"),
+        expand=tensors[feedforward + ".expand.weight"],
+        contract=tensors[feedforward + ".contract.weight"],
+    )
+
+
+def _read_norm(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:
+    return tuple(tensors[key] for key in (name + ".weight", name + ".bias") if key in tensors)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
