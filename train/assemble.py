@@ -7,17 +7,25 @@ those whose tokens the GPT was trained on.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from mas.filter import Sampling
 from mas.gpt import GPT
 from mas.model import MakeAScene
 from mas.rounding import Weights
+from mas.scene import SceneMap
+from mas.shards import ShardIndex, expand_shards
 from mas.storage import WEIGHTS_FILE, file_hash, read_json
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
+from mas.vqseg_tune import tune_decisions
 
 MANIFEST = "tokens.json"  # in a GPT's run folder: which tokenizers wrote its training tokens
 
@@ -35,6 +43,8 @@ def assemble(
     top_p: float | None = None,
     weights: Weights = "float32",
     card: Path | None = None,
+    tune: str | None = None,
+    tune_count: int = 300,
 ) -> None:
     """Puts a text tokenizer, VQ-SEG, VQ-GAN and GPT together into a model folder.
 
@@ -52,6 +62,9 @@ def assemble(
             float16, unless they were trained with checkpoints.weights int8.
         card: text of the model card, README.md: data, licences, numbers, limits (default: one that
             knows the sizes only).
+        tune: scene shards of the training, on which VQ-SEG's decisions are tuned for the mean IoU
+            of all classes; tokens stay the same.
+        tune_count: how many of these scenes, spread evenly.
     """
     sampling = Sampling(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
     text = None if card is None else read_card(card)
@@ -65,11 +78,39 @@ def assemble(
         gpt=GPT.from_pretrained(gpt),
         sampling=sampling,
     )
+    if tune is not None:
+        tuned = tune_decisions(model.vqseg, *read_scenes(tune, tune_count, model.vqseg.config.size))
+        print(f"VQ-SEG tuned: mean IoU {tuned.before:.3f}, now {tuned.after:.3f} on these scenes")
     model.save_pretrained(output, card=text, weights=weights)
     millions = sum(p.numel() for p in model.gpt.parameters()) / 1e6
     megabytes = sum(file.stat().st_size for file in Path(output).rglob("*.*")) / 1e6
     print(f"{output}: GPT of {millions:.1f}M parameters, {megabytes:.1f} MB on the disk")
     print(f"mas sample --model {output} 'a caption'")
+
+
+def read_scenes(shards: str, count: int, size: int) -> tuple[Tensor, Tensor]:
+    """Labels (uint8 B H W) and edges (bool B H W) of `count` scenes, spread over the shards.
+
+    Raises:
+        ValueError: no such shards, no scene in them, or scenes smaller than `size` pixels a side.
+    """
+    if count < 1:
+        raise ValueError(f"--tune-count must be at least 1, got {count}")
+    index = ShardIndex(expand_shards(shards), extensions=("scene.png",))
+    if not len(index):
+        raise ValueError(f"{shards}: no scene to tune on")
+    chosen = sorted({place * len(index) // count for place in range(count)})
+    pngs = (io.BytesIO(index.read(place).files["scene.png"]) for place in chosen)
+    scenes = [SceneMap.from_png(png) for png in pngs]
+    small = next((scene.size for scene in scenes if min(scene.size) < size), None)
+    if small:
+        raise ValueError(f"{shards}: a scene has {small[0]} x {small[1]} pixels, needed are {size}")
+    scenes = [scene.resized(size) for scene in scenes]
+    labels_BHW, edges_BHW = (
+        torch.from_numpy(np.stack([getattr(scene, name) for scene in scenes]))
+        for name in ("labels", "edges")
+    )
+    return labels_BHW, edges_BHW
 
 
 def read_card(path: Path) -> str:
