@@ -254,8 +254,8 @@ class Averaging(WeightAveraging):
 
     def _share(self, count: Tensor | int) -> float:
         """What the current weights count after `count` steps."""
-        warm = (1 + int(count)) / (10 + int(count))
-        return 1 - min(self.decay, warm)
+        steps = int(count)
+        return 1 - min(self.decay, (1 + steps) / (10 + steps))
 
 
 class Pictures(Callback):

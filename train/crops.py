@@ -96,25 +96,25 @@ class Judges:
             crops.object_weight or (crops.face_weight and crops.face_network is None)
         ):
             raise ValueError(
-                "a reader compares whole pictures, not crops: set model.perceptual.vgg, or "
-                "model.crops.face_weight and object_weight to 0"
+                "a reader compares whole pictures, not crops: set model.perceptual.vgg instead of "
+                "reader, or model.crops.face_weight and object_weight to 0"
             )
-        by_vgg = perceptual.weight or crops.object_weight
-        by_vgg = by_vgg or (crops.face_weight and crops.face_network is None)
-        self.vgg: Perceptual | ReaderPerceptual | None = (
-            load_perceptual(perceptual) if by_vgg else None
+        wanted = perceptual.weight or crops.object_weight
+        wanted = wanted or (crops.face_weight and crops.face_network is None)
+        self.network: Perceptual | ReaderPerceptual | None = (
+            load_perceptual(perceptual) if wanted else None
         )
         self.face: nn.Module | None = None
         if crops.face_weight:
-            self.face = FaceFeatures(crops.face_network) if crops.face_network else self.vgg
+            self.face = FaceFeatures(crops.face_network) if crops.face_network else self.network
 
     def __deepcopy__(self, memo: dict[int, object]) -> Judges:
         return self  # frozen: a moving average of the training needs no second copy
 
     def perceptual(self, fake_BCHW: Tensor, real_BCHW: Tensor) -> Tensor:
-        """Mean LPIPS of the pictures; a scalar."""
-        assert self.vgg is not None
-        return self.vgg.to(fake_BCHW.device)(fake_BCHW, real_BCHW).mean()
+        """Mean distance of the pictures; a scalar."""
+        assert self.network is not None
+        return self.network.to(fake_BCHW.device)(fake_BCHW, real_BCHW).mean()
 
     def faces(self, fake_BCHW: Tensor, real_BCHW: Tensor, boxes_BN4: Tensor) -> Tensor:
         """The face term: distances of a picture's faces added up, averaged over pictures."""
@@ -123,8 +123,8 @@ class Judges:
 
     def things(self, fake_BCHW: Tensor, real_BCHW: Tensor, boxes_BN4: Tensor) -> Tensor:
         """The object term, likewise over things."""
-        assert self.vgg is not None
-        return self._crops(self.vgg, fake_BCHW, real_BCHW, boxes_BN4)
+        assert self.network is not None
+        return self._crops(self.network, fake_BCHW, real_BCHW, boxes_BN4)
 
     def _crops(
         self, network: nn.Module, fake_BCHW: Tensor, real_BCHW: Tensor, boxes_BN4: Tensor

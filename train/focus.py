@@ -8,6 +8,7 @@ Axes: B batch, H W pixels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +26,8 @@ class FocusConfig:
     faces: float = 1.0  # pixels of face parts
 
     def __post_init__(self) -> None:
-        if min(self.things, self.people, self.faces) <= 0:
-            raise ValueError(f"weights of model.focus must be above 0: {self}")
+        if not all(0 < weight < math.inf for weight in (self.things, self.people, self.faces)):
+            raise ValueError(f"weights of model.focus must be numbers above 0: {self}")
 
     @property
     def even(self) -> bool:

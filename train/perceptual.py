@@ -42,8 +42,10 @@ class PerceptualConfig:
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise ValueError(f"model.perceptual.weight is {self.weight}, use 0 or more")
-        if self.reader and self.vgg:
-            raise ValueError("model.perceptual has a reader and VGG-16: leave one of them out")
+        if self.reader and (self.vgg or self.linear):
+            raise ValueError(
+                "model.perceptual has a reader and files of VGG-16: leave either of them out"
+            )
 
 
 class VGG16(nn.Module):
@@ -111,7 +113,8 @@ class ReaderPerceptual(nn.Module):
 
     def __init__(self, reader: Reader) -> None:
         super().__init__()
-        self.reader = reader.eval().requires_grad_(False)
+        self.reader = reader
+        self.eval().requires_grad_(False)
 
     def forward(self, image_BCHW: Tensor, true_image_BCHW: Tensor) -> Tensor:
         """Distance B of pictures in [0, 1] of the reader's size from their originals.
@@ -142,8 +145,8 @@ def load_perceptual(config: PerceptualConfig) -> Perceptual | ReaderPerceptual:
     if config.vgg is None:
         raise ValueError(
             "the perceptual, face and object terms need the weights of VGG-16: set "
-            f"model.perceptual.vgg to a file from {VGG_SOURCE}, or model.perceptual.reader to a "
-            "folder of mas train reader"
+            f"model.perceptual.vgg to a file from {VGG_SOURCE}, or, for the perceptual term alone, "
+            "model.perceptual.reader to a folder of mas train reader"
         )
     network = Perceptual()
     expected = network.vgg.state_dict()

@@ -1,10 +1,10 @@
 """Training of the VQ-GAN: pictures through the network and back, judged by a discriminator.
 
-In: scene shards: their photos and, for the crop terms, boxes of their scene maps. Out: a run folder
-that `VQGAN.from_pretrained` reads. Loss: L1 + perceptual + codebook + adversarial term with
-adaptive weight (Esser et al., arXiv 2012.09841), + terms for faces and things (Make-A-Scene, arXiv
-2203.13131, sections 3.3 and 3.4). Two optimisers take turns by hand; only the VQ-GAN's steps count
-as steps of the run.
+In: scene shards: their photos and of their scene maps boxes for the crop terms, labels for the
+focus. Out: a run folder that `VQGAN.from_pretrained` reads. Loss: L1 + perceptual + codebook +
+adversarial term with adaptive weight (Esser et al., arXiv 2012.09841), + terms for faces and things
+(Make-A-Scene, arXiv 2203.13131, sections 3.3 and 3.4). Two optimisers take turns by hand; only the
+VQ-GAN's steps count as steps of the run.
 Axes: B batch, C channels, H W pixels.
 """
 
@@ -42,7 +42,8 @@ class VQGANTraining(Stage):
         network: sizes of the VQ-GAN.
         optimiser: how both players are trained.
         adversary: the discriminator; weight 0 trains without one.
-        perceptual: LPIPS by VGG-16, whose weights are given by file; weight 0 leaves it out.
+        perceptual: LPIPS by VGG-16, whose weights are given by file, or the distance a reader sees;
+            weight 0 leaves it out.
         crops: terms for faces and things of the scene map; weights 0 leave them out.
         codebook_weight: of the codebook loss; L1 has weight 1.
         gradient_weight: of the L1 between differences of neighbouring pixels; 0 leaves it out.
@@ -158,8 +159,11 @@ class VQGANTraining(Stage):
             weights_B1HW = self.focus.weigh(labels_BHW)[:, None]
         loss = (error_BCHW.abs() * weights_B1HW).mean()
         if self.gradient_weight:
-            across = (error_BCHW.diff(dim=3).abs() * weights_B1HW[..., 1:]).mean()
-            down = (error_BCHW.diff(dim=2).abs() * weights_B1HW[..., 1:, :]).mean()
+            # A difference belongs to both of its pixels, so all sides of a thing count alike.
+            across_B1HW = (weights_B1HW[..., 1:] + weights_B1HW[..., :-1]) / 2
+            down_B1HW = (weights_B1HW[..., 1:, :] + weights_B1HW[..., :-1, :]) / 2
+            across = (error_BCHW.diff(dim=3).abs() * across_B1HW).mean()
+            down = (error_BCHW.diff(dim=2).abs() * down_B1HW).mean()
             loss = loss + self.gradient_weight * (across + down)
         if not self.perceptual_weight:
             return {"reconstruction": loss, "sum": loss}

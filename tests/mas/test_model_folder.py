@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 
 import mas.model_folder
 from mas import MakeAScene
 from mas.filter import Sampling
 from mas.gpt import GPT
 from mas.model_folder import FILES, ModelError
+from mas.rounding import narrow, widen
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
@@ -75,6 +77,19 @@ def test_the_folder_holds_what_it_should_and_describes_itself(tiny_folder):
     assert GPT.from_pretrained(tiny_folder / "gpt").config.layers == 2
     assert VQSEG.from_pretrained(tiny_folder / "vqseg").config.codes == 24
     assert VQGAN.from_pretrained(tiny_folder / "vqgan").config.codes == 20
+
+
+@pytest.mark.parametrize("weights", ["float32", "float16", "int8"])
+def test_only_a_tokenizer_that_had_int8_weights_is_stored_in_int8(parts, tmp_path, weights):
+    rounded = widen(narrow(parts["vqseg"].state_dict(), "int8"))
+    parts["vqseg"].load_state_dict(rounded)
+    MakeAScene(**parts).save_pretrained(tmp_path / "m", weights=weights)
+    formats = json.loads((tmp_path / "m/model_index.json").read_text())["weights"]
+    finer = "float16" if weights == "int8" else weights
+    assert formats == {"vqseg": weights, "vqgan": finer, "gpt": weights}
+    if weights == "int8":
+        loaded = VQSEG.from_pretrained(tmp_path / "m/vqseg").state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in rounded.items())
 
 
 def test_saving_twice_gives_the_same_folder_and_keeps_the_card(tiny_folder, tmp_path):

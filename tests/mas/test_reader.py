@@ -47,6 +47,20 @@ def test_training_sees_the_logits_that_reading_decides_by(reader):
     )
 
 
+def test_looking_shows_what_reading_decides_by_and_lets_gradients_through(reader):
+    image_BCHW = torch.rand(2, 3, 32, 32, requires_grad=True)
+    pixels_BDHW, *levels = reader.look(image_BCHW)
+    assert [tuple(x.shape) for x in levels] == [(2, 8, 16, 16), (2, 16, 8, 8), (2, 16, 4, 4)]
+    reading = reader.read(image_BCHW)
+    labels_BHW = reader.classifier(pixels_BDHW.movedim(1, -1)).argmax(-1)
+    assert torch.equal(labels_BHW, reading.labels_BHW.long())
+    means = [torch.nn.functional.silu(x).mean(dim=(2, 3)) for x in levels]
+    assert torch.allclose(torch.cat(means, 1), reading.features_BD, atol=1e-6)
+    for layer in (pixels_BDHW, *levels):
+        (gradient,) = torch.autograd.grad(layer.sum(), image_BCHW, retain_graph=True)
+        assert gradient.any()
+
+
 def test_a_reader_survives_storage(reader, tmp_path):
     reader.save_pretrained(tmp_path)
     image_BCHW = torch.rand(1, 3, 32, 32)

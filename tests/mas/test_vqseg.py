@@ -11,7 +11,7 @@ from torch import nn
 from mas.scene import CHANNELS, CLASSES, EDGE_CHANNEL, FACE_IDS, VOID, find_edges
 from mas.storage import StorageError
 from mas.vqseg import VQSEG, VQSEGConfig, draw_pixels, find_changes, fold_patches, one_hot
-from mas.vqseg_loss import decide, positive_weights, scene_loss
+from mas.vqseg_loss import choose_pixels, decide, positive_weights, scene_loss
 
 TINY = dict(size=16, grid=4, codes=16, code_width=4, patch=2, width=16, groups=4)
 PUBLISHED = dict(layout="published", patch=1, multipliers=(1, 1, 2), middle=True)
@@ -81,6 +81,12 @@ def test_fused_loss_equals_the_dense_one_in_value_and_gradients(pixels_at_once):
     torch.testing.assert_close(fused, dense / labels.numel(), rtol=1e-12, atol=0)
     for found, right in zip(torch.autograd.grad(2 * fused, inputs), expected, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+
+
+def test_a_cpu_keeps_the_logits_in_its_cache_and_a_gpu_few_kernels_busy():
+    pixels = {name: choose_pixels(torch.device(name)) for name in ("cpu", "cuda")}
+    assert pixels["cpu"] * CHANNELS * 4 < 4e6
+    assert 16 * 128 * 128 <= pixels["cuda"] and pixels["cuda"] * CHANNELS * 4 < 2e8
 
 
 def test_fused_loss_stays_exact_for_extreme_logits():

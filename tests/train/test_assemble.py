@@ -15,6 +15,7 @@ from mas.vqgan import VQGAN, VQGANConfig
 from mas.vqseg import VQSEG, VQSEGConfig
 from train.assemble import assemble
 from train.bpe import fit_bpe
+from train.cli import train
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,34 @@ def test_smaller_weights_load_as_what_they_were_rounded_to(parts, tmp_path, weig
         for name, tensor in getattr(small, part).state_dict().items():
             assert torch.equal(tensor, expected[name]), name
     assert small.generate("a dog on the grass").images[0].size == (32, 32)
+
+
+def test_tokenizers_trained_with_int8_weights_make_the_same_tokens_in_the_model(
+    parts, words, tmp_path
+):
+    settings = dict(trainer__max_steps=2, checkpoints__weights="int8", pictures__count=0)
+    for stage in ("vqseg", "vqgan"):
+        assert train(words(stage, stage, **settings)) == 0
+    shutil.copytree(parts / "gpt", tmp_path / "gpt")
+    manifest = json.loads((tmp_path / "gpt/tokens.json").read_text())
+    for stream, stage in (("scene", "vqseg"), ("image", "vqgan")):
+        manifest[stream]["sha256"] = file_hash(tmp_path / stage / "model.safetensors")
+    (tmp_path / "gpt/tokens.json").write_text(json.dumps(manifest))
+    folders = {name: str(tmp_path / name) for name in ("vqseg", "vqgan", "gpt")}
+    assemble(**arguments(parts, **folders), output=str(tmp_path / "model"), weights="int8")
+    index = json.loads((tmp_path / "model/model_index.json").read_text())
+    assert index["weights"] == dict.fromkeys(("vqseg", "vqgan", "gpt"), "int8")
+
+    generator = torch.Generator().manual_seed(0)
+    image_BCHW = torch.rand(4, 3, 32, 32, generator=generator)
+    labels_BHW = torch.randint(0, 157, (4, 32, 32), generator=generator, dtype=torch.uint8)
+    inputs = {"vqseg": (labels_BHW, labels_BHW > 80), "vqgan": (image_BCHW,)}
+    model = MakeAScene.from_pretrained(tmp_path / "model", device="cpu")
+    for name, network in (("vqseg", VQSEG), ("vqgan", VQGAN)):
+        trained, shipped = network.from_pretrained(tmp_path / name), getattr(model, name)
+        for key, tensor in trained.state_dict().items():
+            assert torch.equal(shipped.state_dict()[key], tensor), key
+        assert torch.equal(*(x.encode(*inputs[name]) for x in (trained, shipped)))
 
 
 def test_a_card_goes_with_the_model_and_must_say_something(parts, tmp_path):

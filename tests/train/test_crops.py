@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mas.reader import Reader, ReaderConfig
 from mas.weights_file import WeightsError
 from train.crops import CropsConfig, FaceFeatures, Judges, crop
-from train.perceptual import VGG16, PerceptualConfig
+from train.perceptual import VGG16, PerceptualConfig, ReaderPerceptual
 
 
 class Edges(nn.Module):
@@ -67,7 +68,7 @@ def test_what_lies_outside_the_boxes_counts_for_nothing(face_file):
     judges = Judges(
         PerceptualConfig(), CropsConfig(face_weight=1.0, size=16, face_network=face_file)
     )
-    assert judges.vgg is None  # no weights of VGG-16 are asked for
+    assert judges.network is None  # no weights of VGG-16 are asked for
     real = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     fake = real.clone()
     fake[:, :, :16] = 0
@@ -124,3 +125,17 @@ def test_bad_face_networks_are_named(tmp_path, vgg_file):
         FaceFeatures(str(tmp_path / "words.pt"))(*torch.rand(2, 1, 3, 8, 8))
     with pytest.raises(ValueError, match=r"set model\.perceptual\.vgg"):
         Judges(PerceptualConfig(), CropsConfig(object_weight=1.0))
+
+
+def test_crops_are_not_compared_by_a_reader(face_file, tmp_path):
+    Reader(ReaderConfig(size=32, width=8, multipliers=(1,))).save_pretrained(tmp_path / "reader")
+    perceptual = PerceptualConfig(weight=1.0, reader=str(tmp_path / "reader"))
+    for crops in (
+        CropsConfig(object_weight=1.0),
+        CropsConfig(face_weight=1.0),
+        CropsConfig(face_weight=1.0, object_weight=1.0, face_network=face_file),
+    ):
+        with pytest.raises(ValueError, match=r"set model\.perceptual\.vgg instead of reader"):
+            Judges(perceptual, crops)
+    judges = Judges(perceptual, CropsConfig(face_weight=1.0, face_network=face_file))
+    assert isinstance(judges.network, ReaderPerceptual) and isinstance(judges.face, FaceFeatures)

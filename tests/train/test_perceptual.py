@@ -1,4 +1,7 @@
-"""LPIPS by VGG-16 with weights from files: the published distance, and what is refused."""
+"""LPIPS by VGG-16 with weights from files: the published distance, and what is refused.
+
+And the same by a reader.
+"""
 
 import pathlib
 from collections import namedtuple
@@ -8,8 +11,10 @@ import torch
 import torchmetrics
 from safetensors.torch import save_file
 
+from mas.reader import Reader, ReaderConfig
+from mas.storage import StorageError
 from mas.weights_file import WeightsError
-from train.perceptual import VGG16, PerceptualConfig, load_perceptual
+from train.perceptual import VGG16, PerceptualConfig, ReaderPerceptual, load_perceptual
 
 LINEAR = pathlib.Path(torchmetrics.__file__).parent / "functional/image/lpips_models/vgg.pth"
 
@@ -133,3 +138,62 @@ def test_a_file_of_more_than_tensors_is_refused(tmp_path):
     torch.save({"features.0.weight": Pickled()}, tmp_path / "vgg.pth")
     with pytest.raises(WeightsError, match=r"vgg\.pth: not a readable file of tensors"):
         load_perceptual(PerceptualConfig(vgg=str(tmp_path / "vgg.pth")))
+
+
+READER = ReaderConfig(size=32, width=8, multipliers=(1, 2), groups=4)
+
+
+@pytest.fixture(scope="module")
+def reader_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights") / "reader"
+    Reader(READER).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def by_reader(reader_folder):
+    return load_perceptual(PerceptualConfig(reader=str(reader_folder)))
+
+
+def test_equal_pictures_look_equal_to_a_reader_and_have_a_finite_gradient(by_reader):
+    for image in (pictures()[0], torch.zeros(2, 3, 32, 32)):
+        fake = image.clone().requires_grad_()
+        distance = by_reader(fake, image)
+        distance.sum().backward()
+        assert distance.tolist() == [0, 0] and fake.grad.isfinite().all()
+
+
+def test_a_reader_s_distance_is_that_of_unit_features_of_every_layer(by_reader):
+    image, truth = pictures()
+    expected = torch.zeros(2)
+    for a, b in zip(by_reader.reader.look(image), by_reader.reader.look(truth), strict=True):
+        expected += (2 - 2 * torch.cosine_similarity(a, b, dim=1)).mean(dim=(1, 2))
+    distance = by_reader(image, truth)
+    assert (distance > 0.01).all()
+    torch.testing.assert_close(distance, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_reader_makes_the_fake_alike_and_leaves_the_original_and_itself(by_reader):
+    image, truth = (x.requires_grad_() for x in pictures())
+    before = {name: weight.clone() for name, weight in by_reader.state_dict().items()}
+    first = by_reader(image, truth).sum()
+    first.backward()
+    assert truth.grad is None and not any(p.requires_grad for p in by_reader.parameters())
+    nearer = (image - 0.01 * image.grad / image.grad.abs().mean()).detach()
+    assert by_reader(nearer, truth).sum() < first
+    assert all(torch.equal(weight, before[name]) for name, weight in by_reader.state_dict().items())
+
+
+def test_a_reader_that_compares_is_frozen_whoever_built_it():
+    network = ReaderPerceptual(Reader(READER).train())
+    assert not any(p.requires_grad for p in network.parameters())
+    assert not any(part.training for part in network.modules())
+
+
+def test_a_reader_and_files_of_vgg_are_not_used_together(reader_folder, tmp_path):
+    for name in ("vgg", "linear"):
+        with pytest.raises(ValueError, match="leave either of them out"):
+            PerceptualConfig(reader=str(reader_folder), **{name: "vgg.pth"})
+    with pytest.raises(StorageError, match=r"config\.json: no such file"):
+        load_perceptual(PerceptualConfig(reader=str(tmp_path)))

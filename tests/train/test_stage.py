@@ -1,9 +1,11 @@
 """The optimiser's settings and the losses of the trainings."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
+from pytorch_lightning import LightningModule
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -121,6 +123,29 @@ def test_averaging_warms_up_and_then_keeps_its_decay():
     one, zero = torch.ones(()), torch.zeros(())
     assert averaging.average(one, zero, 0) == pytest.approx(0.1)
     assert averaging.average(one, zero, 1000) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("count", [1, 7, torch.tensor(10_000)])
+def test_averaging_all_at_once_equals_tensor_by_tensor_to_the_bit(count):
+    averaging, generator = Averaging(0.99), torch.Generator().manual_seed(0)
+    shapes = [(), (5,), (3, 7), (2, 3, 3, 3)]
+    averages, currents = (
+        [torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)
+    )
+    expected = [averaging.average(*pair, count) for pair in zip(averages, currents, strict=True)]
+    before = [current.clone() for current in currents]
+    averaging.average_all(averages, currents, count)
+    assert all(torch.equal(*pair) for pair in zip(averages, expected, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(currents, before, strict=True))
+
+
+def test_averages_are_made_where_the_training_is_about_to_be():
+    module, averaging = LightningModule(), Averaging()
+    module.layer = nn.Linear(2, 2)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    averaging.setup(trainer, module, "fit")
+    devices = {x.device.type for x in averaging._average_model.parameters()}
+    assert devices == {"meta"} and module.layer.weight.device.type == "cpu"
 
 
 def test_training_flops_are_what_torch_counts():

@@ -14,13 +14,14 @@ from pytorch_lightning.strategies import DDPStrategy
 from test_ddp import free_port, torchrun_environment
 
 from mas.metrics import CodeMetrics, PictureMetrics
+from mas.reader import Reader, ReaderConfig
 from mas.scene import CLASS_NAMES, FACE_IDS, PALETTE, SceneMap
 from mas.shards import Sample, ShardIndex, ShardWriter
 from mas.vqgan import VQGAN, VQGANConfig
 from train.adversary import AdversaryConfig
 from train.cli import train
 from train.crops import CropsConfig
-from train.perceptual import VGG16, PerceptualConfig
+from train.perceptual import VGG16, PerceptualConfig, load_perceptual
 from train.stage import Optimiser
 from train.vqgan import VQGANTraining
 
@@ -66,6 +67,14 @@ def vgg_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "vgg16.pth"
     torch.save(VGG16().state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="module")
+def reader_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights") / "reader"
+    Reader(ReaderConfig(size=SIZE, width=8, multipliers=(1, 2))).save_pretrained(folder)
+    return folder
 
 
 def read(folder):
@@ -123,6 +132,57 @@ def test_a_resumed_run_with_all_terms_repeats_an_uninterrupted_one(
     )
     assert whole.keys() == half.keys()
     assert all(torch.equal(whole[name], half[name]) for name in whole)
+
+
+def test_a_run_with_focus_and_reader_is_resumed_exactly_and_leaves_the_reader_alone(
+    words, people, reader_folder, monkeypatch, tmp_path
+):
+    judges = []
+
+    def load(config):
+        judges.append(load_perceptual(config))
+        return judges[-1]
+
+    monkeypatch.setattr("train.crops.load_perceptual", load)
+    settings = dict(
+        data__input=people,
+        model__perceptual__weight=0.5,
+        model__perceptual__reader=reader_folder,
+        model__focus__things=2.0,
+        model__focus__faces=8.0,
+        model__gradient_weight=0.5,
+        model__adversary__start=1,
+        model__optimiser__schedule="constant",
+        pictures__count=0,
+    )
+    assert train(words("vqgan", "whole", trainer__max_steps=4, **settings)) == 0
+    assert train(words("vqgan", "half", trainer__max_steps=2, **settings)) == 0
+    assert (
+        train([*words("vqgan", "half", trainer__max_steps=4, **settings), "--ckpt_path=last"]) == 0
+    )
+    whole, half = (
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "half")
+    )
+    assert whole.keys() == half.keys()
+    assert all(torch.equal(whole[name], half[name]) for name in whole)
+    assert {name.split(".")[0] for name in whole} == {"network", "discriminator"}
+    rows = [row for row in read(tmp_path / "whole") if row["train/loss"]]
+    assert len(rows) == 4 and all(float(row["train/perceptual"]) > 0 for row in rows)
+    first = Reader.from_pretrained(reader_folder).state_dict()
+    assert len(judges) == 3
+    for judge in judges:
+        weights = judge.reader.state_dict()
+        assert not judge.training and all(torch.equal(weights[name], first[name]) for name in first)
+
+
+def test_the_focus_reaches_the_training(words, people, tmp_path):
+    settings = dict(data__input=people, trainer__max_steps=1, pictures__count=0)
+    for name, faces in (("even", 1.0), ("focused", 8.0)):
+        assert train(words("vqgan", name, model__focus__faces=faces, **settings)) == 0
+    even, focused = (read(tmp_path / name)[0] for name in ("even", "focused"))
+    assert even["train/codebook"] == focused["train/codebook"]  # the same pictures and weights
+    assert even["train/reconstruction"] != focused["train/reconstruction"]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -187,12 +247,24 @@ def test_validation_measures_the_whole_held_out_set(words, scene_shards, tmp_pat
             {"model__crops__face_weight": 1.0, "model__crops__face_network": "no/face.pt"},
             "no/face.pt: no such file",
         ),
+        (
+            {"model__perceptual__weight": 1.0, "model__perceptual__reader": "no/reader"},
+            "no/reader.*: no such file",
+        ),
+        ({"model__focus__faces": 0}, "weights of model.focus must be numbers above 0"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(settings, words_of_error, words):
     with pytest.raises(ValueError, match=words_of_error) as caught:
         train(words("vqgan", **{"trainer__max_steps": 2, **settings}))
     assert "\n" not in str(caught.value)
+
+
+def test_a_reader_of_another_size_is_named(words, tmp_path):
+    Reader(ReaderConfig(size=64, width=8, multipliers=(1,))).save_pretrained(tmp_path / "reader")
+    settings = dict(model__perceptual__weight=1.0, model__perceptual__reader=tmp_path / "reader")
+    with pytest.raises(ValueError, match="the reader takes pictures of B x 3 x 64 x 64, got 4 x"):
+        train(words("vqgan", trainer__max_steps=1, **settings))
 
 
 @pytest.fixture
