@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help install demo demo-model smoke-photos test check smoke clean
+.PHONY: help install demo demo-train demo-model smoke-photos test check smoke clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -18,10 +18,13 @@ $(VENV)/installed: setup.py constraints.txt
 
 install: $(VENV)/installed  ## install everything into .venv
 
-demo: $(VENV)/installed  ## the main job: park world → scenes → tokens → a tiny model trained here → pictures, in demo/index.html
-	$(BIN)/python tools/demo_train.py --output demo
+demo: $(VENV)/installed  ## the main job: park world → scenes → tokens → the shipped model paints, in demo/index.html
+	$(BIN)/python tools/demo.py --output demo
 
-demo-model: $(VENV)/installed  ## what a trained model can do: make demo-model MODEL=DIR, in demo/model-page/index.html
+demo-train: $(VENV)/installed  ## train a tiny model from nothing: … → tokens → VQ-SEG, VQ-GAN, GPT → pictures, in demo/train/index.html
+	$(BIN)/python tools/demo_train.py --output demo/train
+
+demo-model: $(VENV)/installed  ## what another model can do: make demo-model MODEL=DIR, in demo/model-page/index.html
 	$(BIN)/python tools/demo.py --model $(MODEL) --output demo/model-page
 
 smoke-photos: $(VENV)/installed  ## the same on real photos: make smoke-photos DATA=DIR (shards + COCO panoptic annotations)

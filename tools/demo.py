@@ -1,4 +1,4 @@
-"""`make demo-model`: the pipeline on a little data, then a trained model paints.
+"""`make demo` and `make demo-model`: the pipeline on a little data, then a trained model paints.
 
 In: nothing but the model. Out: OUTPUT/index.html. Every step is a command of `mas`; a finished step
 is not run again as long as its command is the same.

@@ -1,4 +1,4 @@
-"""`make demo` and `make smoke-photos`: from data to pictures with a tiny model trained here.
+"""`make demo-train` and `make smoke-photos`: from data to pictures with a tiny model trained here.
 
 In: nothing (the park world), or a folder of real photos in shards with COCO panoptic annotations.
 Out: OUTPUT/index.html, which shows for every stage what went in, what came out, how long it took

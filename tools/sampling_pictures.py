@@ -4,7 +4,7 @@
 
 In: a model, and a few pictures of the park world it has not seen, which this script draws itself.
 Out: docs/pictures/sampling/*.jpg. The same model on the same machine makes the same files. Cost:
-about 90 pictures.
+about 100 pictures.
 """
 
 import argparse
@@ -27,6 +27,14 @@ from mas.sheet import contact_sheet
 
 OUTPUT = Path(__file__).parent.parent / "docs/pictures/sampling"
 CAPTION = "two dogs and a red ball in the park"
+OVERVIEW = (
+    "the elephant is walking around in the park",
+    "a blue car on the street at night",
+    "two sheep on the farm in the morning",
+    "a woman with a yellow umbrella on the beach",
+    "a giraffe in the snow",
+    "a pink elephant in the mountains at sunset",
+)
 SWEPT = ("two dogs and a red ball in the park", "a woman with a yellow umbrella on the beach")
 CELL = 128  # pixels
 LARGEST = 150_000  # bytes of a file
@@ -75,6 +83,13 @@ def bring_along(size: int) -> Given:
                 photo = Image.open(io.BytesIO(sample.files["jpg"])).convert("RGB")
                 return Given(sample.files["txt"].decode(), scene, photo)
     raise SystemExit("no picture of the park world suits the figures")
+
+
+def overview(model: MakeAScene, given: Given) -> Image.Image:
+    """Six captions, the scenes predicted for them, the pictures of these scenes."""
+    out = model.generate(OVERVIEW, seed=1)
+    scenes = [colours(scene) for scene in out.scenes]
+    return contact_sheet([OVERVIEW, scenes, out.images], cell=CELL)
 
 
 def ways(model: MakeAScene, given: Given) -> Image.Image:
@@ -240,6 +255,7 @@ def save(figure: Image.Image, path: Path) -> None:
 FIGURES: dict[str, Callable[[MakeAScene, Given], Image.Image]] = {
     function.__name__: function
     for function in (
+        overview,
         ways,
         edited,
         partial,
