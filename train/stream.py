@@ -9,6 +9,7 @@ samples consumed; it does not depend on how many workers or ranks there are.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -138,8 +139,10 @@ def ignore_signals(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends the process at the first SIGTERM that its parent sends."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    """Ends the process at the first SIGTERM of the process that started it."""
+    parent = multiprocessing.parent_process()  # not the fork server that may lie between them
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)  # anything else would be reported as a worker that failed
 

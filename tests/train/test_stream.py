@@ -117,7 +117,7 @@ def read(words, *, sent):
     return process.returncode, said
 
 
-@pytest.mark.parametrize("words", ["", "raise ValueError('the run fails')", "sys.exit(3)"])
+@pytest.mark.parametrize("words", ["", "raise ValueError('it fails')", "sys.exit(3)"])
 def test_a_process_that_still_holds_an_iterator_ends_all_the_same(words):
     status, said = read(words, sent=())
     assert status == {"": 0, "sys.exit(3)": 3}.get(words, 1)
