@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from mas.model_folder import SHIPPED, find_folder
 from mas.obedience import CLAIMS
 from mas.precision import Precision
 from mas.reader import Reader
-from mas.report import Row, write_report
+from mas.report import Row, name_guidance, write_report
 from mas.storage import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -77,8 +78,8 @@ def evaluate(
         extractor: file of a feature extractor, such as Inception's weights, for FID and KID as they
             are published.
         count: pictures, spread evenly over the shards.
-        guidance: one or more; more are a sweep, whose best is used for everything else (default:
-            the model's).
+        guidance: of scene and picture, one or more; more are a sweep, whose best is used for
+            everything else (default: the model's, which may differ for the two).
         sweep_count: captions each guidance of a sweep is tried on.
         seeds: pictures of one caption that diversity is measured on.
         seed: of the first picture.
@@ -107,7 +108,7 @@ def evaluate(
             examiner,
             cases,
             others,
-            guidances=guidance or [network.sampling.guidance],
+            guidances=guidance or [],
             sweep_count=sweep_count,
             seeds=seeds,
             extractor=features,
@@ -158,7 +159,7 @@ def examine(
         examiner: model and reader.
         cases: what the training has not seen.
         others: what it has seen no combination of; None: not asked.
-        guidances: to try; the best is used.
+        guidances: to try; the best is used; none: the model's own of each stream is.
         sweep_count: captions each of several guidances is tried on.
         seeds: pictures of one caption for diversity.
         extractor: of features for published distances; None: not asked.
@@ -173,14 +174,13 @@ def examine(
     )
     real = examiner.look(asked)
     sweep = [try_guidance(examiner, cases, tried, g, real) for g in guidances if tried]
-    guidance = choose_guidance(sweep) if sweep else guidances[0]
+    guidance = choose_guidance(sweep) if sweep else next(iter(guidances), None)
     made = examiner.paint(asked, guidance)
     followed = examiner.paint(asked, guidance, follow=asked)
     middle = len(asked) // 2
     strangers = [*asked[middle:], *asked[:middle]]
     contradicted = examiner.paint(asked, guidance, follow=strangers)
     figures: dict[str, Any] = {
-        "guidance": guidance,
         "caption": obey(cases, asked, made),
         "caption_real": obey(cases, asked, real),
     }
@@ -200,7 +200,15 @@ def examine(
         "codes": count_codes(examiner, made),
         "sweep": sweep,
     }
-    figures = {name: value for name, value in figures.items() if value}
+    sampling = examiner.sampling(guidance)
+    figures = {
+        # one number, null where scene and picture differ
+        "guidance": sampling.scene.guidance
+        if sampling.scene.guidance == sampling.image.guidance
+        else None,
+        "sampling": asdict(sampling),
+        **{name: value for name, value in figures.items() if value},
+    }
     return figures, show(asked, made=made, followed=followed, real=real)
 
 
@@ -264,4 +272,4 @@ def summary(figures: Mapping[str, Any]) -> str:
     if "scene" in figures:
         parts.append(f"scene mIoU {figures['scene']['miou']:.2f}")
     parts.append(f"VQ-SEG mIoU {figures['vqseg']['miou']:.2f}")
-    return f"{', '.join(parts)} (guidance {figures['guidance']:g})"
+    return f"{', '.join(parts)} ({name_guidance(figures['sampling'])})"

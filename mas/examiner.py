@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mas.cases import Case, resize
-from mas.filter import by_stream
+from mas.filter import StreamSampling, by_stream
 from mas.generate import generate
 from mas.model import MakeAScene
 from mas.reader import Reader
@@ -51,6 +51,11 @@ class Examiner:
         """Pixels a side of the model's scenes, in which everything is judged."""
         return self.model.vqseg.config.size
 
+    def sampling(self, guidance: float | None) -> StreamSampling:
+        """What `paint` draws with: the model's own settings, but this guidance of both streams."""
+        common = {"guidance": guidance, "temperature": None, "top_k": None, "top_p": None}
+        return by_stream(self.model.sampling, common, scene={}, image={})
+
     def look(self, cases: Sequence[Case]) -> Made:
         """Real scenes and pictures, as the reader sees them."""
         made = Made()
@@ -62,7 +67,7 @@ class Examiner:
     def paint(
         self,
         cases: Sequence[Case],
-        guidance: float,
+        guidance: float | None,
         *,
         follow: Sequence[Case] | None = None,
         seeds: Sequence[int] | None = None,
@@ -71,15 +76,14 @@ class Examiner:
 
         Args:
             cases: the captions.
-            guidance: of both streams.
+            guidance: of both streams; None: the model's own, of each.
             follow: cases whose scenes are given, one a caption; None: the model invents them.
             seeds: one a caption; None: the first seed and those that follow.
         """
         made = Made()
         seeds = seeds or range(self.seed, self.seed + len(cases))
         text_BT = self._encode_text([case.caption for case in cases])
-        common = {"guidance": guidance, "temperature": None, "top_k": None, "top_p": None}
-        settings = by_stream(self.model.sampling, common, scene={}, image={})
+        sampling = self.sampling(guidance)
         done = 0
         for part in self.batches(cases):
             now = slice(done, done + len(part))
@@ -89,8 +93,8 @@ class Examiner:
                 text_BT[now].to(self.model.device),
                 seeds=seeds[now],
                 scene_BT=self._encode(given).to(self.model.device) if given else None,
-                scene=settings["scene"],
-                image=settings["image"],
+                scene=sampling.scene,
+                image=sampling.image,
             )
             pictures = [np.asarray(image) for image in self.model.decode_images(tokens.image)]
             made.tokens.append(Streams(*(stream.cpu() for stream in tokens)))

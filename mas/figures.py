@@ -121,7 +121,7 @@ def measure_distance(
 
 
 def measure_diversity(
-    examiner: Examiner, asked: Sequence[Case], guidance: float, seeds: int, real: Made
+    examiner: Examiner, asked: Sequence[Case], guidance: float | None, seeds: int, real: Made
 ) -> dict[str, float]:
     """How far the pictures of one caption lie apart, beside real pictures of different captions."""
     scenes, pictures = [], []

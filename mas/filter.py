@@ -38,14 +38,22 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}, use more than 0 and at most 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamSampling:
+    """How tokens of both streams are drawn: a scene may want less guidance than a picture."""
+
+    scene: Sampling = Sampling()
+    image: Sampling = Sampling()
+
+
 def by_stream(
-    base: Sampling,
+    base: StreamSampling,
     common: Mapping[str, float | None],
     *,
     scene: Mapping[str, float],
     image: Mapping[str, float],
-) -> dict[str, Sampling]:
-    """Settings of the scene and the image stream.
+) -> StreamSampling:
+    """Settings of the scene and the image stream: the more special, the stronger.
 
     Args:
         base: what holds where nothing else is said.
@@ -56,12 +64,15 @@ def by_stream(
     Raises:
         ValueError: an unknown name, or a setting out of its range.
     """
-    base = replace(base, **{name: value for name, value in common.items() if value is not None})
+    said = {name: value for name, value in common.items() if value is not None}
     for stream, overrides in (("scene", scene), ("image", image)):
         unknown = sorted(set(overrides) - set(common))
         if unknown:
             raise ValueError(f"{stream}_sampling knows {', '.join(common)}, not {unknown[0]}")
-    return {"scene": replace(base, **scene), "image": replace(base, **image)}
+    return StreamSampling(
+        scene=replace(base.scene, **(said | dict(scene))),
+        image=replace(base.image, **(said | dict(image))),
+    )
 
 
 def guide(conditional_BV: Tensor, unconditional_BV: Tensor, guidance: float) -> Tensor:

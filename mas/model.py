@@ -21,7 +21,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from mas.filter import Sampling, by_stream
+from mas.filter import Sampling, StreamSampling, by_stream
 from mas.generate import Decoder, generate
 from mas.gpt import GPT
 from mas.model_folder import (
@@ -77,11 +77,11 @@ class MakeAScene:
         vqseg: VQSEG,
         vqgan: VQGAN,
         gpt: GPT | StoredGPT,
-        sampling: Sampling | None = None,
+        sampling: Sampling | StreamSampling | None = None,
         device: str = "cpu",
         precision: Precision = "float32",
     ) -> None:
-        """Takes the parts; `sampling` holds the defaults of `generate`.
+        """Takes the parts; `sampling` holds the defaults of `generate`, one alone for both streams.
 
         Raises:
             ModelError: two parts do not fit together, both named.
@@ -94,7 +94,9 @@ class MakeAScene:
         if isinstance(gpt, GPT):
             gpt = gpt.eval().requires_grad_(False).to(self.device)
         self._gpt = gpt
-        self.sampling = sampling or Sampling()
+        if isinstance(sampling, Sampling):
+            sampling = StreamSampling(scene=sampling, image=sampling)
+        self.sampling = sampling or StreamSampling()
         self.card: str | None = None
         self.sha256: str | None = None  # of the folder it was loaded from
         self.precision = choose_precision(gpt, precision)
@@ -202,8 +204,8 @@ class MakeAScene:
             image: a square picture of which part is given, together with `image_free`.
             image_free: bool H W like `image`, True where the model shall paint.
             count: pictures a caption.
-            guidance: how much more the caption counts, 1 = as it is (None: the model's default,
-                likewise below).
+            guidance: how much more the caption counts, 1 = as it is (None: the model's default
+                for each stream, likewise below).
             temperature: 0 = always the likeliest token.
             top_k: keep the k likeliest tokens; below 1 a share of the vocabulary.
             top_p: keep the likeliest tokens of this total probability.
@@ -248,7 +250,7 @@ class MakeAScene:
             captions=[text for text in captions for _ in range(count)],
             seeds=seeds,
             tokens=tokens,
-            settings={name: asdict(sampling) for name, sampling in settings.items()},
+            settings=asdict(settings),
             seconds=seconds,
             tokens_per_second=sampled / seconds,
         )
@@ -293,7 +295,7 @@ class MakeAScene:
         self,
         given: Streams,
         seeds: list[int],
-        settings: dict[str, Sampling],
+        settings: StreamSampling,
         batch: int,
         on_progress: Callable[[Progress], None] | None,
     ) -> Streams:
@@ -317,8 +319,8 @@ class MakeAScene:
                     seeds=seeds[rows],
                     scene_BT=part.scene,
                     image_BT=part.image,
-                    scene=settings["scene"],
-                    image=settings["image"],
+                    scene=settings.scene,
+                    image=settings.image,
                     on_progress=report,
                 )
             parts.append(sampled)

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from mas.filter import Sampling
+from mas.filter import Sampling, StreamSampling
 from mas.gpt import GPT
 from mas.precision import StoredGPT
 from mas.rounding import Weights, is_rounded
@@ -40,7 +40,7 @@ from mas.text import Tokenizer
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 
-FORMAT = 1
+FORMATS = (1, 2)  # of model_index.json: one sampling for both streams, or one for each
 INDEX = "model_index.json"
 CARD = "README.md"
 TOKENIZER = "tokenizer.json"
@@ -59,7 +59,7 @@ class ModelError(ValueError):
 class Index:
     """What model_index.json says."""
 
-    sampling: Sampling
+    sampling: StreamSampling
     sha256: str  # of the list of hashes: one name for the whole model
 
 
@@ -123,8 +123,11 @@ def read_index(folder: Path) -> Index:
             f"{folder}: no model folder, {INDEX} is missing; write one with mas assemble"
         )
     content = read_json(folder / INDEX)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ModelError(f"{folder / INDEX}: not format {FORMAT}; assemble the model again")
+    if not isinstance(content, dict) or content.get("format") not in FORMATS:
+        raise ModelError(
+            f"{folder / INDEX}: not format {' or '.join(map(str, FORMATS))}; "
+            "assemble the model again"
+        )
     hashes = content.get("sha256")
     if not isinstance(hashes, dict) or set(hashes) != set(FILES):
         raise ModelError(f"{folder / INDEX}: its list of hashes is damaged; assemble again")
@@ -136,8 +139,7 @@ def read_index(folder: Path) -> Index:
             raise ModelError(
                 f"{folder / name}: not the file this model was saved with; assemble it again"
             )
-    sampling = parse_config(Sampling, content.get("sampling"), folder / INDEX)
-    return Index(sampling=sampling, sha256=_hash(hashes))
+    return Index(sampling=_read_sampling(content, folder / INDEX), sha256=_hash(hashes))
 
 
 def write_folder(
@@ -145,7 +147,7 @@ def write_folder(
     *,
     tokenizer: Tokenizer,
     networks: Mapping[str, nn.Module],
-    sampling: Sampling,
+    sampling: StreamSampling,
     card: str | None,
     weights: Weights = "float32",
 ) -> None:
@@ -168,10 +170,9 @@ def write_folder(
         hashes = {name: file_hash(new / name) for name in FILES}
         sizes = _sizes(tokenizer, networks)
         content = {
-            "format": FORMAT,
             "sizes": sizes,
             "weights": formats,
-            "sampling": asdict(sampling),
+            **_describe_sampling(sampling),
             "sha256": hashes,
         }
         write_json(new / INDEX, content)
@@ -179,6 +180,24 @@ def write_folder(
         if folder.exists():
             folder.rename(temporary / "old")
         new.rename(folder)
+
+
+def _describe_sampling(sampling: StreamSampling) -> dict[str, Any]:
+    """Format and sampling as they stand in the index; the older format where it can say it."""
+    if sampling.scene == sampling.image:
+        return {"format": 1, "sampling": asdict(sampling.scene)}
+    return {"format": 2, "sampling": asdict(sampling)}
+
+
+def _read_sampling(content: dict[str, Any], source: Path) -> StreamSampling:
+    found = content.get("sampling")
+    if content["format"] == 1:
+        both = parse_config(Sampling, found, source)
+        return StreamSampling(scene=both, image=both)
+    if not isinstance(found, dict) or set(found) != {"scene", "image"}:
+        raise ModelError(f"{source}: needs a sampling for scene and image; assemble again")
+    scene, image = (parse_config(Sampling, found[name], source) for name in ("scene", "image"))
+    return StreamSampling(scene=scene, image=image)
 
 
 def _choose_format(name: str, network: nn.Module, weights: Weights) -> Weights:
@@ -246,7 +265,7 @@ def _sizes(tokenizer: Tokenizer, networks: Mapping[str, nn.Module]) -> dict[str,
     }
 
 
-def _write_card(sizes: dict[str, Any], sampling: Sampling) -> str:
+def _write_card(sizes: dict[str, Any], sampling: StreamSampling) -> str:
     parameters = sizes["parameters"]
     rows = "\n".join(
         f"| {stream} | {size['vocabulary']} | {size.get('grid', size.get('length'))} |"
@@ -273,7 +292,7 @@ model.generate("two dogs in the park", count=4).images[0].show()
 {rows}
 
 Parameters: {", ".join(f"{name} {count:,}" for name, count in parameters.items())}.
-Sampling defaults: `{json.dumps(asdict(sampling))}`.
+Sampling defaults: `{json.dumps(_describe_sampling(sampling)["sampling"])}`.
 
 ## Data
 

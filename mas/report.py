@@ -147,9 +147,14 @@ def describe(figures: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     asked = figures["input"]
     parts = [
         f"# Evaluation of {figures['model']['name']}",
-        f"{asked['pictures']} captions and pictures of `{asked['shards']}`, guidance "
-        f"{figures['guidance']:g}, seed {figures['seed']}. *Real* is what the same reading says of "
-        "real scenes and pictures: the most that can be reached.",
+        f"{asked['pictures']} captions and pictures of `{asked['shards']}`, "
+        f"{name_guidance(figures['sampling'])}, seed {figures['seed']}. *Real* is what the same "
+        "reading says of real scenes and pictures: the most that can be reached.",
+        "Sampling of the scene: "
+        + "; of the picture: ".join(
+            _settings(figures["sampling"][stream]) for stream in ("scene", "image")
+        )
+        + ".",
         _obedience(figures),
         _scenes(figures),
         _others(figures),
@@ -159,6 +164,19 @@ def describe(figures: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         parts.append(_sweep(figures["sweep"]))
     parts.append(f"## Samples\n\n![samples]({pictures['samples']})")
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def name_guidance(sampling: Mapping[str, Mapping[str, Any]]) -> str:
+    """The guidance of both streams in words."""
+    scene, image = (sampling[stream]["guidance"] for stream in ("scene", "image"))
+    if scene == image:
+        return f"guidance {scene:g}"
+    return f"guidance {scene:g} for scenes and {image:g} for pictures"
+
+
+def _settings(sampling: Mapping[str, Any]) -> str:
+    said = {name: value for name, value in sampling.items() if value is not None}
+    return ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in said.items())
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

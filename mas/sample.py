@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import mas
-from mas.filter import Sampling, by_stream
+from mas.filter import StreamSampling, by_stream
 from mas.model import Generation, MakeAScene, Progress
 from mas.model_folder import ModelError, find_folder
 from mas.precision import Precision
@@ -80,7 +80,7 @@ def sample(
         keep: with rerank: write only the best so many of the `count` pictures a caption.
         clip: which CLIP: a folder, or a hub id that was downloaded before; needs the extra eval.
         guidance: how much more the caption counts; 1 = as it is, 3-5 = stronger (default: the
-            model's, as for the next three).
+            model's, which may differ for scene and picture; as for the next three).
         temperature: below 1 likelier tokens, above 1 wilder ones, 0 = always the likeliest.
         top_k: keep the k likeliest tokens; below 1 a share of the vocabulary (0.5 = top half).
         top_p: keep the likeliest tokens that together have this probability.
@@ -94,7 +94,7 @@ def sample(
     conditioned = scene is not None or image is not None
     captions = read_captions(caption, prompts, empty_is_fine=conditioned)
     common = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    by_stream(Sampling(), common, scene=scene_sampling or {}, image=image_sampling or {})
+    by_stream(StreamSampling(), common, scene=scene_sampling or {}, image=image_sampling or {})
     for name, value in (("count", count), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name} is {value}, use 1 or more")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mas.filter import Sampling
+from mas.filter import StreamSampling, by_stream
 from mas.gpt import GPT
 from mas.model import MakeAScene
 from mas.rounding import Weights
@@ -41,6 +41,8 @@ def assemble(
     temperature: float = 1.0,
     top_k: float | None = None,
     top_p: float | None = None,
+    scene_sampling: dict[str, float] | None = None,
+    image_sampling: dict[str, float] | None = None,
     weights: Weights = "float32",
     card: Path | None = None,
     tune: str | None = None,
@@ -58,6 +60,8 @@ def assemble(
         temperature: likewise, of the draw; a model trained for minutes wants less than 1.
         top_k: likewise, tokens kept; below 1 a share of the vocabulary.
         top_p: likewise, total probability of the tokens kept.
+        scene_sampling: the four settings above for the scene only, such as '{"guidance": 2}'.
+        image_sampling: the same for the picture only.
         weights: number format on the disk; int8 is for the GPT's matrices; the tokenizers then get
             float16, unless they were trained with checkpoints.weights int8.
         card: text of the model card, README.md: data, licences, numbers, limits (default: one that
@@ -66,7 +70,12 @@ def assemble(
             of all classes; tokens stay the same.
         tune_count: how many of these scenes, spread evenly.
     """
-    sampling = Sampling(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling = by_stream(
+        StreamSampling(),
+        {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p},
+        scene=scene_sampling or {},
+        image=image_sampling or {},
+    )
     text = None if card is None else read_card(card)
     manifest = Path(gpt) / MANIFEST
     if manifest.is_file():

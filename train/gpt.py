@@ -30,6 +30,7 @@ from train.assemble import MANIFEST, check_hashes
 from train.flops import training_flops
 from train.sharding import shard
 from train.stage import Optimiser, Rows, Stage, to_step
+from train.start import check_tokens, start_from
 from train.vqgan import to_picture
 
 
@@ -124,6 +125,8 @@ class GPTTraining(Stage):
         preview: what is needed to show samples; without it no sheets are written.
         compile: fuse the blocks' operations (torch.compile; the first steps take minutes).
         checkpoint_blocks: recompute blocks backwards: a fraction of the memory, a third more time.
+        init_from: folder of a trained GPT to go on from: a run, or gpt/ of a model folder. Its
+            tokens must be of the same tokenizers; dropout may differ.
         seed: of the random numbers of a step; linked to seed_everything.
     """
 
@@ -141,9 +144,13 @@ class GPTTraining(Stage):
         preview: Preview,
         compile: bool = False,
         checkpoint_blocks: bool = False,
+        init_from: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(GPT(network), optimiser, seed=seed)
+        self.init_from = init_from
+        if init_from is not None:
+            start_from(self.network, init_from)
         self.weights = weights
         self.caption_dropout = caption_dropout
         self.preview = preview
@@ -161,6 +168,8 @@ class GPTTraining(Stage):
 
     def setup(self, stage: str) -> None:
         check_manifest(self._manifest, self.network.config)
+        if self.init_from is not None:
+            check_tokens(self._manifest, self.init_from)
         if self.trainer.is_global_zero and self.preview.complete:
             self.painter = Painter(self.preview, self._manifest)
 

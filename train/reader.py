@@ -24,6 +24,7 @@ from mas.scene import CLASSES, VOID, SceneMap
 from mas.shards import ShardIndex, expand_shards
 from train.data import Part, PictureData, PictureItems
 from train.stage import Optimiser, Rows, Stage
+from train.start import start_from
 from train.stream import Items
 
 UNKNOWN = -100  # cross-entropy passes over this target
@@ -63,6 +64,7 @@ class ReaderTraining(Stage):
         optimiser: how it is trained.
         pixels: which pixels of a picture a step learns from.
         time_weight: of the loss of the hour.
+        init_from: folder of a trained reader to go on from; its picture size may be another.
         seed: of the random numbers of a step; linked to seed_everything.
     """
 
@@ -76,11 +78,14 @@ class ReaderTraining(Stage):
         optimiser: Optimiser,
         pixels: PixelChoice = PixelChoice(),  # frozen
         time_weight: float = 0.2,
+        init_from: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(Reader(network), optimiser, seed=seed)
         self.pixels, self.time_weight = pixels, time_weight
         self.seen = SceneMetrics()
+        if init_from is not None:
+            start_from(self.network, init_from)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self._losses(batch)

@@ -1,14 +1,15 @@
 """Fine-tuning: a network of a run starts from the weights of another.
 
 In: a fresh network, and a folder with a trained one (a run folder, an imported `vqgan/`, a part of
-a model folder). Out: the network with those weights. What decides the tensors and their meaning
-must agree; picture size and settings of the training may differ, since the networks are
-convolutional.
+a model folder, whatever its number format). Out: the network with those weights. What decides the
+tensors and their meaning must agree; settings of the training may differ, and the picture size of
+those networks that are convolutional: all but the GPT.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,13 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from mas.gpt import GPT
+from mas.reader import Reader
+from mas.sequence import Streams
+from mas.storage import CONFIG_FILE, StoredTensors, build_unfilled, parse_config, read_json
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
+from train.assemble import MANIFEST
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +39,13 @@ MAY_DIFFER = {
     "face_weight",
     "pixels",
     "balance",
+    "dropout",
 }
 GROWS = {"blocks", "hidden"}  # may be larger, hidden only from 0: what is new starts as nothing
 
 
-def start_from(network: VQSEG | VQGAN, folder: str | Path) -> None:
-    """Copies the weights of `folder` into `network`.
+def start_from(network: VQSEG | VQGAN | GPT | Reader, folder: str | Path) -> None:
+    """Copies the weights of `folder` into `network`, one tensor at a time.
 
     A VQ-SEG may also have patches a whole number of times larger than the folder's: it then starts
     as the same network that sees every pixel enlarged by that number. So one trained at 128 px and
@@ -49,13 +56,16 @@ def start_from(network: VQSEG | VQGAN, folder: str | Path) -> None:
         StorageError: the folder holds no such network.
         ValueError: another network; names the keys of its config that must be copied.
     """
-    trained: Any = type(network).from_pretrained(folder)
-    before, now = asdict(trained.config), asdict(network.config)
+    source = Path(folder) / CONFIG_FILE
+    config = parse_config(type(network.config), read_json(source), source)
+    before, now = asdict(config), asdict(network.config)
     differing = {key for key in now if before[key] != now[key]}
-    state = trained.state_dict()
+    trained: Any = build_unfilled(type(network), config)
+    state: Mapping[str, Tensor] = StoredTensors(folder, trained.state_dict())
     if "patch" in differing and isinstance(network, VQSEG) and network.head is not None:
         times, rest = divmod(now["patch"], before["patch"])
         if not rest:
+            state = dict(state)
             _enlarge_patches(state, before["patch"], times)
             differing.remove("patch")
     grown = {
@@ -70,9 +80,43 @@ def start_from(network: VQSEG | VQGAN, folder: str | Path) -> None:
             + ", ".join(f"{key} is {before[key]}, not {now[key]}" for key in wrong)
             + "; set model.network to what it has"
         )
-    network.load_state_dict((network.state_dict() if grown else {}) | state)
+    for name, tensor in network.state_dict().items():
+        if not grown or name in state:
+            tensor.copy_(state[name])
     for key in sorted(differing):
         logger.info("%s was %s in %s, is now %s", key, before[key], folder, now[key])
+
+
+def check_tokens(manifest: Mapping[str, Any], folder: str | Path) -> None:
+    """Checks that the GPT in `folder` was trained on tokens of the tokenizers behind `manifest`.
+
+    Only a run folder knows them; for a part of a model folder a warning says that they are unknown.
+
+    Raises:
+        ValueError: names the streams whose tokens mean something else, or a damaged record.
+    """
+    source = Path(folder) / MANIFEST
+    if not source.is_file():
+        logger.warning(
+            "%s has no %s: that its GPT knows tokens of these tokenizers cannot be checked",
+            folder,
+            MANIFEST,
+        )
+        return
+    before = read_json(source)
+    try:
+        other = [s for s in Streams._fields if before[s]["sha256"] != manifest[s]["sha256"]]
+    except (KeyError, TypeError, IndexError):
+        raise ValueError(
+            f"{source} does not name the tokenizers: it is damaged; copy manifest.json of that "
+            "training's tokens in its place"
+        ) from None
+    if other:
+        raise ValueError(
+            f"the GPT in {folder} was trained on other tokens: the tokenizer of "
+            f"{' and '.join(other)} is another one; tokenize with the tokenizers of that run, or "
+            "leave out model.init_from"
+        )
 
 
 @torch.no_grad()

@@ -9,7 +9,10 @@ samples consumed; it does not depend on how many workers or ranks there are.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -123,9 +126,25 @@ def ignore_signals(worker: int) -> None:
     """For loader workers: a signal to all processes is the training process's to answer.
 
     It stops after the step at hand and saves; a worker that died of the signal would spoil that.
+    Only SIGTERM of the training process itself ends a worker: with it Python, as it exits, ends
+    those that are left over (something still refers to their iterator, such as the traceback of
+    an error) and waits until they have ended.
     """
-    for number in STOPPING:
+    for number in set(STOPPING) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none: there a worker dies of any SIGTERM
+        # Blocked before any other thread is there to inherit it, so that all leave it to this one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends the process at the first SIGTERM of the process that started it."""
+    parent = multiprocessing.parent_process()  # not the fork server that may lie between them
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)  # anything else would be reported as a worker that failed
 
 
 class Fixed(Dataset):

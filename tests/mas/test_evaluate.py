@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -9,12 +10,16 @@ import torch
 from PIL import Image
 from torch import nn
 
+import mas.examiner
 from mas import evaluate as command
 from mas.__main__ import main
 from mas.cases import choose_caption, read_cases
 from mas.distances import disagreement, frechet_distance, kernel_distance, spread
 from mas.evaluate import choose_guidance, evaluate, spread_out
 from mas.examiner import Examiner
+from mas.filter import Sampling, StreamSampling
+from mas.generate import generate
+from mas.model import MakeAScene
 from mas.obedience import CLAIMS
 from mas.reader import Reader, ReaderConfig
 from mas.report import draw_sweep
@@ -84,7 +89,8 @@ def run(shards, reader_folder, tiny_folder, tmp_path_factory):
     def start(name="park", **options):
         output = tmp_path_factory.mktemp("report") / "report.json"
         values = {"reader": reader_folder, "count": 6, "seeds": 2, "batch": 4, **options}
-        evaluate(input=shards[name], output=output, model=str(tiny_folder), **values)
+        values = {"model": str(tiny_folder)} | values
+        evaluate(input=shards[name], output=output, **values)
         return output, json.loads(output.read_text())
 
     return start
@@ -116,6 +122,45 @@ def test_true_scenes_keep_the_classes_they_are_asked_for(report):
     # At 32 px the smallest things have less pixels than a thing needs.
     assert figures["caption_real"]["class"] > 0.8
     assert figures["caption_real"]["number"] > figures["caption"]["number"]  # of random scenes
+
+
+def test_without_a_guidance_each_stream_has_the_models_own(run, tiny_model, tmp_path):
+    own = StreamSampling(scene=Sampling(guidance=1.5), image=Sampling(guidance=4, top_p=0.9))
+    folder = tmp_path / "own"
+    MakeAScene(
+        tokenizer=tiny_model.tokenizer,
+        vqseg=tiny_model.vqseg,
+        vqgan=tiny_model.vqgan,
+        gpt=tiny_model.gpt,
+        sampling=own,
+    ).save_pretrained(folder)
+    output, figures = run(model=str(folder), count=2)
+    assert figures["sampling"] == asdict(own) and figures["guidance"] is None
+    text = output.with_suffix(".md").read_text()
+    assert "guidance 1.5 for scenes and 4 for pictures" in text
+    assert "of the picture: guidance 4, temperature 1, top-p 0.9." in text
+    output, figures = run(model=str(folder), count=2, guidance=[0.0])
+    assert figures["guidance"] == figures["sampling"]["scene"]["guidance"] == 0
+    assert figures["sampling"]["image"] == asdict(Sampling(guidance=0, top_p=0.9))
+    assert "guidance 0, seed" in output.with_suffix(".md").read_text()
+
+
+def test_the_examiner_samples_with_the_settings_it_names(tiny_model, monkeypatch, shards):
+    used = []
+
+    def note(decoder, text_BT, *, scene, image, **options):
+        used.append(StreamSampling(scene=scene, image=image))
+        return generate(decoder, text_BT, scene=scene, image=image, **options)
+
+    monkeypatch.setattr(mas.examiner, "generate", note)
+    own = StreamSampling(scene=Sampling(guidance=1.5), image=Sampling(guidance=4, top_p=0.9))
+    monkeypatch.setattr(tiny_model, "sampling", own)
+    examiner = Examiner(tiny_model, None, seed=0, batch=2)
+    cases = read_cases(shards["park"], 2).cases
+    examiner.paint(cases, None)
+    examiner.paint(cases, 2.0)
+    both = StreamSampling(scene=Sampling(guidance=2), image=Sampling(guidance=2, top_p=0.9))
+    assert used == [own, both] == [examiner.sampling(None), examiner.sampling(2.0)]
 
 
 def test_the_report_is_written_for_people_too(report):

@@ -8,7 +8,7 @@ from PIL import Image
 import mas.model
 import mas.model_folder
 from mas import MakeAScene
-from mas.filter import Sampling
+from mas.filter import Sampling, StreamSampling
 from mas.gpt import GPT
 from mas.model_folder import ModelError
 from mas.precision import StoredGPT, choose_device, choose_precision
@@ -145,6 +145,33 @@ def test_the_model_brings_its_own_defaults(parts, tmp_path):
     settings = model.generate(CAPTION, temperature=0.5).settings
     expected = {"guidance": 2.5, "temperature": 0.5, "top_k": None, "top_p": 0.9}
     assert settings == {"scene": expected, "image": expected}
+
+
+def test_the_model_brings_defaults_of_each_stream_and_a_request_goes_before_them(parts, tmp_path):
+    own = StreamSampling(scene=Sampling(guidance=1.5), image=Sampling(guidance=4, top_p=0.9))
+    MakeAScene(**parts, sampling=own).save_pretrained(tmp_path / "m")
+    model = MakeAScene.from_pretrained(tmp_path / "m", device="cpu")
+    assert model.sampling == own
+    model.save_pretrained(tmp_path / "m")
+    assert MakeAScene.from_pretrained(tmp_path / "m", device="cpu").sampling == own
+
+    def guidances(**request):
+        settings = model.generate(CAPTION, **request).settings
+        return settings["scene"]["guidance"], settings["image"]["guidance"]
+
+    assert guidances() == (1.5, 4)
+    assert guidances(guidance=2) == (2, 2)
+    assert guidances(guidance=2, image_sampling={"guidance": 3}) == (2, 3)
+    assert guidances(scene_sampling={"temperature": 0, "guidance": 0}) == (0, 4)
+    plain = model.generate(CAPTION, seed=3)
+    said = MakeAScene(**parts).generate(
+        CAPTION,
+        seed=3,
+        scene_sampling={"guidance": 1.5},
+        image_sampling={"guidance": 4, "top_p": 0.9},
+    )
+    assert plain.settings == said.settings
+    assert all(torch.equal(*pair) for pair in zip(plain.tokens, said.tokens, strict=True))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])

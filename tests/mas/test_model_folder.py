@@ -11,7 +11,7 @@ import torch
 
 import mas.model_folder
 from mas import MakeAScene
-from mas.filter import Sampling
+from mas.filter import Sampling, StreamSampling
 from mas.gpt import GPT
 from mas.model_folder import FILES, ModelError
 from mas.rounding import narrow, widen
@@ -183,6 +183,39 @@ def test_unknown_sampling_defaults_are_refused_by_name(copied):
     index["sampling"]["wildness"] = 3
     (copied / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="wildness"):
+        MakeAScene.from_pretrained(copied)
+
+
+def test_the_index_keeps_one_sampling_for_both_streams_or_one_for_each(copied):
+    file = copied / "model_index.json"
+    index = json.loads(file.read_text())
+    assert index["format"] == 1
+    index["sampling"] = {"guidance": 2.0}
+    file.write_text(json.dumps(index))
+    both = MakeAScene.from_pretrained(copied, device="cpu").sampling
+    assert both.scene == both.image == Sampling(guidance=2)
+    index["sampling"] = each = {"scene": {"guidance": 2.0}, "image": {"top_p": 0.5}}
+    file.write_text(json.dumps(index | {"format": 2}))
+    model = MakeAScene.from_pretrained(copied, device="cpu")
+    own = StreamSampling(scene=Sampling(guidance=2.0), image=Sampling(top_p=0.5))
+    assert model.sampling == own
+    model.card = None
+    model.save_pretrained(copied)
+    assert json.loads(file.read_text())["format"] == 2
+    assert json.loads(file.read_text())["sampling"] == dataclasses.asdict(own)
+    assert json.dumps(dataclasses.asdict(own)) in (copied / "README.md").read_text()
+    for sampling, message in (
+        ({"guidance": 2.0}, "needs a sampling for scene and image"),
+        ({"scene": {}}, "needs a sampling for scene and image"),
+        (each | {"text": {}}, "needs a sampling for scene and image"),
+        (each | {"scene": {"wildness": 3}}, "wildness"),
+        (each | {"image": 3}, "expected a JSON object"),
+    ):
+        file.write_text(json.dumps(index | {"format": 2, "sampling": sampling}))
+        with pytest.raises(ValueError, match=message):
+            MakeAScene.from_pretrained(copied)
+    file.write_text(json.dumps(index))  # format 1 knows no streams
+    with pytest.raises(ValueError, match="unknown config keys"):
         MakeAScene.from_pretrained(copied)
 
 

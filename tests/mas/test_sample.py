@@ -12,7 +12,8 @@ from PIL import Image
 import mas.model
 import mas.sample
 from mas.__main__ import main
-from mas.filter import Sampling
+from mas.filter import Sampling, StreamSampling
+from mas.model import MakeAScene
 from mas.model_folder import write_folder
 from mas.scene import COCO_CATEGORY_IDS, SceneMap
 from mas.vqgan import VQGAN
@@ -77,6 +78,24 @@ def test_caption_and_settings_stand_in_the_png(run, tmp_path):
     assert json.loads(text["settings"])["image"]["guidance"] == 2
     assert len(text["model"]) == 64
     assert Image.open(tmp_path / "out/grid.png").text["caption"] == caption
+
+
+def test_what_each_stream_was_sampled_with_is_written_down(run, tmp_path, tiny_folder):
+    model = MakeAScene.from_pretrained(tiny_folder, device="cpu")
+    model.sampling = StreamSampling(scene=Sampling(guidance=1.5), image=Sampling(guidance=4))
+    model.save_pretrained(tmp_path / "own")
+    for words, expected in (
+        ((), (1.5, 4)),
+        (("--guidance", "2"), (2, 2)),
+        (("--guidance", "2", "--image-sampling.guidance", "3"), (2, 3)),
+    ):
+        status, _, err = run(
+            CAPTION, "--count=1", "--output", "out", *words, model=tmp_path / "own"
+        )
+        assert status == 0, err
+        written = json.loads((tmp_path / "out/samples.json").read_text())["settings"]
+        assert (written["scene"]["guidance"], written["image"]["guidance"]) == expected
+        assert json.loads(Image.open(tmp_path / "out/0000.png").text["settings"]) == written
 
 
 def test_the_same_command_writes_the_same_pngs_also_over_the_old_ones(run, tmp_path):
@@ -310,7 +329,7 @@ def test_parts_that_do_not_fit_are_one_line(run, tmp_path, parts):
         tmp_path / "mixed",
         tokenizer=parts["tokenizer"],
         networks=networks,
-        sampling=Sampling(),
+        sampling=StreamSampling(),
         card=None,
     )
     status, out, err = run(CAPTION, "--output", "out", model=tmp_path / "mixed")

@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 
+from mas.__main__ import main
+from mas.filter import Sampling
 from mas.gpt import GPT, GPTConfig
 from mas.model import MakeAScene
 from mas.rounding import narrow, widen
@@ -71,10 +73,25 @@ def test_captions_of_nothing_are_refused(tmp_path):
 def test_assembled_parts_generate(parts, tmp_path):
     assemble(**arguments(parts), output=str(tmp_path / "model"), guidance=5, top_p=0.9)
     model = MakeAScene.from_pretrained(tmp_path / "model", device="cpu")
-    assert (model.sampling.guidance, model.sampling.top_p) == (5, 0.9)
+    assert model.sampling.scene == model.sampling.image == Sampling(guidance=5, top_p=0.9)
     result = model.generate("a dog on the grass", seed=1)
     assert result.images[0].size == (32, 32)
     assert result.scenes[0].size == (32, 32)
+
+
+def test_what_is_not_said_of_one_stream_is_as_for_both(parts, tmp_path):
+    output = str(tmp_path / "model")
+    words = ["assemble", "--output", output, "--guidance", "4", "--scene-sampling.guidance", "2"]
+    words += ["--image-sampling.top_p", "0.95", "--temperature", "0.9"]
+    words += [word for k, v in arguments(parts).items() for word in (f"--{k}", v)]
+    assert main(words) == 0
+    sampling = MakeAScene.from_pretrained(output, device="cpu").sampling
+    assert sampling.scene == Sampling(guidance=2, temperature=0.9)
+    assert sampling.image == Sampling(guidance=4, temperature=0.9, top_p=0.95)
+    with pytest.raises(ValueError, match=r"scene_sampling knows guidance.*not topp"):
+        assemble(**arguments(parts), output=output, scene_sampling={"topp": 0.5})
+    with pytest.raises(ValueError, match="guidance is -1"):
+        assemble(**arguments(parts), output=output, image_sampling={"guidance": -1})
 
 
 @pytest.mark.parametrize("weights", ["float16", "int8"])

@@ -57,6 +57,16 @@ def words(shards, folder, **settings):
     return ["reader", *(f"--{key}={value}" for key, value in values.items())]
 
 
+def test_a_reader_starts_from_another(fact_shards, tmp_path):
+    settings = {"trainer__max_steps": 1, "pictures__count": 0, "ema_decay": 0}
+    assert train(words(fact_shards, tmp_path / "first", **settings)) == 0
+    settings |= {"model__init_from": tmp_path / "first", "model__optimiser.learning_rate": 1e-30}
+    assert train(words(fact_shards, tmp_path / "second", **settings)) == 0
+    first, second = (Reader.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    for name, tensor in second.state_dict().items():
+        torch.testing.assert_close(tensor, first.state_dict()[name], rtol=0, atol=1e-20, msg=name)
+
+
 def test_the_reader_learns_pixels_and_hours(fact_shards, tmp_path):
     settings = dict(ema_decay=0, trainer__max_steps=80, trainer__val_check_interval=80)
     settings |= {"model.optimiser.learning_rate": 0.01}

@@ -2,21 +2,32 @@
 
 import csv
 import dataclasses
+import json
 
 import pytest
 import torch
 
-from mas.storage import StorageError
+from mas.gpt import GPT, GPTConfig
+from mas.reader import Reader, ReaderConfig
+from mas.rounding import narrow, widen
+from mas.storage import StorageError, save_network
 from mas.vqgan import VQGAN, VQGANConfig
 from mas.vqseg import VQSEG, VQSEGConfig
 from train.cli import train
-from train.start import start_from
+from train.start import check_tokens, start_from
 
 SEG = VQSEGConfig(
     size=16, grid=4, codes=16, code_width=4, width=8, groups=4, patch=2, features=8, embedding=4
 )
 GAN = VQGANConfig(
     size=16, codes=32, code_width=4, features=8, width=8, groups=4, multipliers=(1, 1), attention=()
+)
+GPT_SIZES = GPTConfig(
+    layers=2, width=32, heads=2, text_vocabulary=30, scene_vocabulary=8, image_vocabulary=8,
+    text_length=4, scene_grid=2, image_grid=2,
+)  # fmt: skip
+READER = ReaderConfig(
+    size=16, width=8, multipliers=(1, 2), groups=4, features=8, times=("day", "night")
 )
 
 
@@ -38,17 +49,38 @@ def enlarge(x_BHW, times=2):
     return x_BHW.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
 
-@pytest.mark.parametrize(("network_class", "config"), [(VQSEG, SEG), (VQGAN, GAN)])
-def test_a_network_of_another_picture_size_gets_the_same_weights(network_class, config, tmp_path):
+@pytest.mark.parametrize(
+    ("network_class", "config", "changes"),
+    [
+        (VQSEG, SEG, {"size": 32, "restart": 0.0, "grid": 8}),
+        (VQGAN, GAN, {"size": 32, "restart": 0.0}),
+        (GPT, GPT_SIZES, {"dropout": 0.1}),
+        (Reader, READER, {"size": 32}),
+    ],
+)
+def test_a_network_whose_tensors_are_the_same_gets_the_same_weights(
+    network_class, config, changes, tmp_path
+):
     trained = build(network_class, config)
     trained.save_pretrained(tmp_path)
-    sizes = {"size": 32, "restart": 0.0} | ({"grid": 8} if network_class is VQSEG else {})
-    network = build(network_class, dataclasses.replace(config, **sizes), seed=1)
+    network = build(network_class, dataclasses.replace(config, **changes), seed=1)
     start_from(network, tmp_path)
-    assert network.config.size == 32
+    assert network.config == dataclasses.replace(config, **changes)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, trained.state_dict()[name]), name
     assert any(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("weights", ["float16", "int8"])
+@pytest.mark.parametrize(("network_class", "config"), [(GPT, GPT_SIZES), (Reader, READER)])
+def test_weights_of_fewer_bits_become_float32(network_class, config, weights, tmp_path):
+    trained = build(network_class, config)
+    save_network(trained, tmp_path, weights=weights)
+    network = build(network_class, config, seed=1)
+    start_from(network, tmp_path)
+    expected = widen(narrow(trained.state_dict(), weights))
+    for name, tensor in network.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, expected[name]), name
 
 
 def test_larger_patches_see_enlarged_scenes_as_the_trained_network_sees_them(tmp_path):
@@ -99,6 +131,11 @@ def test_a_grown_network_starts_as_the_trained_one_and_learns_with_all_of_itself
         (VQGAN, GAN, {"quantizer": "cosine"}, "quantizer is nearest, not cosine"),
         (VQGAN, GAN, {"patch": 2}, "patch is 1, not 2"),
         (VQGAN, GAN, {"width": 16}, "width is 8, not 16"),
+        (GPT, GPT_SIZES, {"heads": 4, "dropout": 0.1}, "heads is 2, not 4; set model.network"),
+        (GPT, GPT_SIZES, {"layers": 3, "scene_grid": 4}, "layers is 2, not 3, scene_grid is 2"),
+        (GPT, GPT_SIZES, {"gated": True, "rotary": True}, "gated is False, not True, rotary"),
+        (Reader, READER, {"patch": 4}, "patch is 2, not 4"),
+        (Reader, READER, {"times": ("night", "day")}, "times is .'day', 'night'., not"),
     ],
 )
 def test_another_network_is_refused_by_its_keys(network_class, config, changes, words, tmp_path):
@@ -115,7 +152,43 @@ def test_a_folder_without_a_network_is_named(tmp_path):
         start_from(build(VQGAN, GAN), tmp_path)
 
 
-@pytest.mark.parametrize("stage", ["vqseg", "vqgan"])
+def test_a_gpt_knows_only_the_tokens_it_was_trained_on(tmp_path, caplog):
+    manifest = {stream: {"sha256": stream} for stream in ("text", "scene", "image")}
+    check_tokens(manifest, tmp_path)
+    assert "has no tokens.json" in caplog.text
+    file = tmp_path / "tokens.json"
+    file.write_text(json.dumps(manifest))
+    caplog.clear()
+    check_tokens(manifest, tmp_path)
+    assert not caplog.text
+    for streams in (("scene",), ("text", "image")):
+        other = manifest | {stream: {"sha256": "other"} for stream in streams}
+        with pytest.raises(ValueError, match=f"tokenizer of {' and '.join(streams)} is another"):
+            check_tokens(other, tmp_path)
+    for content in ("[]", "{}", '{"text": 3}'):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"tokens\.json does not name the tokenizers"):
+            check_tokens(manifest, tmp_path)
+
+
+def test_a_gpt_goes_on_with_its_tokens_and_refuses_others(words, token_shards, tmp_path):
+    settings = dict(pictures__count=0, trainer__max_steps=2, ema_decay=0)
+    assert train(words("gpt", "first", **settings)) == 0
+    start = {"model__init_from": tmp_path / "first", "model__network.dropout": 0.2}
+    start["model__optimiser.learning_rate"] = 1e-30
+    assert train(words("gpt", "second", **settings, **start, model__compile=True)) == 0
+    first, second = (GPT.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    for name, tensor in second.state_dict().items():
+        torch.testing.assert_close(tensor, first.state_dict()[name], rtol=0, atol=1e-20, msg=name)
+    file = tmp_path / "first/tokens.json"
+    manifest = json.loads(file.read_text())
+    manifest["image"]["sha256"] = "other"
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="the tokenizer of image is another one"):
+        train(words("gpt", "third", **settings, **start))
+
+
+@pytest.mark.parametrize("stage", ["vqseg", "vqgan", "gpt"])
 def test_a_run_from_a_run_goes_on_where_that_one_was(stage, words, tmp_path):
     settings = dict(pictures__count=0, trainer__val_check_interval=30, ema_decay=0)
     assert train(words(stage, "first", trainer__max_steps=30, **settings)) == 0

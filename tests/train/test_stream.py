@@ -1,6 +1,11 @@
 """The sample stream: every sample once an epoch, and resuming goes on with exactly the next."""
 
+import os
+import signal
+import subprocess
+import sys
 from itertools import islice, pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +73,60 @@ def test_ranks_share_an_epoch_without_overlap_and_resume_together():
         (batch, _), *_ = take(resumed, 1)
         seen += batch
     assert sorted(seen[:8] + seen[8:10]) == list(range(10))  # rank 0 completes the epoch
+
+
+READS = """
+import signal, sys, time
+from tests.train.test_stream import make_loader
+
+batches = iter(make_loader(workers=2))
+next(batches), next(batches)  # one of each worker
+"""
+NOTES_SIGNALS = """
+answered = []
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: answered.append(number))
+print("reads", flush=True)
+while len(answered) < 3:
+    time.sleep(0.01)
+for _ in range(12):  # more than the workers have read ahead
+    next(batches)
+print("has read", flush=True)
+del batches
+"""
+
+
+def read(words, *, sent):
+    """Starts a process with a loader in a group of its own; what it wrote, once it has ended."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", READS + words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        start_new_session=True,
+    )
+    try:
+        said = process.stdout.readline() if sent else ""
+        for number in sent:
+            os.killpg(process.pid, number)
+        said += process.communicate(timeout=60)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("words", ["", "raise ValueError('it fails')", "sys.exit(3)"])
+def test_a_process_that_still_holds_an_iterator_ends_all_the_same(words):
+    status, said = read(words, sent=())
+    assert status == {"": 0, "sys.exit(3)": 3}.get(words, 1)
+    assert "DataLoader" not in said
+
+
+def test_workers_leave_a_signal_to_the_whole_group_to_their_parent():
+    sent = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    assert read(NOTES_SIGNALS, sent=sent) == (0, "reads\nhas read\n")
 
 
 def test_mix_separates_its_arguments():

@@ -281,3 +281,15 @@ def test_a_damaged_token_shard_is_named(damage, stream, arguments, token_shards,
     whole_epoch = arguments("run", data__input=tokens, trainer__max_steps=6)
     assert run(whole_epoch, log=log) == 1
     assert_one_line(log.read_text(), f"00000.{stream}.npy", "tokenize again")
+
+
+def test_damage_that_a_worker_finds_ends_the_run(arguments, token_shards, tmp_path):
+    tokens = tmp_path / "tokens"
+    shutil.copytree(token_shards, tokens)
+    image = np.load(tokens / "00000.image.npy")
+    image[9, 3] = 60_000
+    np.save(tokens / "00000.image.npy", image)
+    log = tmp_path / "log"
+    whole_epoch = arguments("run", data__input=tokens, trainer__max_steps=6, data__workers=2)
+    assert run(whole_epoch, log=log) == 1
+    assert_one_line(log.read_text(), "picture 9 has token 60000", "tokenize again")
