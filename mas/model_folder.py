@@ -95,7 +95,8 @@ def find_folder(name: str | Path) -> Path:
         folder = SHIPPED / "park"
         if not (folder / INDEX).is_file():
             raise ModelError(
-                "this installation ships no park model; install it anew, or train one and give its folder"
+                "this installation ships no park model; install it anew, or train one and "
+                "give its folder"
             )
         return folder
     folder = Path(name)
