@@ -6,6 +6,8 @@ Axes: L layers, R rows, N heads, T tokens, H width of a head.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,9 +18,10 @@ PIECE = 64  # tokens that room is made for at a time
 class Cache:
     """Keys and values of each layer, R N T H in one number format; queries may have another.
 
-    On a CPU there is room for a whole number of `PIECE` tokens, and more is made when it is needed:
-    so that what is read lies in one piece of memory. A cache that does not grow keeps keys and
-    values of a layer in one tensor, `pairs`, 2 R N T H.
+    Keys and values of a layer share one tensor, `pairs`, 2 R N T H. On a CPU a cache grows: only
+    the start of each half is in use, as R N T H with T a whole number of `PIECE` tokens, so that
+    what is read lies in one piece of memory. Pages behind it were never touched and cost nothing,
+    and growing frees no block that is too small for what comes next.
     """
 
     def __init__(
@@ -35,10 +38,12 @@ class Cache:
     ) -> None:
         self.length = length
         self.grows = (device is None or device.type == "cpu") if grows is None else grows
-        shape = (rows, heads, 0 if self.grows else length, head_width)
-        self.pairs = [torch.zeros(2, *shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.keys = [pair[0] for pair in self.pairs]
-        self.values = [pair[1] for pair in self.pairs]
+        shape = (2, rows, heads, length, head_width)
+        allocate = torch.empty if self.grows else torch.zeros
+        self.pairs = [allocate(shape, dtype=dtype, device=device) for _ in range(layers)]
+        used = 0 if self.grows else length
+        self.keys = [pair[0, :, :, :used] for pair in self.pairs]
+        self.values = [pair[1, :, :, :used] for pair in self.pairs]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, start: int) -> Tensor:
         """Stores keys and values of the tokens from `start` on, and attends; all R N T H."""
@@ -65,11 +70,16 @@ class Cache:
         if tokens <= self.keys[layer].shape[2]:
             return
         room = min(-(-tokens // PIECE) * PIECE, self.length)
-        for tensors in (self.keys, self.values):
+        for tensors, whole in zip((self.keys, self.values), self.pairs[layer], strict=True):
             before = tensors[layer]
             rows, heads, used, head_width = before.shape
-            tensors[layer] = before.new_zeros(rows, heads, room, head_width)
-            tensors[layer][:, :, :used] = before
+            shape = (rows, heads, room, head_width)
+            after = whole.flatten()[: math.prod(shape)].view(shape)
+            # Both begin at the same place, so no row moves onto one before it.
+            for row in reversed(range(rows)):
+                after[row, :, :used] = before[row].clone()
+                after[row, :, used:] = 0
+            tensors[layer] = after
 
 
 def attend_one(q: Tensor, keys: Tensor, values: Tensor, *, length: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mas.cache import Cache
 from mas.gpt import GPTConfig, Rotation, cell_table, make_cache, rotate, rotation_table
+from mas.heap import trim_heap
 from mas.quantize import Linear
 from mas.sequence import Stream
 
@@ -83,6 +84,7 @@ class CPUDecoder:
             stream.name: make_linear(tensors[f"heads.{stream.name}.weight"])
             for stream in self.layout.streams[1:]
         }
+        trim_heap()
 
     def new_cache(self, rows: int, *, length: int | None = None) -> Cache:
         """An empty cache for `rows` sequences of `length` tokens (default: whole ones)."""
@@ -138,7 +140,7 @@ class CPUDecoder:
     ) -> Layer:
         attention, feedforward = name + "attention", name + "feedforward"
         normed = self.config.qk_norm
-        return Layer(
+        layer = Layer(
             attention_norm=self.norm_of(tensors, attention + "_norm"),
             to_qkv=make_linear(tensors[attention + ".to_qkv.weight"]),
             to_out=make_linear(tensors[attention + ".to_out.weight"]),
@@ -148,6 +150,8 @@ class CPUDecoder:
             expand=make_linear(tensors[feedforward + ".expand.weight"]),
             contract=make_linear(tensors[feedforward + ".contract.weight"]),
         )
+        trim_heap()  # float32 matrices that were converted
+        return layer
 
 
 def read_positions(tensors: Mapping[str, Tensor], stream: Stream) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mas.cache import Cache
 from mas.filter import Sampling, draw, guide, probabilities, uniforms
+from mas.heap import trim_heap
 from mas.sequence import FREE, Layout, Stream, Streams
 from mas.text import PAD
 
@@ -165,6 +166,8 @@ class _Loop:
         self.position = self._given_until(0)
         if not self.finished:
             self._read_prefix()
+            if decoder.device.type == "cpu":
+                trim_heap()  # what reading many tokens at once took; steps need little
 
     @property
     def finished(self) -> bool:

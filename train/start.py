@@ -123,10 +123,11 @@ def check_tokens(manifest: Mapping[str, Any], folder: str | Path) -> None:
 def _enlarge_patches(state: dict[str, Tensor], patch: int, times: int) -> None:
     """Every pixel of a patch becomes `times` × `times` pixels: read as one, drawn alike."""
     sizes = {"p": patch, "q": patch, "k": times, "l": times}
-    inward, outward = "stem.project.weight", ("head.project.weight", "head.project.bias")
-    state[inward] = (
-        repeat(state[inward], "o (p q d) -> o (p k q l d)", **sizes)
-        / times**2  # mean of the copies
-    )
-    for name in outward:
-        state[name] = repeat(state[name], "(p q d) ... -> (p k q l d) ...", **sizes)
+    for name in ("stem.project.weight", "stem.detail.0.weight"):
+        if name in state:
+            copies = repeat(state[name], "o (p q d) -> o (p k q l d)", **sizes)
+            state[name] = copies / times**2  # mean of the copies
+    for name in ("head.project", "head.detail.2"):
+        for part in (f"{name}.weight", f"{name}.bias"):
+            if part in state:
+                state[part] = repeat(state[part], "(p q d) ... -> (p k q l d) ...", **sizes)

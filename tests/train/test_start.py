@@ -83,10 +83,12 @@ def test_weights_of_fewer_bits_become_float32(network_class, config, weights, tm
         assert tensor.dtype == torch.float32 and torch.equal(tensor, expected[name]), name
 
 
-def test_larger_patches_see_enlarged_scenes_as_the_trained_network_sees_them(tmp_path):
-    trained = build(VQSEG, SEG)
+@pytest.mark.parametrize("hidden", [0, 12])
+def test_larger_patches_see_enlarged_scenes_as_the_trained_network_sees_them(hidden, tmp_path):
+    config = dataclasses.replace(SEG, hidden=hidden)
+    trained = build(VQSEG, config)
     trained.save_pretrained(tmp_path)
-    network = build(VQSEG, dataclasses.replace(SEG, size=32, patch=4), seed=1)
+    network = build(VQSEG, dataclasses.replace(config, size=32, patch=4), seed=1)
     start_from(network, tmp_path)
     labels, edges = scenes(16)
     tokens = trained.encode(labels, edges)

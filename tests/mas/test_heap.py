@@ -1,0 +1,71 @@
+"""Freed memory goes back to the system, and a cache that grows leaves none behind."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mas.cache import Cache
+from mas.heap import _find_trim, trim_heap
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
+
+
+def resident_mb() -> float:
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+@LINUX
+def test_trimming_gives_back_what_lies_free_between_blocks_in_use():
+    if _find_trim() is None:
+        pytest.skip("needs glibc")
+    trim_heap()
+    before = resident_mb()
+    blocks = [torch.ones(2**14) for _ in range(1000)]  # 64 kB: below every threshold
+    kept = blocks[::10]
+    del blocks
+    held = resident_mb()
+    trim_heap()
+    assert before + 40 < held
+    assert resident_mb() < before + 20
+    assert all(block.sum() == 2**14 for block in kept)
+
+
+def test_trimming_without_glibc_does_nothing(monkeypatch):
+    monkeypatch.setattr("mas.heap._find_trim", lambda: None)
+    trim_heap()
+
+
+@LINUX
+def test_a_growing_cache_takes_no_more_than_its_keys_and_values():
+    def fill() -> tuple[Cache, float]:
+        cache = Cache(layers=8, rows=8, heads=8, length=576, head_width=64, dtype=torch.float32)
+        before = resident_mb()
+        for tokens in range(64, 577, 64):
+            for layer in range(8):
+                cache.attend(layer, vector, vector, vector, start=tokens - 1)
+        return cache, resident_mb() - before
+
+    vector = torch.ones(8, 8, 1, 64)
+    fill()  # loads what attention needs
+    trim_heap()
+    cache, grown = fill()
+    whole = sum(pair.nbytes for pair in cache.pairs) / 2**20
+    assert whole == 144
+    assert 0.5 * whole < grown < 1.05 * whole + 10
+
+
+def test_unused_places_of_a_cache_that_grew_are_zero():
+    cache = Cache(layers=1, rows=2, heads=2, length=80, head_width=4, dtype=torch.bfloat16)
+    cache.pairs[0].fill_(torch.nan)  # as memory may hold anything
+    vector = torch.ones(2, 2, 1, 4)
+    for position in range(70):
+        attended = cache.attend(0, vector, position * vector, vector, start=position)
+        assert (attended == 1).all()
+    keys = cache.keys[0]
+    assert keys.shape == (2, 2, 80, 4) and keys.is_contiguous()
+    assert (keys[:, :, :70] == torch.arange(70).view(-1, 1)).all() and (keys[:, :, 70:] == 0).all()
