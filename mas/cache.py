@@ -70,11 +70,11 @@ class Cache:
         if tokens <= self.keys[layer].shape[2]:
             return
         room = min(-(-tokens // PIECE) * PIECE, self.length)
-        for tensors, whole in zip((self.keys, self.values), self.pairs[layer], strict=True):
+        for half, tensors in enumerate((self.keys, self.values)):
             before = tensors[layer]
             rows, heads, used, head_width = before.shape
             shape = (rows, heads, room, head_width)
-            after = whole.flatten()[: math.prod(shape)].view(shape)
+            after = self.pairs[layer][half].flatten()[: math.prod(shape)].view(shape)
             # Both begin at the same place, so no row moves onto one before it.
             for row in reversed(range(rows)):
                 after[row, :, :used] = before[row].clone()
