@@ -124,7 +124,7 @@ def sampling_steps(output: Path, scenes: Path, *, model: str) -> list[Step]:
             title="Only a sentence",
             text="The model predicts the scene, then paints it.",
             command=paint("captions", "--prompts", str(given / "captions.txt"), "--count", "1",
-                          "--seed", "1"),
+                          "--seed", "4"),
             cards=lambda: cards("captions"),
         ),
         Step(
