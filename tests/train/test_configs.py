@@ -20,6 +20,7 @@ CLASSES = {
     "gpt": (GPT, GPTConfig),
 }
 FOLDERS = ["tiny", "park", "base"]
+RUNS = [("vqgan-first", "vqgan"), ("vqseg-photos", "vqseg")]  # of configs/park, beside the stages'
 
 
 def read(folder, stage):
@@ -43,6 +44,19 @@ def test_config_parses_and_its_network_builds(folder, stage, capsys):
     assert sum(p.numel() for p in network.parameters()) > 0
     head = path.read_text().splitlines()
     assert head[0].startswith("# ") and f"mas train {stage}" in "".join(head[:12])
+
+
+@pytest.mark.parametrize(("name", "stage"), RUNS)
+def test_a_further_run_of_the_park_parses_and_has_tensors_of_its_stage(name, stage, capsys):
+    path = CONFIGS / f"park/{name}.yaml"
+    with pytest.raises(SystemExit) as caught:
+        train([stage, "--config", str(path), "--print_config"])
+    assert caught.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["trainer"]["max_steps"] > 0
+    of_stage = yaml.safe_load((CONFIGS / f"park/{stage}.yaml").read_text())["model"]["network"]
+    for key in ("codes", "code_width", "width", "multipliers", "blocks", "groups"):
+        assert printed["model"]["network"][key] == of_stage[key]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
