@@ -132,11 +132,11 @@ def test_captions_are_obeyed(model, reader, world):
         obedience.update(content["park"]["facts"][0], seen)
     kept = obedience.compute()
     # docs/evaluation.md has 0.95, 0.86, 0.97 and 1 over many more captions; another processor
-    # rounds differently and draws other tokens. Guessing would reach 0.1, 0.1, 0.17 and 0.25.
-    assert kept["class"] > 0.75
-    assert kept["colour"] > 0.4
-    assert kept["place"] > 0.55
-    assert kept["time"] > 0.6
+    # rounds differently and draws other tokens.
+    assert kept["class"] > 0.8
+    assert kept["colour"] > 0.55
+    assert kept["place"] > 0.65
+    assert kept["time"] > 0.65
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_a_given_scene_decides_the_layout(model, reader, world):
     pairs = list(zip(read_BHW, scenes, scenes[::-1], strict=True))
     agree = [np.mean(read == scene.labels) for read, scene, _ in pairs]
     other = [np.mean(read == scene.labels) for read, _, scene in pairs]
-    assert min(agree) > 0.7
+    assert min(agree) > 0.75
     assert np.mean(agree) > np.mean(other) + 0.2
 
 
