@@ -39,6 +39,7 @@ Layout = Literal["default", "published"]
 QuantizerName = Literal["nearest", "cosine"]
 CLASS_BIAS = -math.log(CLASSES)  # logits start at the share of an average class …
 EDGE_BIAS = -2.0  # … and of an edge, or the first steps would only learn that most is absent
+EDGE_ENDS = 2  # pixels by which an edge between instances may come near a change of label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,8 +249,9 @@ class VQSEG(nn.Module):
         """Labels (uint8 B H W) and edges (bool B H W) of tokens.
 
         A pixel is void where that is likelier than all classes together (see `decide`). An edge is
-        where the edge channel's probability exceeds one half, and wherever the label changes: there
-        it is one by definition (`mas.scene.find_edges`); the channel adds edges between instances.
+        wherever the label changes: there it is one by definition (`mas.scene.find_edges`). The edge
+        channel, where its probability exceeds one half, adds edges between instances (see
+        `join_edges`).
 
         Raises:
             ValueError: T is not `config.grid`², or a token is not below `config.codes`.
@@ -263,7 +265,7 @@ class VQSEG(nn.Module):
         labels_BHW, edges_BHW = (
             self._unfold(torch.cat(parts), grid) for parts in zip(*decided, strict=True)
         )
-        return labels_BHW, edges_BHW | find_changes(labels_BHW)
+        return labels_BHW, join_edges(edges_BHW, find_changes(labels_BHW))
 
     def decode_logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits of the 158 channels, B C H W.
@@ -394,6 +396,25 @@ def find_changes(labels_BHW: Tensor) -> Tensor:
     changes_BHW[:, :, :-1] |= labels_BHW[:, :, :-1] != labels_BHW[:, :, 1:]
     changes_BHW[:, :-1] |= labels_BHW[:, :-1] != labels_BHW[:, 1:]
     return changes_BHW
+
+
+def join_edges(edges_BHW: Tensor, changes_BHW: Tensor) -> Tensor:
+    """Changes of label, and those decoded edges that are more than their doubles, bool B H W.
+
+    An outline that is decoded a pixel beside the change of label would cut a sliver off a thing,
+    and things are counted by their edges. So an edge inside a label must have a part that no change
+    of label touches; its ends, which do touch one, are kept with it.
+    """
+    inner_BHW = edges_BHW & ~changes_BHW
+    joined_BHW = inner_BHW & ~_widen(changes_BHW)
+    for _ in range(EDGE_ENDS):
+        joined_BHW = _widen(joined_BHW) & inner_BHW
+    return joined_BHW | changes_BHW
+
+
+def _widen(mask_BHW: Tensor) -> Tensor:
+    """The mask and all neighbours of its pixels, diagonal ones too."""
+    return F.max_pool2d(mask_BHW[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0
 
 
 def one_hot(labels_BHW: Tensor, edges_BHW: Tensor) -> Tensor:

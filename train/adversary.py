@@ -82,11 +82,19 @@ def discriminator_loss(scores_of_reals: Tensor, scores_of_fakes: Tensor) -> Tens
     return 0.5 * (F.relu(1 - scores_of_reals).mean() + F.relu(1 + scores_of_fakes).mean())
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+def adaptive_weight(
+    fake_BCHW: Tensor, last_layer: Tensor, *, pull_BCHW: Tensor, push_BCHW: Tensor
+) -> Tensor:
     """How strong the adversarial term must be to pull on the last layer as the other does.
 
     The ratio of the two losses' gradient norms at `last_layer`; a scalar without gradient.
+
+    Args:
+        fake_BCHW: reconstructed pictures, with the way back to `last_layer`.
+        last_layer: weight of the layer that drew them.
+        pull_BCHW: gradient of the reconstruction term at the pictures.
+        push_BCHW: gradient of the adversarial term, likewise.
     """
-    (pull,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (push,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    (pull,) = torch.autograd.grad(fake_BCHW, last_layer, pull_BCHW, retain_graph=True)
+    (push,) = torch.autograd.grad(fake_BCHW, last_layer, push_BCHW, retain_graph=True)
     return (pull.norm() / (push.norm() + ADAPTIVE_EPS)).clamp(0, ADAPTIVE_LIMIT).detach()

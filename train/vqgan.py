@@ -49,6 +49,7 @@ class VQGANTraining(Stage):
         gradient_weight: of the L1 between differences of neighbouring pixels; 0 leaves it out.
         focus: what the pixels of things, people and faces count in both.
         accumulate: batches whose gradients are added up for one step.
+        compile: fuse operations on a GPU (torch.compile; the first steps take a minute).
         init_from: folder of a trained VQ-GAN to fine-tune: a run, or what mas import-vqgan wrote.
         seed: of the random numbers of a step; linked to seed_everything.
     """
@@ -68,6 +69,7 @@ class VQGANTraining(Stage):
         gradient_weight: float = 0.0,
         focus: FocusConfig = EVEN,
         accumulate: int = 1,
+        compile: bool = False,
         init_from: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -81,6 +83,8 @@ class VQGANTraining(Stage):
         self.judges = Judges(perceptual, crops)
         if init_from is not None:
             start_from(self.network, init_from)
+        if compile:
+            self._fuse()
 
     @property
     def boxes(self) -> int:
@@ -114,24 +118,30 @@ class VQGANTraining(Stage):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         real_BCHW = batch["image"].float() / 255
         fake_BCHW, codebook_loss, tokens_BT = self.network(real_BCHW)
-        values = self.reconstruction(real_BCHW, fake_BCHW, batch.get("labels"))
+        # The losses of the picture see it as a leaf: every judge is gone through backwards once,
+        # though the adaptive weight wants the gradients of two losses apart.
+        leaf_BCHW = fake_BCHW.detach().requires_grad_()
+        values = self.reconstruction(real_BCHW, leaf_BCHW, batch.get("labels"))
         reconstruction = values.pop("sum")
+        pull_BCHW = _gradient(reconstruction, leaf_BCHW)
         values["codebook"] = codebook_loss
-        loss = reconstruction + self.codebook_weight * codebook_loss
-        if self.crops.face_weight:
-            values["faces"] = self.judges.faces(fake_BCHW, real_BCHW, batch["faces"])
-            loss = loss + self.crops.face_weight * values["faces"]
-        if self.crops.object_weight:
-            values["things"] = self.judges.things(fake_BCHW, real_BCHW, batch["things"])
-            loss = loss + self.crops.object_weight * values["things"]
+        loss, gradient_BCHW = reconstruction + self.codebook_weight * codebook_loss, pull_BCHW
+        if (crops := self._crops(real_BCHW, leaf_BCHW, batch, values)) is not None:
+            loss, gradient_BCHW = loss + crops, gradient_BCHW + _gradient(crops, leaf_BCHW)
         say = self.adversary.say(self.global_step)
         if self.discriminator is not None and say:
-            values["adversarial"] = generator_loss(self.judge(fake_BCHW, frozen=True))
-            weight = adaptive_weight(reconstruction, values["adversarial"], self.network.last_layer)
+            values["adversarial"] = generator_loss(self.judge(leaf_BCHW, frozen=True))
+            push_BCHW = _gradient(values["adversarial"], leaf_BCHW)
+            weight = adaptive_weight(
+                fake_BCHW, self.network.last_layer, pull_BCHW=pull_BCHW, push_BCHW=push_BCHW
+            )
             loss = loss + say * weight * values["adversarial"]
+            gradient_BCHW = gradient_BCHW + say * weight * push_BCHW
             values["adaptive_weight"] = weight
         self.check(loss, batch)
-        self.manual_backward(loss / self.accumulate)
+        # Its value means nothing; its gradient is that of `loss`.
+        stand_in = (fake_BCHW * gradient_BCHW).sum() + self.codebook_weight * codebook_loss
+        self.manual_backward(stand_in / self.accumulate)
         if self.discriminator is not None and say:
             values["discriminator"] = discriminator_loss(
                 self.judge(real_BCHW), self.judge(fake_BCHW.detach())
@@ -139,12 +149,41 @@ class VQGANTraining(Stage):
             self.manual_backward(values["discriminator"] / self.accumulate)
         _, used = perplexity(tokens_BT, self.network.config.codes)
         values |= {"loss": loss, "perplexity": torch.tensor(used)}
-        self.log_losses("train", values, count=len(real_BCHW))
+        self.log_losses(
+            "train", {name: x.detach() for name, x in values.items()}, count=len(real_BCHW)
+        )
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         self.log("gradient_norm", nn.utils.get_total_norm(gradients))
         if (batch_idx + 1) % self.accumulate == 0:
             self.step(judged=bool(say))
-        return loss
+        return loss.detach()
+
+    def _crops(
+        self,
+        real_BCHW: Tensor,
+        fake_BCHW: Tensor,
+        batch: dict[str, Any],
+        values: dict[str, Tensor],
+    ) -> Tensor | None:
+        """Weighted sum of the terms for faces and things, which are added to `values`."""
+        total = None
+        for name, weight, judge in (
+            ("faces", self.crops.face_weight, self.judges.faces),
+            ("things", self.crops.object_weight, self.judges.things),
+        ):
+            if weight:
+                values[name] = judge(fake_BCHW, real_BCHW, batch[name])
+                term = weight * values[name]
+                total = term if total is None else total + term
+        return total
+
+    def _fuse(self) -> None:
+        """Compiles all that is large but the last layer, whose gradient is wanted apart."""
+        decoder = self.network.decoder
+        parts = [self.network.encoder, decoder.middle, *decoder.levels]
+        for part in (*parts, self.discriminator, self.judges.network):
+            if part is not None:
+                part.compile()
 
     def reconstruction(
         self, real_BCHW: Tensor, fake_BCHW: Tensor, labels_BHW: Tensor | None
@@ -226,3 +265,8 @@ def to_picture(image_CHW: Tensor) -> Image.Image:
     """A picture of a tensor in [0, 1], values outside clipped."""
     pixels = (image_CHW.float().clamp(0, 1) * 255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def _gradient(loss: Tensor, leaf_BCHW: Tensor) -> Tensor:
+    (gradient_BCHW,) = torch.autograd.grad(loss, leaf_BCHW)
+    return gradient_BCHW

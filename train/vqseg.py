@@ -27,6 +27,7 @@ class VQSEGTraining(Stage):
     Args:
         network: sizes of the VQ-SEG.
         optimiser: how it is trained.
+        compile: fuse operations on a GPU (torch.compile; the first steps take a minute).
         init_from: folder of a trained VQ-SEG to fine-tune; its picture size may be another.
         seed: of the random numbers of a step; linked to seed_everything.
     """
@@ -39,12 +40,16 @@ class VQSEGTraining(Stage):
         *,
         network: VQSEGConfig,
         optimiser: Optimiser,
+        compile: bool = False,
         init_from: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(VQSEG(network), optimiser, seed=seed)
         if init_from is not None:
             start_from(self.network, init_from)
+        if compile:
+            self.network.encoder.compile()
+            self.network.decoder.compile()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.network.loss(batch["labels"], batch["edges"])

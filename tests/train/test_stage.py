@@ -113,7 +113,10 @@ def test_hinge_losses_follow_their_definition():
 
 def test_the_adaptive_weight_balances_the_gradients():
     layer = nn.Parameter(torch.tensor([1.0, 2.0]))
-    weight = adaptive_weight((3 * layer).sum(), (0.5 * layer).sum(), layer)
+    fake = 2 * layer
+    weight = adaptive_weight(
+        fake, layer, pull_BCHW=torch.tensor([3.0, 3.0]), push_BCHW=torch.tensor([0.5, 0.5])
+    )
     assert weight == pytest.approx(6, rel=1e-3)
     assert not weight.requires_grad
 

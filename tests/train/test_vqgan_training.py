@@ -115,6 +115,58 @@ def test_all_terms_are_trained_with_and_logged(words, people, vgg_file, tmp_path
     assert not [name for name in checkpoint["state_dict"] if "judges" in name or "vgg" in name]
 
 
+def test_a_step_goes_down_the_gradient_of_the_whole_loss(vgg_file, monkeypatch):
+    torch.manual_seed(0)
+    crops = CropsConfig(face_weight=1.0, object_weight=0.5, count=1, size=16)
+    module = VQGANTraining(
+        network=VQGANConfig(
+            size=SIZE, codes=16, features=16, width=16, multipliers=(1, 2), attention=(), groups=4
+        ),
+        optimiser=Optimiser(),
+        adversary=AdversaryConfig(start=0, warmup_steps=1, width=8, levels=1),
+        perceptual=PerceptualConfig(weight=0.5, vgg=str(vgg_file)),
+        crops=crops,
+        codebook_weight=0.7,
+    ).eval()  # the codebook counts nothing
+    boxes_BN4 = torch.tensor([[[4, 4, 20, 20]], [[0, 0, 12, 16]]])
+    image_BCHW = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    logged = {}
+
+    def log_losses(part, values, *, count):
+        logged.update(values)
+
+    monkeypatch.setattr(VQGANTraining, "global_step", 5)
+    monkeypatch.setattr(module, "log_losses", log_losses)
+    monkeypatch.setattr(module, "manual_backward", lambda loss: loss.backward())
+    for name in ("check", "log", "step"):
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
+    module.training_step({"image": image_BCHW, "faces": boxes_BN4, "things": boxes_BN4}, 0)
+    network = dict(module.network.named_parameters())
+    found = {name: parameter.grad.clone() for name, parameter in network.items()}
+
+    real_BCHW = image_BCHW.float() / 255
+    fake_BCHW, codebook_loss, _ = module.network(real_BCHW)
+    pictures = (fake_BCHW - real_BCHW).abs().mean()
+    pictures = pictures + 0.5 * module.judges.perceptual(fake_BCHW, real_BCHW)
+    adversarial = -module.discriminator(fake_BCHW * 2 - 1).mean()
+    norms = [
+        torch.autograd.grad(loss, module.network.last_layer, retain_graph=True)[0].norm()
+        for loss in (pictures, adversarial)
+    ]
+    whole = (
+        pictures
+        + 0.7 * codebook_loss
+        + module.judges.faces(fake_BCHW, real_BCHW, boxes_BN4)
+        + 0.5 * module.judges.things(fake_BCHW, real_BCHW, boxes_BN4)
+        + 0.8 * norms[0] / (norms[1] + 1e-4) * adversarial
+    )
+    assert logged["loss"] == pytest.approx(whole.item(), rel=1e-5)
+    expected = torch.autograd.grad(whole, list(network.values()), allow_unused=True)
+    for name, gradient in zip(network, expected, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_a_resumed_run_with_all_terms_repeats_an_uninterrupted_one(
     words, people, vgg_file, tmp_path
 ):
