@@ -284,6 +284,11 @@ def check_sharding(name: str, model: Any) -> None:
     """
     if name != "gpt":
         raise ValueError(f"trainer.strategy fsdp is for gpt; {name} fits every card: use ddp")
+    if model.optimiser.kind == "muon":
+        raise ValueError(
+            "trainer.strategy fsdp holds pieces of matrices, muon needs whole ones: set "
+            "model.optimiser.kind adamw, or trainer.strategy ddp"
+        )
     if model.preview.complete:
         raise ValueError(
             "trainer.strategy fsdp draws no sheets of samples, no process holds the whole "

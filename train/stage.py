@@ -20,6 +20,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from train.muon import MuonAdamW
 from train.stream import mix
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,9 @@ def to_step(when: float, *, steps: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimiser:
-    """AdamW with linear warm-up and a schedule over `trainer.max_steps`."""
+    """AdamW or Muon with linear warm-up and a schedule over `trainer.max_steps`."""
 
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices in a GPT's blocks
     learning_rate: float = 5e-4  # peak
     betas: tuple[float, float] = (0.9, 0.95)  # of Adam
     weight_decay: float = 0.01  # of the weights of linear and convolution layers; nothing else
@@ -65,15 +67,32 @@ class Optimiser:
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.learning_rate * (self.final_share + (1 - self.final_share) * cosine)
 
-    def build(self, module: nn.Module) -> torch.optim.AdamW:
-        """AdamW over the trainable parameters of `module`."""
+    def build(self, module: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser of the trainable parameters of `module`.
+
+        Raises:
+            ValueError: Muon for a network without blocks.
+        """
         decayed, kept = split_parameters(module)
+        matrices = find_matrices(module) if self.kind == "muon" else []
+        chosen = {id(parameter) for parameter in matrices}
         groups = [
-            {"params": decayed, "weight_decay": self.weight_decay},
+            {
+                "params": [p for p in decayed if id(p) not in chosen],
+                "weight_decay": self.weight_decay,
+            },
             {"params": kept, "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=True)
+        if self.kind == "adamw":
+            return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=True)
+        return MuonAdamW(
+            matrices,
+            groups,
+            learning_rate=self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+        )
 
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -85,6 +104,19 @@ def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
         [parameter for parameter in trainable if id(parameter) in weights],
         [parameter for parameter in trainable if id(parameter) not in weights],
     )
+
+
+def find_matrices(module: nn.Module) -> list[Tensor]:
+    """Weights of the linear layers in the blocks of a transformer.
+
+    Raises:
+        ValueError: a network that has no such blocks.
+    """
+    blocks = getattr(module, "blocks", None)
+    layers = [part for part in blocks.modules() if isinstance(part, nn.Linear)] if blocks else []
+    if not layers:
+        raise ValueError("model.optimiser.kind muon is for the gpt: set adamw here")
+    return [layer.weight for layer in layers]
 
 
 class Stage(LightningModule):

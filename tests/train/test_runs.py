@@ -249,18 +249,28 @@ def test_recomputed_blocks_train_the_same_weights(words, tmp_path):
     assert_close(*(final_weights(tmp_path / run) for run in ("kept", "recomputed")))
 
 
-def test_compiled_blocks_train_the_same_weights(words, monkeypatch, tmp_path):
-    def compile_quickly(block):
-        compiled.append(block)
-        original(block, backend="aot_eager")  # all of it but generating code
+@pytest.mark.parametrize(
+    ("stage", "parts", "settings"),
+    [
+        ("gpt", 2, {"model__network__dropout": 0}),
+        ("vqseg", 2, {}),
+        ("vqgan", 7, {"model__adversary__start": 1}),  # of the decoder middle and four levels
+    ],
+)
+def test_compiled_parts_train_the_same_weights(
+    stage, parts, settings, words, monkeypatch, tmp_path
+):
+    def compile_quickly(part):
+        compiled.append(part)
+        original(part, backend="aot_eager")  # all of it but generating code
 
     compiled, original = [], torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
-    settings = {"trainer__max_steps": 3, "model__network__dropout": 0}
-    assert train(words("gpt", "eager", **settings)) == 0
+    settings = {"trainer__max_steps": 3, **settings}
+    assert train(words(stage, "eager", **settings)) == 0
     assert not compiled
-    assert train(words("gpt", "compiled", model__compile="true", **settings)) == 0
-    assert len(compiled) == 2
+    assert train(words(stage, "compiled", model__compile="true", **settings)) == 0
+    assert len(compiled) == parts
     assert_close(*(final_weights(tmp_path / run) for run in ("eager", "compiled")))
 
 

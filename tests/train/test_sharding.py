@@ -76,6 +76,7 @@ def test_sharded_and_unsharded_training_continue_each_other(launch, tmp_path):
     ("stage", "settings", "message"),
     [
         ("vqseg", {}, "fsdp is for gpt; vqseg fits every card: use ddp"),
+        ("gpt", {"model__optimiser__kind": "muon"}, "muon needs whole ones"),
         ("gpt", {}, "shards the network over several processes, and here is one"),
         (
             "gpt",
