@@ -11,6 +11,8 @@ import bisect
 import errno
 import io
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +108,8 @@ class TokenShards:
             path = self.folder / f"{shard['name']}.{stream}.npy"
             dtype = np.int32 if stream == "row" else np.uint16
             try:
-                array = np.load(path, mmap_mode="r" if min(shape) else None, allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
+                array = _map_array(path)
+            except (OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno == errno.EMFILE:
                     raise
                 raise ShardError(f"{path}: cannot be read ({error}); tokenize again") from error
@@ -116,13 +118,39 @@ class TokenShards:
                     f"{path}: {array.dtype} {array.shape}, the manifest promises "
                     f"{np.dtype(dtype)} {shape}; tokenize again"
                 )
-            streams[stream] = np.asarray(array)  # still mapped; np.memmap itself indexes slowly
+            streams[stream] = array
         row = streams["row"]
         if captions and (
             row[0] != 0 or row[-1] != pictures - 1 or not np.isin(np.diff(row), (0, 1)).all()
         ):
             raise ShardError(f"{path}: not every picture has its captions; tokenize again")
         return streams
+
+
+# np.load would keep a file descriptor per array: with four arrays a shard, the 1024 that a
+# process commonly may hold are used up at 250 shards. Torch closes the file it has mapped.
+def _map_array(path: Path) -> np.ndarray:
+    """The array of a .npy file in C order, read-only and mapped into memory.
+
+    Raises:
+        OSError, ValueError: the file is missing, cut, or something else.
+    """
+    import torch  # here, since everybody imports this file and only training opens token shards
+
+    with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"version {version} of the npy format")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        start, size = file.tell(), os.fstat(file.fileno()).st_size
+    if fortran_order or dtype.hasobject:
+        raise ValueError("neither plain numbers nor row by row")
+    stop = start + math.prod(shape) * dtype.itemsize
+    if size < stop:
+        raise ValueError(f"{size} bytes of {stop}")
+    bytes_ = torch.from_file(str(path), shared=False, size=stop, dtype=torch.uint8).numpy()
+    bytes_.flags.writeable = False
+    return bytes_[start:].view(dtype).reshape(shape)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

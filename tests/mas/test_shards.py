@@ -300,6 +300,15 @@ def test_token_shards_give_every_picture_with_all_its_captions(tmp_path):
         shards[4]
 
 
+def test_mapped_token_shards_hold_no_file_open_and_cannot_be_written(tmp_path):
+    write_tokens(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    shards = TokenShards(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ValueError, match="read-only"):
+        shards[0][1][0] = 1
+
+
 @pytest.mark.parametrize(
     "damage",
     [
