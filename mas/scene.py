@@ -102,6 +102,19 @@ _PALETTE_HEX = """
 PALETTE = np.zeros((256, 3), np.uint8)  # VOID and the unused ids are black
 PALETTE[:CLASSES] = [tuple(bytes.fromhex(colour)) for colour in _PALETTE_HEX.split()]
 
+
+def _mirrored_ids() -> np.ndarray:
+    """Id → id after a flip: a left arm becomes a right arm."""
+    swapped = {"left-": "right-", "right-": "left-"}
+    table = np.arange(256, dtype=np.uint8)
+    for index, name in enumerate(CLASS_NAMES):
+        for side, other in swapped.items():
+            if name.startswith(side):
+                table[index] = CLASS_NAMES.index(name.replace(side, other))
+    return table
+
+
+MIRRORED = _mirrored_ids()
 SNAP_DISTANCE = 12.0  # RGB distance above which a colour counts as "not of the palette"
 MAX_PIXELS = 64_000_000  # larger scene files are refused
 
@@ -200,6 +213,16 @@ class SceneMap:
             rows, columns = np.nonzero(self.edges)
             edges[rows * size // width, columns * size // width] = True
         return SceneMap(labels, edges)
+
+    def mirrored(self) -> SceneMap:
+        """The scene with left and right exchanged, body parts included.
+
+        An edge lies on the left one of two pixels, so edges between labels are found anew; those
+        between two instances of one class are mirrored, which moves them by one pixel.
+        """
+        labels = MIRRORED[self.labels[:, ::-1]]
+        between_instances = self.edges & ~find_edges(self.labels)
+        return SceneMap(labels, find_edges(labels) | between_instances[:, ::-1])
 
     def histogram(self) -> dict[str, int]:
         """Pixels per class name, void left out, in id order."""

@@ -3,6 +3,7 @@
 In: captions. Out: text tokens for the first stream of the sequence, padded with `PAD`. Byte-level,
 so no script and no emoji is ever unknown. The file is Hugging Face's tokenizer.json; length,
 padding and lowercasing are stored in it. Also reads minDALL-E's char-level BPE (`from_mindalle`).
+`mirror_caption` turns a caption into that of the mirrored picture.
 Axes: B captions, T tokens.
 """
 
@@ -12,6 +13,7 @@ import itertools
 import json
 import logging
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +31,28 @@ logger = logging.getLogger(__name__)
 PAD = 0
 PAD_TOKEN = "[PAD]"
 SMALLEST_VOCABULARY = 257  # every byte, and the padding
+
+_OTHER_SIDE = {"left": "right", "right": "left"}
+_SIDE = re.compile(r"\b(?:left|right)(?=(?:most|hand(?:ed)?|wards?)?\b)", re.IGNORECASE)
+# Before these words it is no side: "right behind a car", "a bag left on a bench" …
+_PLACES = (
+    "above|across|against|along|at|behind|below|beneath|beside|between|by|for|in|inside|into|near|"
+    "on|out|outside|over|under|underneath|with"
+)
+_NO_SIDE = {
+    word: re.compile(rf"\s+(?:{_PLACES}|{more})\b", re.IGNORECASE)
+    for word, more in {
+        "left": "abandoned|alone|open|unattended|an?|the|his|her|its|their|him|them|it",
+        "right": "next|up|down|through|past|onto|now|away|here|there|back|as|when|where|after",
+    }.items()
+}
+# … unless one of these stands before it: "on the right behind a car", "facing left by the sea".
+_SURELY_SIDE = re.compile(
+    r"\b(?:the|an?|his|her|its|their|my|your|our|to|on|at|from|far|top|upper|bottom|lower|front|"
+    r"back|rear|cent(?:er|re)|middle|turn(?:s|ed|ing)?|fac(?:es?|ed|ing)|"
+    r"(?:left|right)\s+(?:and|or|to))[\s-]+\Z",
+    re.IGNORECASE,
+)
 
 
 class TokenizerError(ValueError):
@@ -225,6 +249,25 @@ class Tokenizer:
             ][: self.length]
             tokens_BT[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
         return tokens_BT
+
+
+def mirror_caption(caption: str) -> str:
+    """The caption of the mirrored picture: left and right change places.
+
+    Whole words, also in leftmost, left-hand and leftward; in lower, upper or title case. Where they
+    are plainly no side they stay ("right next to", "a bag left on a bench"). English does not
+    always tell; what is in doubt counts as a side.
+    """
+    return _SIDE.sub(_change_side, caption)
+
+
+def _change_side(match: re.Match[str]) -> str:
+    word, side = match[0], match[0].lower()
+    before = match.string[max(match.start() - 20, 0) : match.start()]
+    if _NO_SIDE[side].match(match.string, match.end()) and not _SURELY_SIDE.search(before):
+        return word
+    other = _OTHER_SIDE[side]
+    return other.upper() if word.isupper() else other.title() if word.istitle() else other
 
 
 class _Pieces(NamedTuple):

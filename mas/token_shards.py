@@ -1,6 +1,7 @@
 """Token shards: the arrays that `mas tokenize` writes and the GPT trains on.
 
-In and out: `00000.scene.npy`, `.image.npy`, `.text.npy`, `.row.npy` and `manifest.json`.
+In and out: `00000.scene.npy`, `.image.npy`, `.text.npy`, `.row.npy` and `manifest.json`; where the
+manifest says `mirrored`, also `.mirrored-scene.npy`, `.mirrored-image.npy`, `.mirrored-text.npy`.
 Split off mas/shards.py, which is what everybody else imports.
 Axes: N pictures, M captions (M >= N), C captions of one picture; T text, S scene, I image tokens.
 """
@@ -11,6 +12,9 @@ import bisect
 import errno
 import io
 import json
+import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ import numpy as np
 from mas.shard_files import ShardError, write_file
 
 TOKEN_FORMAT = 1  # version of manifest.json and the arrays it lists
+STREAMS = ("text", "scene", "image")
+MIRRORED = "mirrored-"  # before the stream's name, in the names of files
 
 
 def write_token_shard(
@@ -29,8 +35,11 @@ def write_token_shard(
     image: np.ndarray,
     text: np.ndarray,
     row: np.ndarray,
+    mirrored: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Writes NAME.scene.npy, NAME.image.npy, NAME.text.npy and NAME.row.npy, each atomically.
+
+    With `mirrored` also NAME.mirrored-scene.npy and so on; a picture keeps its place in them.
 
     Args:
         folder: where; must exist.
@@ -39,11 +48,18 @@ def write_token_shard(
         image: uint16 N I.
         text: uint16 M T.
         row: int32 M, ascending: the picture each caption belongs to.
+        mirrored: scene, image and text of the mirrored pictures, of the same shapes.
     """
-    for array, dtype in ((scene, np.uint16), (image, np.uint16), (text, np.uint16)):
-        assert array.dtype == dtype and array.ndim == 2, (array.dtype, array.shape)
+    arrays = {"scene": scene, "image": image, "text": text}
+    for array in arrays.values():
+        assert array.dtype == np.uint16 and array.ndim == 2, (array.dtype, array.shape)
     assert row.dtype == np.int32 and len(row) == len(text) and len(scene) == len(image)
-    arrays = {"scene": scene, "image": image, "text": text, "row": row}
+    if mirrored is not None:
+        for stream in STREAMS:
+            assert mirrored[stream].dtype == np.uint16, mirrored[stream].dtype
+            assert mirrored[stream].shape == arrays[stream].shape, mirrored[stream].shape
+        arrays |= {MIRRORED + stream: array for stream, array in mirrored.items()}
+    arrays["row"] = row
     for stream, array in arrays.items():
         buffer = io.BytesIO()
         np.save(buffer, array, allow_pickle=False)
@@ -53,6 +69,7 @@ def write_token_shard(
 class TokenShards:
     """All pictures of a token folder, memory-mapped: shards[i] -> (text C T, scene S, image I).
 
+    `mirrored(i)` gives the same of the mirrored picture, where the folder holds them.
     A picture with a token out of its vocabulary raises a ShardError that names the file.
     """
 
@@ -64,6 +81,7 @@ class TokenShards:
         """
         self.folder = Path(folder)
         self.manifest = _read_manifest(self.folder)
+        self.has_mirrored: bool = self.manifest.get("mirrored", False)
         self._streams: list[dict[str, np.ndarray]] = []
         self._starts = [0]  # index of the first picture of each shard, and the total
         for shard in self.manifest["shards"]:
@@ -77,37 +95,53 @@ class TokenShards:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self._read(index, "")
+
+    def mirrored(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(text C T, scene S, image I) of the mirrored picture, its captions in the same order.
+
+        Raises:
+            ShardError: the folder holds no mirrored pictures, or a token is of no vocabulary.
+        """
+        if not self.has_mirrored:
+            raise ShardError(f"{self.folder}: holds no mirrored pictures; tokenize with --mirror")
+        return self._read(index, MIRRORED)
+
+    def _read(self, index: int, prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = bisect.bisect_right(self._starts, index) - 1
         streams, picture = self._streams[shard], index - self._starts[shard]
         first, last = np.searchsorted(streams["row"], [picture, picture + 1])
-        tokens = streams["text"][first:last], streams["scene"][picture], streams["image"][picture]
-        for stream, array in zip(("text", "scene", "image"), tokens, strict=True):
+        text, scene, image = (streams[prefix + stream] for stream in STREAMS)
+        tokens = text[first:last], scene[picture], image[picture]
+        for stream, array in zip(STREAMS, tokens, strict=True):
             largest, vocabulary = array.max(initial=0), self.manifest[stream]["vocabulary"]
             if largest >= vocabulary:
-                name = self.manifest["shards"][shard]["name"]
+                name = f"{self.manifest['shards'][shard]['name']}.{prefix}{stream}.npy"
                 raise ShardError(
-                    f"{self.folder / name}.{stream}.npy: picture {picture} has token {largest}, "
+                    f"{self.folder / name}: picture {picture} has token {largest}, "
                     f"not of 0-{vocabulary - 1}; tokenize again"
                 )
         return tokens
 
     def _open(self, shard: dict[str, Any]) -> dict[str, np.ndarray]:
         pictures, captions = shard["pictures"], shard["captions"]
-        shapes = {
+        shapes: dict[str, tuple[int, ...]] = {
             "text": (captions, self.manifest["text"]["length"]),
             "scene": (pictures, self.manifest["scene"]["grid"] ** 2),
             "image": (pictures, self.manifest["image"]["grid"] ** 2),
-            "row": (captions,),
         }
+        if self.has_mirrored:
+            shapes |= {MIRRORED + stream: shape for stream, shape in shapes.items()}
+        shapes["row"] = (captions,)
         streams = {}
         for stream, shape in shapes.items():
             path = self.folder / f"{shard['name']}.{stream}.npy"
             dtype = np.int32 if stream == "row" else np.uint16
             try:
-                array = np.load(path, mmap_mode="r" if min(shape) else None, allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
+                array = _map_array(path)
+            except (OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno == errno.EMFILE:
                     raise
                 raise ShardError(f"{path}: cannot be read ({error}); tokenize again") from error
@@ -116,13 +150,39 @@ class TokenShards:
                     f"{path}: {array.dtype} {array.shape}, the manifest promises "
                     f"{np.dtype(dtype)} {shape}; tokenize again"
                 )
-            streams[stream] = np.asarray(array)  # still mapped; np.memmap itself indexes slowly
+            streams[stream] = array
         row = streams["row"]
         if captions and (
             row[0] != 0 or row[-1] != pictures - 1 or not np.isin(np.diff(row), (0, 1)).all()
         ):
             raise ShardError(f"{path}: not every picture has its captions; tokenize again")
         return streams
+
+
+# np.load would keep a file descriptor per array: with four to seven arrays a shard, the 1024 that a
+# process commonly may hold are used up at some 150 shards. Torch closes the file it has mapped.
+def _map_array(path: Path) -> np.ndarray:
+    """The array of a .npy file in C order, read-only and mapped into memory.
+
+    Raises:
+        OSError, ValueError: the file is missing, cut, or something else.
+    """
+    import torch  # here, since everybody imports this file and only training opens token shards
+
+    with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"version {version} of the npy format")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        start, size = file.tell(), os.fstat(file.fileno()).st_size
+    if fortran_order or dtype.hasobject:
+        raise ValueError("neither plain numbers nor row by row")
+    stop = start + math.prod(shape) * dtype.itemsize
+    if size < stop:
+        raise ValueError(f"{size} bytes of {stop}")
+    bytes_ = torch.from_file(str(path), shared=False, size=stop, dtype=torch.uint8).numpy()
+    bytes_.flags.writeable = False
+    return bytes_[start:].view(dtype).reshape(shape)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -144,7 +204,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             for size in ("vocabulary", length)
         ]
         sizes += [shard[size] for shard in manifest["shards"] for size in ("pictures", "captions")]
-        named = all(isinstance(shard["name"], str) for shard in manifest["shards"])
+        sound = isinstance(manifest.get("mirrored", False), bool)
+        named = sound and all(isinstance(shard["name"], str) for shard in manifest["shards"])
     except (KeyError, TypeError) as error:
         raise ShardError(f"{path}: incomplete ({error}); tokenize again") from error
     if not named or not all(isinstance(size, int) and size >= 0 for size in sizes):

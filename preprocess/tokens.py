@@ -1,14 +1,15 @@
 """`mas tokenize`: scene shards in, token shards out, on the same executors as `mas preprocess`.
 
 In: KEY.jpg, KEY.scene.png and the captions of scene shards; a text tokenizer, a VQ-SEG, a VQ-GAN.
-Out: the arrays of mas/token_shards.py, and manifest.json last.
+Out: the arrays of mas/token_shards.py, those of the mirrored pictures too where asked for, and
+manifest.json last.
 Axes: B pictures, T tokens, H W pixels, C colours.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -30,7 +31,7 @@ from mas.shards import (
     write_token_shard,
 )
 from mas.storage import file_hash
-from mas.text import Tokenizer
+from mas.text import Tokenizer, mirror_caption
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 from preprocess.batching import pick_device
@@ -99,13 +100,29 @@ class Tokenizers(NamedTuple):
         }
 
 
+Streams = dict[str, np.ndarray]  # scene, image, text -> the tokens of a shard's pictures
+
+
+class Pair(NamedTuple):
+    """The tokens of one batch."""
+
+    scene: np.ndarray  # uint16 B T
+    image: np.ndarray  # uint16 B T
+
+
 class TokenWorker:
     """Turns one scene shard into one token shard; holds the networks between jobs."""
 
     def __init__(
-        self, paths: TokenizerPaths, output: str, *, batch_size: int = 16, device: str = "auto"
+        self,
+        paths: TokenizerPaths,
+        output: str,
+        *,
+        mirror: bool = False,
+        batch_size: int = 16,
+        device: str = "auto",
     ) -> None:
-        self.output = output
+        self.output, self.mirror = output, mirror
         self.batch_size = batch_size
         self.device = pick_device(device)
         self.parts = Tokenizers.load(paths)
@@ -121,54 +138,62 @@ class TokenWorker:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # workers share the CPU, and sums do not depend on their number
         try:
-            scenes, images, texts, rows = self._encode(job, report)
+            streams, row, mirrored = self._encode(job, report)
         finally:
             torch.set_num_threads(threads)
-        write_token_shard(self.output, job.name, scene=scenes, image=images, text=texts, row=rows)
-        counts = {"photos_in": len(scenes), "photos_out": len(scenes)}
-        return {**counts, "pictures": len(scenes), "captions": len(rows)}
+        write_token_shard(self.output, job.name, **streams, row=row, mirrored=mirrored)
+        pictures = len(streams["scene"])
+        counts = {"photos_in": pictures, "photos_out": pictures}
+        return {**counts, "pictures": pictures, "captions": len(row)}
 
-    def _encode(self, job: Job, report: Report) -> tuple[np.ndarray, ...]:
-        scenes: list[np.ndarray] = []
-        images: list[np.ndarray] = []
+    def _encode(self, job: Job, report: Report) -> tuple[Streams, np.ndarray, Streams | None]:
+        """The streams of all pictures, `row`, and the streams of the mirrored pictures."""
+        plain: list[Pair] = []
+        mirrored: list[Pair] = []
         captions: list[str] = []
         rows: list[int] = []
+        scene_size, image_size = self.parts.scene.config.size, self.parts.image.config.size
         samples = job.source.read(on_reject=partial(_refuse, job.source.name))
         while batch := list(islice(samples, self.batch_size)):
-            for number, sample in enumerate(batch, start=self.batch_size * len(scenes)):
+            for number, sample in enumerate(batch, start=self.batch_size * len(plain)):
                 own = read_captions(sample) or [""]
                 captions += own
                 rows += [number] * len(own)
             try:
-                scenes.append(self._encode_scenes(batch))
-                images.append(self._encode_images(batch))
+                scenes = [_read_scene(sample, scene_size) for sample in batch]
+                photos = [_read_photo(sample, image_size) for sample in batch]
+                plain.append(self._encode_pictures(scenes, photos))
+                if self.mirror:  # before they are resized: what mirrored files would give
+                    flipped = [scene.mirrored() for scene in scenes], [_flip(p) for p in photos]
+                    mirrored.append(self._encode_pictures(*flipped))
             except (ShardError, SceneError, OSError) as error:
                 raise ShardError(f"{job.source.name}: {error}") from error
             report(len(batch))
+        streams = self._join(plain, captions)
+        row = np.array(rows, np.int32)
+        if not self.mirror:
+            return streams, row, None
+        return streams, row, self._join(mirrored, [mirror_caption(text) for text in captions])
+
+    def _join(self, batches: Sequence[Pair], captions: Sequence[str]) -> Streams:
         described = self.parts.describe()
-        return (
-            _concatenate(scenes, described["scene"]["grid"] ** 2),
-            _concatenate(images, described["image"]["grid"] ** 2),
-            self.parts.text.encode(captions).numpy().astype(np.uint16),
-            np.array(rows, np.int32),
-        )
+        return {
+            "scene": _concatenate([b.scene for b in batches], described["scene"]["grid"] ** 2),
+            "image": _concatenate([b.image for b in batches], described["image"]["grid"] ** 2),
+            "text": self.parts.text.encode(captions).numpy().astype(np.uint16),
+        }
 
     @torch.inference_mode()
-    def _encode_scenes(self, batch: Iterable[Sample]) -> np.ndarray:
+    def _encode_pictures(self, scenes: Sequence[SceneMap], photos: Sequence[Image.Image]) -> Pair:
         network = self.parts.scene
-        scenes = [_read_scene(sample, network.config.size) for sample in batch]
+        scenes = [scene.resized(network.config.size) for scene in scenes]
         labels_BHW = torch.from_numpy(np.stack([scene.labels for scene in scenes]))
         edges_BHW = torch.from_numpy(np.stack([scene.edges for scene in scenes]))
-        tokens_BT = network.encode(labels_BHW.to(self.device), edges_BHW.to(self.device))
-        return tokens_BT.cpu().numpy().astype(np.uint16)
-
-    @torch.inference_mode()
-    def _encode_images(self, batch: Iterable[Sample]) -> np.ndarray:
-        network = self.parts.image
-        images = [_read_image(sample, network.config.size) for sample in batch]
+        scene_BT = network.encode(labels_BHW.to(self.device), edges_BHW.to(self.device))
+        images = [_resized(photo, self.parts.image.config.size) for photo in photos]
         image_BCHW = rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w")
-        tokens_BT = network.encode(image_BCHW.to(self.device).float() / 255)
-        return tokens_BT.cpu().numpy().astype(np.uint16)
+        image_BT = self.parts.image.encode(image_BCHW.to(self.device).float() / 255)
+        return Pair(*(tokens.cpu().numpy().astype(np.uint16) for tokens in (scene_BT, image_BT)))
 
 
 def tokenize(
@@ -185,6 +210,7 @@ def tokenize(
     address: str | None = None,
     gpus_per_worker: float = 0.0,
     retry_failed: bool = False,
+    mirror: bool = False,
 ) -> int:
     """Turn scene shards into token shards for training the GPT.
 
@@ -203,6 +229,8 @@ def tokenize(
         address: of a Ray cluster; auto = the one this machine belongs to; default a local Ray.
         gpus_per_worker: share of a GPU each worker holds, as in 0.5.
         retry_failed: also try the shards that failed and were set aside.
+        mirror: also write every picture mirrored, left and right exchanged in its captions too, for
+            data.flip of the GPT's training; takes twice the time and the space.
     """
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
@@ -214,10 +242,17 @@ def tokenize(
     jobs = find_jobs(input)
     summary = execute(
         jobs,
-        partial(TokenWorker, paths, output.rstrip("/"), batch_size=batch_size, device=device),
+        partial(
+            TokenWorker,
+            paths,
+            output.rstrip("/"),
+            mirror=mirror,
+            batch_size=batch_size,
+            device=device,
+        ),
         output,
         command="tokenize",
-        settings=streams,
+        settings={**streams, **({"mirror": True} if mirror else {})},
         config=ExecutorConfig(
             kind=executor,
             workers=workers,
@@ -236,7 +271,7 @@ def tokenize(
             "then run the same command with --retry-failed"
         )
         return summary.status
-    shards = _write_manifest(RunFolder(output), streams, jobs)
+    shards = _write_manifest(RunFolder(output), streams, jobs, mirror=mirror)
     pictures, captions = (sum(shard[k] for shard in shards) for k in ("pictures", "captions"))
     print(
         f"{summary.done} of {summary.shards} shards done, {summary.skipped} were done before; "
@@ -246,7 +281,7 @@ def tokenize(
 
 
 def _write_manifest(
-    folder: RunFolder, streams: dict[str, dict[str, Any]], jobs: Sequence[Job]
+    folder: RunFolder, streams: dict[str, dict[str, Any]], jobs: Sequence[Job], *, mirror: bool
 ) -> list[dict[str, Any]]:
     """Writes manifest.json from the counts of all shards; returns its list of shards."""
     shards = []
@@ -254,26 +289,35 @@ def _write_manifest(
         stats = folder.read(job.name + STATS) or {}
         counts = {key: stats[key] for key in ("pictures", "captions")}
         shards.append({"name": job.name, **counts})
-    folder.write(MANIFEST, {"format": TOKEN_FORMAT, **streams, "shards": shards})
+    mirrored = {"mirrored": True} if mirror else {}
+    folder.write(MANIFEST, {"format": TOKEN_FORMAT, **mirrored, **streams, "shards": shards})
     return shards
 
 
 def _read_scene(sample: Sample, size: int) -> SceneMap:
     scene = SceneMap.from_png(io.BytesIO(_member(sample, "scene.png")))
     _check_size(sample.key, scene.size, size, "VQ-SEG")
-    return scene.resized(size)
+    return scene
 
 
-def _read_image(sample: Sample, size: int) -> np.ndarray:
-    """uint8 H W C; larger photos are reduced with antialiasing."""
+def _read_photo(sample: Sample, size: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(_member(sample, "jpg")), formats=["JPEG"]).convert("RGB")
     except (OSError, SyntaxError) as error:
         raise ShardError(f"{sample.key}.jpg: {error}") from error
     _check_size(sample.key, image.size, size, "VQ-GAN")
-    if image.width != size:
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
-    return np.array(image)
+    return image
+
+
+def _flip(photo: Image.Image) -> Image.Image:
+    return photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def _resized(photo: Image.Image, size: int) -> np.ndarray:
+    """uint8 H W C; larger photos are reduced with antialiasing."""
+    if photo.width != size:
+        photo = photo.resize((size, size), Image.Resampling.LANCZOS)
+    return np.array(photo)
 
 
 def _check_size(key: str, found: tuple[int, int], size: int, network: str) -> None:

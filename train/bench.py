@@ -258,7 +258,7 @@ def measure_loader(config: GPTConfig, batch_size: int, *, seconds: float = 2.0) 
 def write_random_shard(folder: str, config: GPTConfig) -> None:
     """A token folder of one shard, one caption a picture."""
     rng = np.random.default_rng(0)
-    streams = {
+    streams: dict[str, Any] = {
         s.name: rng.integers(1, s.vocabulary, (PICTURES, s.length)).astype(np.uint16)
         for s in config.layout.streams
     }

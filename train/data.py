@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from mas.scene import CLASS_NAMES, SceneMap, find_edges
+from mas.scene import SceneMap
 from mas.shards import ShardIndex, TokenShards, expand_shards
 from mas.storage import file_hash
 from mas.text import Tokenizer
@@ -38,31 +38,6 @@ from train.stream import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-def _mirrored_ids() -> np.ndarray:
-    """Id → id after a flip: a left arm becomes a right arm."""
-    swapped = {"left-": "right-", "right-": "left-"}
-    table = np.arange(256, dtype=np.uint8)
-    for index, name in enumerate(CLASS_NAMES):
-        for side, other in swapped.items():
-            if name.startswith(side):
-                table[index] = CLASS_NAMES.index(name.replace(side, other))
-    return table
-
-
-MIRRORED = _mirrored_ids()
-
-
-def mirror(scene: SceneMap) -> SceneMap:
-    """The scene with left and right exchanged, body parts included.
-
-    An edge lies on the left one of two pixels, so edges between labels are found anew; those
-    between two instances of one class are mirrored, which moves them by one pixel.
-    """
-    labels = MIRRORED[scene.labels[:, ::-1]]
-    between_instances = scene.edges & ~find_edges(scene.labels)
-    return SceneMap(labels, find_edges(labels) | between_instances[:, ::-1])
 
 
 class Part:
@@ -123,7 +98,7 @@ class PictureItems:
         if self.scenes or self.boxes:
             scene = SceneMap.from_png(io.BytesIO(sample.files["scene.png"]))
             self._check(sample.key, scene.size)
-            scene = mirror(scene) if flipped else scene
+            scene = scene.mirrored() if flipped else scene
         if self.scenes:
             item["labels"] = torch.from_numpy(scene.labels.copy())
             item["edges"] = torch.from_numpy(scene.edges.copy())
@@ -153,7 +128,8 @@ class TokenItems:
     """One caption, the scene and the image of a picture, as tokens.
 
     With a tokenizer and `bpe_dropout`, a caption's tokens are turned into text and encoded anew,
-    each merge skipped with that probability (arXiv 1910.13267).
+    each merge skipped with that probability (arXiv 1910.13267). With `flip`, half of the samples in
+    training are mirrored pictures, where the shards hold them.
     """
 
     def __init__(
@@ -161,10 +137,12 @@ class TokenItems:
         shards: TokenShards,
         part: Part,
         *,
+        flip: bool = True,
         tokenizer: Tokenizer | None = None,
         bpe_dropout: float = 0.0,
     ) -> None:
         self.shards, self.part = shards, part
+        self.flip = flip and shards.has_mirrored
         self.tokenizer, self.bpe_dropout = tokenizer, bpe_dropout
         counts = [shard["pictures"] for shard in shards.manifest["shards"]]
         self.stops = list(itertools.accumulate(counts))  # of the shards, in pictures
@@ -179,7 +157,8 @@ class TokenItems:
             ShardError: a shard that is damaged, by name.
         """
         picture = self.part[index]
-        text_CT, scene, image = self.shards[picture]
+        flipped = self.flip and rng is not None and rng.random() < 0.5
+        text_CT, scene, image = self.shards.mirrored(picture) if flipped else self.shards[picture]
         caption = 0 if rng is None else int(rng.integers(len(text_CT)))
         streams = {"text": text_CT[caption], "scene": scene, "image": image}
         tensors = {name: torch.from_numpy(np.int64(tokens)) for name, tokens in streams.items()}
@@ -333,10 +312,12 @@ class TokenData(StreamData):
         batch_size: pictures a step and rank.
         workers: processes that read; 0 reads in the training process.
         holdout: every n-th picture is kept for validation.
+        flip: mirror half of the training pictures, captions included, where the tokens were made
+            with --mirror; others are taken as they are.
         bpe_dropout: probability with which a merge is skipped when captions are encoded anew in
             training; 0 takes the tokens as they are stored.
         tokenizer: the tokenizer.json behind the text tokens; needed by bpe_dropout.
-        seed: of the order and the choice of captions; linked to seed_everything.
+        seed: of the order, the flips and the choice of captions; linked to seed_everything.
     """
 
     def __init__(
@@ -346,6 +327,7 @@ class TokenData(StreamData):
         batch_size: int = 16,
         workers: int = 0,
         holdout: int = 50,
+        flip: bool = True,
         bpe_dropout: float = 0.0,
         tokenizer: str | None = None,
         seed: int = 0,
@@ -355,7 +337,8 @@ class TokenData(StreamData):
             raise ValueError(f"data.bpe_dropout is {bpe_dropout}, use 0 ≤ p < 1")
         if bpe_dropout and tokenizer is None:
             raise ValueError("data.bpe_dropout needs data.tokenizer, the captions' tokenizer.json")
-        self.input, self.bpe_dropout, self.tokenizer_file = input, bpe_dropout, tokenizer
+        self.input, self.flip = input, flip
+        self.bpe_dropout, self.tokenizer_file = bpe_dropout, tokenizer
 
     def open(self) -> int:
         self.shards = TokenShards(Path(self.input))
@@ -370,4 +353,10 @@ class TokenData(StreamData):
         return len(self.shards)
 
     def items(self, part: Part) -> Items:
-        return TokenItems(self.shards, part, tokenizer=self.tokenizer, bpe_dropout=self.bpe_dropout)
+        return TokenItems(
+            self.shards,
+            part,
+            flip=self.flip,
+            tokenizer=self.tokenizer,
+            bpe_dropout=self.bpe_dropout,
+        )

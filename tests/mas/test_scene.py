@@ -177,6 +177,28 @@ def test_only_square_scenes_are_resized():
         SceneMap.from_labels(np.zeros((4, 6), np.uint8)).resized(4)
 
 
+def test_a_mirrored_scene_exchanges_left_and_right_parts():
+    rng = np.random.default_rng(0)
+    labels = rng.choice([CLASS_NAMES.index(n) for n in ("left-arm", "right-arm", "dog")], (8, 8))
+    scene = SceneMap.from_labels(labels.astype(np.uint8))
+    mirrored = scene.mirrored()
+    assert np.array_equal(mirrored.edges, find_edges(mirrored.labels))
+    names = np.array(CLASS_NAMES)
+    expected = {"left-arm": "right-arm", "right-arm": "left-arm", "dog": "dog"}
+    assert [expected[n] for n in names[labels[:, ::-1]].ravel()] == list(
+        names[mirrored.labels].ravel()
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mirrored_twice_is_the_scene_itself(seed):
+    scene = SceneMap.from_labels(random_scene(seed).labels)
+    assert scene.mirrored() != scene and scene.mirrored().mirrored() == scene
+    two_dogs = np.full((6, 12), DOG, np.uint8), np.repeat([[1] * 5 + [2] * 7], 6, axis=0)
+    scene = SceneMap.from_labels(*two_dogs)
+    assert scene.edges.any() and scene.mirrored().mirrored() == scene
+
+
 def test_read_scene_reads_its_own_form(tmp_path):
     scene = random_scene()
     scene.to_png(tmp_path / "a.png")

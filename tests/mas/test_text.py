@@ -4,7 +4,7 @@ import logging
 import pytest
 import torch
 
-from mas.text import PAD, Tokenizer, TokenizerError
+from mas.text import PAD, Tokenizer, TokenizerError, mirror_caption
 
 CAPTIONS = [
     "two brown dogs and a woman with a red umbrella on the beach at sunset",
@@ -158,3 +158,29 @@ def test_a_tokenizer_without_length_or_padding_is_refused(tokenizer, tmp_path):
     (tmp_path / "bare.json").write_text(json.dumps(content | {"truncation": None}))
     with pytest.raises(TokenizerError, match=r"bare\.json.*one stored length"):
         Tokenizer.from_file(tmp_path / "bare.json")
+
+
+@pytest.mark.parametrize(
+    ("caption", "mirrored"),
+    [
+        ("a cat to the left of two red cars", "a cat to the right of two red cars"),
+        ("A dog is right of a bench.", "A dog is left of a bench."),
+        ("Left: a dog. RIGHT: a cat.", "Right: a dog. LEFT: a cat."),
+        ("the leftmost dog, a left-hand glove", "the rightmost dog, a right-hand glove"),
+        ("lefthand, bottom-right, rightwards", "righthand, bottom-left, leftwards"),
+        ("a ball in her left hand", "a ball in her right hand"),
+        ("dogs on the left and right in the snow", "dogs on the right and left in the snow"),
+        ("a man facing left in a park", "a man facing right in a park"),
+        ("a dog on the right behind a car", "a dog on the left behind a car"),
+        ("Right behind the dog on the right", "Right behind the dog on the left"),
+        ("right next to a bus, right in front of it", "right next to a bus, right in front of it"),
+        ("a bag left on a bench", "a bag left on a bench"),
+        ("the train left the station", "the train left the station"),
+        ("an upright, bright leftover", "an upright, bright leftover"),
+        ("слон слева", "слон слева"),
+        ("", ""),
+    ],
+)
+def test_a_mirrored_caption_exchanges_the_sides_and_nothing_else(caption, mirrored):
+    assert mirror_caption(caption) == mirrored
+    assert mirror_caption(mirrored) == caption

@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 
+from mas.text import mirror_caption
 from preprocess.park_colours import COLOURS
 from preprocess.park_compose import compose, find_held_out
 from preprocess.park_paint import paint
@@ -17,6 +18,7 @@ from preprocess.park_words import (
     PLACE_NOUNS,
     PLACE_PHRASES,
     RELATION_PHRASES,
+    SIDE_PHRASES,
     SIZE_WORDS,
     TIME_PHRASES,
     WATER_PHRASES,
@@ -217,3 +219,23 @@ def test_nearer_ground_means_larger_things():
     scales = [scale_at(scene, y) for y in (0.5, 0.6, 0.7, 0.8, 0.95)]
     assert scales == sorted(scales)
     assert Group("dog", 1, "brown", None, "normal", "walking", {}).holds is None
+
+
+def test_what_a_caption_claims_is_true_of_the_mirrored_picture_once_it_is_mirrored(told):
+    swapped = {"left": "right", "right": "left", "left of": "right of", "right of": "left of"}
+    seen = Counter()
+    for _, captions in told:
+        for caption in captions:
+            facts, mirrored = caption.facts(), mirror_caption(caption.text)
+            claims = [r["relation"] for r in facts["relations"] if r["relation"] in swapped]
+            claims += [t["side"] for t in facts["things"] if t.get("side") in swapped]
+            seen.update(claims)
+            said = re.findall(r"\bleft\b|\bright\b", caption.text, re.IGNORECASE)
+            assert len(said) == len(claims), caption.text  # no other word of it has a side
+            phrases = {**RELATION_PHRASES, **SIDE_PHRASES}
+            for claim in claims:
+                assert any(p in mirrored for p in phrases[swapped[claim]]), mirrored
+                assert not any(p in mirrored for p in phrases[claim]), mirrored
+            assert claims or mirrored == caption.text
+            assert mirror_caption(mirrored) == caption.text
+    assert seen.keys() == swapped.keys()

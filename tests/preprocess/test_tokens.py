@@ -1,12 +1,14 @@
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
-from photo_world import make_shards, photo_sample, write_photos
+from photo_world import encode, make_shards, photo_sample, write_photos
 from PIL import Image
 
-from mas.shards import ShardError, TokenShards, read_captions, read_shard
+from mas.scene import CLASS_NAMES, SceneMap
+from mas.shards import Sample, ShardError, TokenShards, read_captions, read_shard
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN, VQGANConfig
 from mas.vqseg import VQSEG, VQSEGConfig
@@ -162,3 +164,85 @@ def test_a_missing_part_is_named(world, tmp_path):
         with pytest.raises(ValueError, match="nowhere"):
             run(world, tmp_path / "out", **{part: str(tmp_path / "nowhere")})
     assert not (tmp_path / "out").exists()
+
+
+def chequered_sample(key, captions, *, mirrored=False, seed=0):
+    """A sample whose JPEG of plain squares is exactly mirrored by mirroring its pixels."""
+    rng = np.random.default_rng(seed)
+    ids = [CLASS_NAMES.index(name) for name in ("left-arm", "right-shoe", "dog", "grass-merged")]
+    colours, labels = rng.integers(0, 256, (6, 6, 3)), rng.choice(ids, (16, 16))
+    pixels = colours.astype(np.uint8).repeat(8, 0).repeat(8, 1)
+    scene = SceneMap.from_labels(labels.astype(np.uint8).repeat(3, 0).repeat(3, 1))
+    if mirrored:
+        pixels, scene = pixels[:, ::-1], scene.mirrored()
+    png = io.BytesIO()
+    scene.to_png(png)
+    files = {
+        "jpg": encode(Image.fromarray(pixels)),
+        "scene.png": png.getvalue(),
+        "json": json.dumps({"captions": captions}).encode(),
+    }
+    return Sample(key, files)
+
+
+def test_mirrored_tokens_are_those_of_shards_of_mirrored_pictures(world, tmp_path):
+    captions = [["a dog on the left", "right behind a bus"], [], ["Right of a left-hand glove"]]
+    swapped = [["a dog on the right", "right behind a bus"], [], ["Left of a right-hand glove"]]
+    for folder, texts in (("plain", captions), ("mirrored", swapped)):
+        samples = [
+            chequered_sample(str(i), own, mirrored=folder == "mirrored", seed=i)
+            for i, own in enumerate(texts)
+        ]
+        (tmp_path / folder).mkdir()
+        write_photos(tmp_path / folder / "0.tar", samples)
+    Tokenizer.fit(["a dog"], vocab_size=280, length=40).save(tmp_path / "tokenizer.json")
+    tokenizer = str(tmp_path / "tokenizer.json")
+
+    def tokens(name, folder, **options):
+        options |= {"input": str(tmp_path / folder), "tokenizer": tokenizer}
+        assert run(world, tmp_path / name, **options) == 0
+        return contents(tmp_path / name)
+
+    both, mirrored = tokens("both", "plain", mirror=True), tokens("other", "mirrored")
+    streams = ("scene", "image", "text")
+    for stream in streams:
+        assert both[f"0.mirrored-{stream}.npy"] == mirrored[f"0.{stream}.npy"]
+        assert both[f"0.mirrored-{stream}.npy"] != both[f"0.{stream}.npy"]
+    without = tokens("without", "plain")
+    assert without == {name: both[name] for name in without}
+    assert both.keys() - without.keys() == {f"0.mirrored-{stream}.npy" for stream in streams}
+
+
+def test_batches_and_executors_do_not_change_a_byte_of_mirrored_pictures(
+    world, tmp_path, local_ray
+):
+    run(world, tmp_path / "one", batch_size=1, mirror=True)
+    run(world, tmp_path / "many", batch_size=16, mirror=True)
+    run(world, tmp_path / "ray", batch_size=2, mirror=True, executor="ray", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "many") == contents(tmp_path / "ray")
+    assert len(contents(tmp_path / "one")) == 2 * 7
+
+
+def test_the_manifest_tells_of_mirrored_pictures_and_of_nothing_new_without(world, tmp_path):
+    run(world, tmp_path / "plain")
+    run(world, tmp_path / "both", mirror=True)
+    plain, both = (
+        json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("plain", "both")
+    )
+    assert both == plain | {"mirrored": True} and "mirrored" not in plain
+    assert "mirror" not in json.loads((tmp_path / "plain" / "run.json").read_text())["settings"]
+    assert TokenShards(tmp_path / "both").has_mirrored
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_run_goes_on_with_its_own_mirror_setting_only(world, tmp_path, first, capsys):
+    run(world, tmp_path / "out", mirror=first)
+    made = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="other settings: mirror is"):
+        run(world, tmp_path / "out", mirror=not first)
+    for path in tmp_path.glob("out/00001.*"):
+        path.unlink()
+    capsys.readouterr()
+    assert run(world, tmp_path / "out", mirror=first) == 0
+    assert "1 of 2 shards done, 1 were done before" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == made

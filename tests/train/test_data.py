@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from mas.scene import CLASS_NAMES, SceneMap, find_edges
+from mas.scene import SceneMap
 from mas.shards import ShardIndex, TokenShards, expand_shards, write_token_shard
 from mas.storage import file_hash
 from mas.text import Tokenizer
-from train.data import Part, PhotoData, SceneData, TokenData, TokenItems, mirror
+from train.data import Part, PhotoData, SceneData, TokenData, TokenItems
 
 HELD_OUT = [5, 11, 17, 23]
 
@@ -58,18 +58,19 @@ def test_batches_carry_the_shards_content(scene_shards):
     assert len(batch["labels"][0].unique()) == 3
 
 
-def test_a_flip_exchanges_left_and_right_parts():
-    rng = np.random.default_rng(0)
-    labels = rng.choice([CLASS_NAMES.index(n) for n in ("left-arm", "right-arm", "dog")], (8, 8))
-    scene = SceneMap.from_labels(labels.astype(np.uint8))
-    flipped = mirror(scene)
-    assert np.array_equal(flipped.edges, find_edges(flipped.labels))
-    names = np.array(CLASS_NAMES)
-    expected = {"left-arm": "right-arm", "right-arm": "left-arm", "dog": "dog"}
-    assert [expected[n] for n in names[labels[:, ::-1]].ravel()] == list(
-        names[flipped.labels].ravel()
-    )
-    assert mirror(flipped) == scene
+def test_flips_mirror_photo_and_scene_together_and_never_in_validation(scene_shards):
+    data = PhotoData(input=str(scene_shards), batch_size=4, size=32, holdout=6)
+    data.scenes = True
+    data.setup("fit")
+    plain, rng = data.training.item(0, None), np.random.default_rng(0)
+    drawn = [data.training.item(0, rng) for _ in range(20)]
+    mirrored = SceneMap(plain["labels"].numpy(), plain["edges"].numpy()).mirrored()
+    flips = [not torch.equal(item["image"], plain["image"]) for item in drawn]
+    assert 4 < sum(flips) < 16
+    for item, flipped in zip(drawn, flips, strict=True):
+        wanted = mirrored.labels if flipped else plain["labels"].numpy()
+        assert np.array_equal(item["labels"], wanted)
+        assert torch.equal(item["image"], plain["image"].flip(2) if flipped else plain["image"])
 
 
 def test_a_caption_of_the_picture_is_drawn_at_random(token_shards):
@@ -79,6 +80,72 @@ def test_a_caption_of_the_picture_is_drawn_at_random(token_shards):
     drawn = {tuple(items.item(0, rng)["text"].tolist()) for _ in range(20)}
     assert drawn == {tuple(caption.tolist()) for caption in shards[0][0]}
     assert tuple(items.item(0, None)["text"].tolist()) == tuple(shards[0][0][0].tolist())
+
+
+@pytest.fixture(scope="module")
+def both_ways(token_shards, tmp_path_factory):
+    """The token shards with mirrored pictures: all tokens of a stream turned round."""
+    folder = tmp_path_factory.mktemp("both") / "tokens"
+    shutil.copytree(token_shards, folder)
+    for stream, vocabulary in (("text", 300), ("scene", 16), ("image", 32)):
+        tokens = vocabulary - 1 - np.load(folder / f"00000.{stream}.npy")
+        np.save(folder / f"00000.mirrored-{stream}.npy", tokens.astype(np.uint16))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"mirrored": True}))
+    return folder
+
+
+def test_half_of_the_training_pictures_are_mirrored_whole(both_ways):
+    shards = TokenShards(both_ways)
+    items = TokenItems(shards, Part(len(shards), holdout=6, part="train"))
+    rng, flips = np.random.default_rng(0), 0
+    for _ in range(400):
+        item = items.item(7, rng)
+        picture = items.part[7]
+        flipped = not np.array_equal(item["scene"], shards[picture][1])
+        text_CT, scene, image = shards.mirrored(picture) if flipped else shards[picture]
+        assert np.array_equal(item["scene"], scene) and np.array_equal(item["image"], image)
+        assert (item["text"].numpy() == text_CT).all(1).any()
+        flips += flipped
+    assert 160 < flips < 240
+    assert np.array_equal(items.item(7, None)["scene"], shards[items.part[7]][1])
+
+
+def batches(folder, count=10, *, consumed=0, **settings):
+    data = TokenData(input=str(folder), batch_size=4, holdout=6, **settings)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    loader.load_state_dict({"consumed": consumed})
+    return list(islice(loader, count)), list(data.val_dataloader())
+
+
+def same(ours, theirs):
+    return all(
+        torch.equal(a[stream], b[stream])
+        for a, b in zip(ours, theirs, strict=True)
+        for stream in ("text", "scene", "image")
+    )
+
+
+def test_flips_follow_the_seed_and_leave_validation_alone(both_ways, token_shards):
+    training, validation = batches(both_ways)
+    again, _ = batches(both_ways, workers=1)
+    other, _ = batches(both_ways, seed=1)
+    assert same(training, again) and not same(training, other)
+    assert same(training[3:], batches(both_ways, 7, consumed=12)[0])
+    plain, plain_validation = batches(token_shards)
+    assert same(validation, plain_validation) and not same(training, plain)
+    assert same(batches(both_ways, flip=False)[0], plain)
+
+
+def test_without_mirrored_pictures_flip_changes_no_draw(token_shards):
+    assert same(batches(token_shards)[0], batches(token_shards, flip=False)[0])
+    shards = TokenShards(token_shards)
+    items = TokenItems(shards, Part(len(shards), holdout=6, part="train"))
+    rng, twin = np.random.default_rng(3), np.random.default_rng(3)
+    for place in range(20):
+        caption = int(twin.integers(2))
+        assert np.array_equal(items.item(place, rng)["text"], shards[items.part[place]][0][caption])
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +198,26 @@ def test_bpe_dropout_spells_captions_in_new_ways_and_never_in_validation(workers
     assert all(torch.equal(a, b["text"]) for a, b in zip(first[1:], islice(again, 2), strict=True))
     (validation,) = data.val_dataloader()
     assert torch.equal(validation["text"], tokenizer.encode([captions[0]]).expand(4, -1))
+
+
+def test_bpe_dropout_spells_mirrored_captions_too(captioned, tmp_path):
+    folder, tokenizer, captions = captioned
+    shutil.copytree(folder, tmp_path / "tokens")
+    folder = tmp_path / "tokens"
+    for stream in ("scene", "image"):
+        shutil.copy(folder / f"00000.{stream}.npy", folder / f"00000.mirrored-{stream}.npy")
+    turned = ["the mirrored dog", "a mirrored ball"]
+    text = np.tile(tokenizer.encode(turned).numpy().astype(np.uint16), (20, 1))
+    np.save(folder / "00000.mirrored-text.npy", text)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"mirrored": True}))
+    training, validation = batches(
+        folder, count=6, bpe_dropout=0.3, tokenizer=str(folder / "tokenizer.json")
+    )
+    seen = {caption for batch in training for caption in tokenizer.decode(batch["text"])}
+    assert seen == {*captions, *turned}
+    assert {c for batch in validation for c in tokenizer.decode(batch["text"])} == {captions[0]}
+    assert len({tuple(row) for batch in training for row in batch["text"].tolist()}) > 4
 
 
 def test_without_bpe_dropout_the_stored_tokens_are_taken(captioned):
