@@ -281,7 +281,7 @@ class Canvas:
         self.image.paste(lit, (x0, y0), mask)
         self.segments.paste(segment, box, mask)
         self.parts.paste(paints.parts(), box, mask)
-        if self.glow:
+        if self.glow is not None:
             self.glow.paste((0, 0, 0), box, mask)
         if sun.dark and any(shape.glow for shape in figure.shapes):
             self._shine(figure.shapes, Outlines(placed, ends))
