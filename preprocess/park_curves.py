@@ -25,6 +25,11 @@ class Outlines(NamedTuple):
     def join(cls, outlines: Sequence[Outline]) -> Outlines:
         return cls(np.concatenate(outlines), list(accumulate(map(len, outlines))))
 
+    def bounds(self) -> tuple[float, float, float, float]:
+        """x0, y0, x1, y1 of all together."""
+        (x0, y0), (x1, y1) = self.points.min(0).tolist(), self.points.max(0).tolist()
+        return x0, y0, x1, y1
+
     def flat(self) -> list[list[float]]:
         """x, y, x, y ... of each outline."""
         flat = self.points.ravel().tolist()

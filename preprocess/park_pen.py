@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
+from math import ceil, floor
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -58,9 +59,7 @@ class Figure:
     def bounds(self) -> tuple[float, float, float, float]:
         """x0, y0, x1, y1 of the finished figure in its units."""
         if self.extent is None:
-            points = self.silhouette().points
-            (x0, y0), (x1, y1) = points.min(0).tolist(), points.max(0).tolist()
-            self.extent = x0, y0, x1, y1
+            self.extent = self.silhouette().bounds()
         return self.extent
 
     def silhouette(self) -> Outlines:
@@ -231,14 +230,14 @@ class Canvas:
 
     def _veil(self, outlines: Outlines, colour: Colour, opacity: float, blur: float) -> None:
         """The same in enlarged pixels."""
-        points, ends = outlines
-        x0, y0 = np.maximum(np.floor(points.min(0) - 2 * blur - 1), 0).astype(int).tolist()
-        x1, y1 = np.minimum(np.ceil(points.max(0) + 2 * blur + 1), self.side).astype(int).tolist()
+        left, top, right, bottom = outlines.bounds()
+        x0, y0 = (max(floor(v - 2 * blur - 1), 0) for v in (left, top))
+        x1, y1 = (min(ceil(v + 2 * blur + 1), self.side) for v in (right, bottom))
         if x1 <= x0 or y1 <= y0:
             return
         veil = Image.new("L", (x1 - x0, y1 - y0))
         draw, grey = ImageDraw.Draw(veil), round(255 * opacity)
-        for flat in Outlines(points - (x0, y0), ends).flat():
+        for flat in Outlines(outlines.points - (x0, y0), outlines.ends).flat():
             draw.polygon(flat, fill=grey)
         veil = veil.filter(ImageFilter.BoxBlur(blur)).filter(ImageFilter.BoxBlur(blur))
         self.image.paste(colour, (x0, y0, x1, y1), veil)
@@ -259,14 +258,14 @@ class Canvas:
     ) -> None:
         """Paints a figure: colours, rounded shading from the sun's side, grain of `fur`."""
         outlines, ends = Outlines.join([shape.points for shape in figure.shapes])
-        placed = frame.place(outlines) * self.side
-        corner = np.maximum(np.floor(placed.min(0)) - 2, 0).astype(int)
-        x0, y0 = corner.tolist()
-        x1, y1 = np.minimum(np.ceil(placed.max(0)) + 2, self.side).astype(int).tolist()
+        placed = Outlines(frame.place(outlines) * self.side, ends)
+        left, top, right, bottom = placed.bounds()
+        x0, y0 = max(floor(left) - 2, 0), max(floor(top) - 2, 0)
+        x1, y1 = min(ceil(right) + 2, self.side), min(ceil(bottom) + 2, self.side)
         if x1 <= x0 or y1 <= y0:
             return
         box, extent = (x0, y0, x1, y1), (x1 - x0, y1 - y0)
-        local = Outlines(placed - corner, ends)
+        local = Outlines(placed.points - (x0, y0), ends)
         flats, bright = local.flat(), local.inset((sun.side * 0.55, -0.8)).flat()
         paints = _lay_paints(figure.shapes, flats, extent)
         light = _shape_light(figure.shapes, flats, bright, extent)
@@ -284,7 +283,7 @@ class Canvas:
         if self.glow is not None:
             self.glow.paste((0, 0, 0), box, mask)
         if sun.dark and any(shape.glow for shape in figure.shapes):
-            self._shine(figure.shapes, Outlines(placed, ends))
+            self._shine(figure.shapes, placed)
 
     def _shine(self, shapes: Sequence[Shape], outlines: Outlines) -> None:
         """The light that shapes give off in the dark."""
