@@ -145,12 +145,10 @@ class SceneMap:
             raise SceneError(
                 f"edges must be bool {labels.shape} like labels, got {edges.dtype} {edges.shape}"
             )
-        counts = np.bincount(labels.ravel(), minlength=256)
-        unknown = np.flatnonzero(counts[CLASSES:VOID]) + CLASSES
-        if unknown.size:
-            raise SceneError(
-                f"unknown class ids {unknown.tolist()}: use 0-{CLASSES - 1}, or {VOID} for void"
-            )
+        unknown = (labels >= CLASSES) & (labels != VOID)
+        if unknown.any():
+            ids = np.unique(labels[unknown]).tolist()
+            raise SceneError(f"unknown class ids {ids}: use 0-{CLASSES - 1}, or {VOID} for void")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -226,12 +224,12 @@ class SceneMap:
 
     def histogram(self) -> dict[str, int]:
         """Pixels per class name, void left out, in id order."""
-        counts = np.bincount(self.labels.ravel(), minlength=256)
-        return {name: int(n) for name, n in zip(CLASS_NAMES, counts[:CLASSES], strict=True) if n}
+        counts = np.bincount(self.labels.ravel(), minlength=CLASSES)[:CLASSES]
+        return {CLASS_NAMES[i]: int(counts[i]) for i in np.flatnonzero(counts)}
 
     def void_fraction(self) -> float:
         """Share of the pixels that carry no label, 0-1."""
-        return float((self.labels == VOID).mean())
+        return np.count_nonzero(self.labels == VOID) / self.labels.size
 
 
 def find_edges(labels: np.ndarray, instances: np.ndarray | None = None) -> np.ndarray:

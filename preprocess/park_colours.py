@@ -25,7 +25,13 @@ BRIGHT = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 
 def mix(first: Colour, second: Colour, share: float) -> Colour:
     """`first` with `share` (0-1) of `second` in it."""
-    return tuple(round(a + (b - a) * share) for a, b in zip(first, second, strict=True))  # type: ignore[return-value]
+    r, g, b = first
+    red, green, blue = second
+    return (
+        round(r + (red - r) * share),
+        round(g + (green - g) * share),
+        round(b + (blue - b) * share),
+    )
 
 
 def darker(colour: Colour, share: float = 0.25) -> Colour:

@@ -7,11 +7,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TypeAlias
+from itertools import accumulate
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 Outline: TypeAlias = np.ndarray  # float N 2
+
+
+class Outlines(NamedTuple):
+    """Outlines end to end in one array, so that all are placed and shaded at once."""
+
+    points: np.ndarray  # float N 2
+    ends: list[int]  # where each ends in `points`
+
+    @classmethod
+    def join(cls, outlines: Sequence[Outline]) -> Outlines:
+        return cls(np.concatenate(outlines), list(accumulate(map(len, outlines))))
+
+    def bounds(self) -> tuple[float, float, float, float]:
+        """x0, y0, x1, y1 of all together."""
+        (x0, y0), (x1, y1) = self.points.min(0).tolist(), self.points.max(0).tolist()
+        return x0, y0, x1, y1
+
+    def flat(self) -> list[list[float]]:
+        """x, y, x, y ... of each outline."""
+        flat = self.points.ravel().tolist()
+        return [flat[2 * a : 2 * b] for a, b in zip([0, *self.ends], self.ends, strict=False)]
+
+    def inset(self, toward: tuple[float, float]) -> Outlines:
+        """Each drawn in a little and moved toward the light: where a round body is bright."""
+        count = len(self.points)
+        starts, lasts = [0, *self.ends[:-1]], [end - 1 for end in self.ends]
+        after, before = np.arange(1, count + 1), np.arange(-1, count - 1)
+        after[lasts], before[starts] = starts, lasts
+        x, y = self.points.T.copy()
+        next_x, next_y = x.take(after), y.take(after)
+        along_x, along_y = next_x - x.take(before), next_y - y.take(before)
+        areas = np.add.reduceat(x * next_y - next_x * y, starts) / 2
+        depths = 0.1 * np.sqrt(np.abs(areas))
+        lengths = [b - a for a, b in zip(starts, self.ends, strict=True)]
+        depth, inward = np.array((depths, np.copysign(depths, areas))).repeat(lengths, 1)
+        norm = np.hypot(along_x, along_y) + 1e-9
+        lift = depth * 0.8
+        inset = np.empty_like(self.points)
+        inset[:, 0] = x - along_y * inward / norm + toward[0] * lift
+        inset[:, 1] = y + along_x * inward / norm + toward[1] * lift
+        return Outlines(inset, self.ends)
 
 
 @cache
@@ -62,7 +104,10 @@ def _circle(count: int) -> np.ndarray:
 def ellipse(x: float, y: float, rx: float, ry: float, turn: float = 0, count: int = 22) -> Outline:
     """Ellipse around (x, y), turned by `turn` radians."""
     points = _circle(count) * (rx, ry)
-    return (rotate(points, turn) if turn else points) + (x, y)
+    if turn:
+        points = rotate(points, turn)
+    points += (x, y)
+    return points
 
 
 def rectangle(x0: float, y0: float, x1: float, y1: float, corner: float = 0) -> Outline:
@@ -89,6 +134,18 @@ def rotate(points: Outline, turn: float, centre: tuple[float, float] = (0, 0)) -
     return (points - centre) @ np.array([[cos, sin], [-sin, cos]]) + centre
 
 
+@cache
+def _steps(count: int) -> np.ndarray:
+    """Matrix that turns points on a line into the steps from the one before to the one after."""
+    matrix = np.eye(count, k=1) - np.eye(count, k=-1)
+    matrix[0, 0], matrix[-1, -1] = -1, 1
+    return matrix
+
+
+_LEFT = np.array((-1.0, 1.0))  # of a direction, once its x and y are exchanged
+_ENDS = np.array(((1.0,), (-1.0,)))  # which way a tube leaves at its last and its first point
+
+
 def limb(
     points: Sequence[tuple[float, float]], widths: Sequence[float], detail: int = 4
 ) -> Outline:
@@ -96,21 +153,18 @@ def limb(
     matrix = _spline(len(points), detail, False)
     path = matrix @ np.array(points)
     half = (matrix @ np.array(widths) / 2)[:, None]
-    step = np.empty_like(path)
-    step[1:-1] = path[2:] - path[:-2]
-    step[0], step[-1] = path[1] - path[0], path[-1] - path[-2]
-    step /= np.sqrt((step * step).sum(1, keepdims=True)) + 1e-9
-    side = np.stack([-step[:, 1], step[:, 0]], axis=1) * half
-    caps = []
-    for end, sign in ((-1, 1.0), (0, -1.0)):
-        forward, across = step[end] * half[end] * sign, side[end] * sign
-        caps.append(
-            np.stack(
-                [
-                    path[end] + 0.71 * (across + forward),
-                    path[end] + forward,
-                    path[end] + 0.71 * (forward - across),
-                ]
-            )
-        )
-    return np.concatenate([path + side, caps[0], (path - side)[::-1], caps[1]])
+    step = _steps(len(path)) @ path
+    squares = step * step
+    step /= np.sqrt(squares[:, :1] + squares[:, 1:]) + 1e-9
+    side = step[:, ::-1] * _LEFT * half
+    count = len(path)
+    sides = np.empty((2, count + 3, 2))  # one along the path, one back, each with the cap behind it
+    sides[0, :count] = path + side
+    sides[1, :count] = (path - side)[::-1]
+    ends = slice(None, None, 1 - count)  # the last and the first
+    tip, across = path[ends], side[ends] * _ENDS
+    forward = step[ends] * half[ends] * _ENDS
+    sides[:, count] = tip + 0.71 * (across + forward)
+    sides[:, count + 1] = tip + forward
+    sides[:, count + 2] = tip + 0.71 * (forward - across)
+    return sides.reshape(-1, 2)

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import groupby
+from math import ceil, floor
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from preprocess.park_colours import Colour
-from preprocess.park_curves import Outline
+from preprocess.park_curves import Outline, Outlines
 
 NEUTRAL = 127  # grey that leaves a colour as it is under hard light
 
@@ -29,7 +31,7 @@ class Shape:
     colour: Colour
     part: int  # LIP id of a human part, 0 = none
     relief: float  # strength of the shading, 0 = flat
-    clip: Outline | None  # only what lies inside this outline is painted
+    clip: Outline | None  # of an earlier shape: only what lies inside is painted, in its part
     glow: Colour | None  # light it gives off in the dark
 
 
@@ -57,10 +59,12 @@ class Figure:
     def bounds(self) -> tuple[float, float, float, float]:
         """x0, y0, x1, y1 of the finished figure in its units."""
         if self.extent is None:
-            points = np.concatenate([s.points for s in self.shapes if s.clip is None])
-            (x0, y0), (x1, y1) = points.min(0).tolist(), points.max(0).tolist()
-            self.extent = x0, y0, x1, y1
+            self.extent = self.silhouette().bounds()
         return self.extent
+
+    def silhouette(self) -> Outlines:
+        """The outlines that together cover what the figure covers."""
+        return Outlines.join([shape.points for shape in self.shapes if shape.clip is None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,27 @@ def _noise(kind: str, side: int) -> Image.Image:
     return Image.fromarray((values + NEUTRAL).clip(0, 255).astype(np.uint8))
 
 
+@cache
+def _paved(kind: str, side: int) -> Image.Image:
+    """Four tiles of noise, two by two: any square of one tile's size can be cut from them."""
+    paved = Image.new("L", (2 * side, 2 * side))
+    for corner in ((0, 0), (side, 0), (0, side), (side, side)):
+        paved.paste(_noise(kind, side), corner)
+    return paved
+
+
+def _hard_light(area_CHW: np.ndarray, light_HW: np.ndarray) -> np.ndarray:
+    """`ImageChops.hard_light` of colours under a grey light, in half the time.
+
+    Light above NEUTRAL brightens exactly as its opposite darkens the opposite colour.
+    """
+    flip_HW = (light_HW >> 7) * np.uint8(255)  # where above: 255 - v is v ^ 255
+    product_CHW = (area_CHW ^ flip_HW).astype(np.uint16)
+    product_CHW *= (light_HW ^ flip_HW).astype(np.uint16)
+    product_CHW //= NEUTRAL
+    return product_CHW.astype(np.uint8) ^ flip_HW
+
+
 def _relief_palette() -> bytes:
     """Relief as a coloured light: shadows lean to violet, highlights to warm."""
     colours = []
@@ -133,20 +158,15 @@ class Canvas:
         self.image = Image.new("RGB", square)
         self.segments = Image.new("L", square)
         self.parts = Image.new("L", square)
-        self.glow = Image.new("RGB", square)
+        self.glow: Image.Image | None = None  # RGB, once something gives off light
         self.draw = ImageDraw.Draw(self.image)
         self._segment_draw = ImageDraw.Draw(self.segments)
-        self._glow_draw = ImageDraw.Draw(self.glow)
 
-    def fill(
-        self, points: Outline, colour: Colour, segment: int, *, glow: Colour | None = None
-    ) -> None:
+    def fill(self, points: Outline, colour: Colour, segment: int) -> None:
         """Paints a flat outline given in picture coordinates."""
         flat = _flat(points * self.side)
         self.draw.polygon(flat, fill=colour)
         self._segment_draw.polygon(flat, fill=segment)
-        if glow:
-            self._glow_draw.polygon(flat, fill=glow)
 
     def stroke(self, points: Outline, colour: Colour, width: float) -> None:
         """A line on the picture alone: it belongs to whatever it lies on."""
@@ -170,141 +190,174 @@ class Canvas:
         column.putdata([*colours])
         span = (0, 0.5, 1, len(colours) - 0.5) if len(colours) > 1 else None
         band = column.resize((1, y1 - y0), Image.Resampling.BILINEAR, box=span)
-        self.image.paste(band.resize((x1 - x0, y1 - y0)), (x0, y0))
+        wide = band.resize((x1 - x0, y1 - y0), Image.Resampling.NEAREST)
+        self.image.paste(wide, (x0, y0))
         self.segments.paste(segment, (x0, y0, x1, y1))
 
     def texture(
         self,
         box: tuple[float, float, float, float],
-        kind: str,
+        layers: Sequence[tuple[str, float]],
         shift: tuple[float, float],
-        *,
-        strength: float = 1.0,
-        mask: Image.Image | None = None,
     ) -> None:
-        """Grain ('fine') or clouds of light ('soft') over a box, as uneven paint has them."""
+        """Clouds of light ('soft') and grain ('fine') over a box, as uneven paint has them.
+
+        Args:
+            box: in picture coordinates.
+            layers: kind and strength of each.
+            shift: of the noise, in picture sides.
+        """
         x0, y0, x1, y1 = self.box(box)
         if x1 <= x0 or y1 <= y0:
             return
-        tile = _noise(kind, self.side)
-        tile = ImageChops.offset(tile, int(shift[0] * self.side), int(shift[1] * self.side))
-        tile = tile.crop((0, 0, x1 - x0, y1 - y0))
-        if strength != 1:
-            tile = Image.blend(Image.new("L", tile.size, NEUTRAL), tile, strength)
         area = self.image.crop((x0, y0, x1, y1))
-        grained = ImageChops.hard_light(area, Image.merge("RGB", [tile] * 3))
-        self.image.paste(grained, (x0, y0), mask and mask.crop((x0, y0, x1, y1)))
+        area_CHW = np.array([np.asarray(band) for band in area.split()])
+        left, top = (-int(s * self.side) % self.side for s in shift)
+        for kind, strength in layers:
+            tile = _paved(kind, self.side).crop((left, top, left + x1 - x0, top + y1 - y0))
+            tile = Image.blend(Image.new("L", tile.size, NEUTRAL), tile, strength)
+            area_CHW = _hard_light(area_CHW, np.asarray(tile))
+        grained = Image.merge("RGB", [Image.fromarray(band) for band in area_CHW])
+        self.image.paste(grained, (x0, y0))
 
     def shade(
         self, outlines: Sequence[Outline], colour: Colour, opacity: float, blur: float
     ) -> None:
         """A soft-edged veil of colour over outlines, on the picture alone."""
-        self._veil([o * self.side for o in outlines], colour, opacity, blur * self.side * 0.6)
+        points, ends = Outlines.join(outlines)
+        veiled = Outlines(points * self.side, ends)
+        self._veil(veiled, colour, opacity, blur * self.side * 0.6)
 
-    def _veil(
-        self, outlines: Sequence[Outline], colour: Colour, opacity: float, blur: float
-    ) -> None:
+    def _veil(self, outlines: Outlines, colour: Colour, opacity: float, blur: float) -> None:
         """The same in enlarged pixels."""
-        every = np.concatenate(outlines)
-        x0, y0 = np.maximum(np.floor(every.min(0) - 2 * blur - 1), 0).astype(int).tolist()
-        x1, y1 = np.minimum(np.ceil(every.max(0) + 2 * blur + 1), self.side).astype(int).tolist()
+        left, top, right, bottom = outlines.bounds()
+        x0, y0 = (max(floor(v - 2 * blur - 1), 0) for v in (left, top))
+        x1, y1 = (min(ceil(v + 2 * blur + 1), self.side) for v in (right, bottom))
         if x1 <= x0 or y1 <= y0:
             return
         veil = Image.new("L", (x1 - x0, y1 - y0))
-        draw = ImageDraw.Draw(veil)
-        for points in outlines:
-            draw.polygon(_flat(points - (x0, y0)), fill=round(255 * opacity))
+        draw, grey = ImageDraw.Draw(veil), round(255 * opacity)
+        for flat in Outlines(outlines.points - (x0, y0), outlines.ends).flat():
+            draw.polygon(flat, fill=grey)
         veil = veil.filter(ImageFilter.BoxBlur(blur)).filter(ImageFilter.BoxBlur(blur))
         self.image.paste(colour, (x0, y0, x1, y1), veil)
 
     def cast(self, figure: Figure, frame: Frame, sun: Sun) -> None:
         """The soft shadow of a figure on the ground."""
         lean, squash = -sun.side * sun.length, 0.1 + 0.22 * sun.length
-        outlines = []
-        for shape in figure.shapes:
-            if shape.clip is None:
-                points = frame.place(shape.points)
-                height = frame.y - points[:, 1]
-                points[:, 0] += height * lean
-                points[:, 1] = frame.y - height * squash + 0.006
-                outlines.append(points * self.side)
+        outlines, ends = figure.silhouette()
+        points = frame.place(outlines)
+        height = frame.y - points[:, 1]
+        points[:, 0] += height * lean
+        points[:, 1] = frame.y - height * squash + 0.006
         blur = self.side * (0.003 + 0.008 * frame.scale)
-        self._veil(outlines, (28, 26, 58), sun.shadow, blur)
+        self._veil(Outlines(points * self.side, ends), (28, 26, 58), sun.shadow, blur)
 
     def paint(
         self, figure: Figure, frame: Frame, segment: int, sun: Sun, *, fur: float = 0.0
     ) -> None:
         """Paints a figure: colours, rounded shading from the sun's side, grain of `fur`."""
-        placed = [frame.place(shape.points) * self.side for shape in figure.shapes]
-        every = np.concatenate(placed)
-        corner = np.maximum(np.floor(every.min(0)) - 2, 0).astype(int)
-        x0, y0 = corner.tolist()
-        x1, y1 = np.minimum(np.ceil(every.max(0)) + 2, self.side).astype(int).tolist()
+        outlines, ends = Outlines.join([shape.points for shape in figure.shapes])
+        placed = Outlines(frame.place(outlines) * self.side, ends)
+        left, top, right, bottom = placed.bounds()
+        x0, y0 = max(floor(left) - 2, 0), max(floor(top) - 2, 0)
+        x1, y1 = min(ceil(right) + 2, self.side), min(ceil(bottom) + 2, self.side)
         if x1 <= x0 or y1 <= y0:
             return
-        extent = (x1 - x0, y1 - y0)
-        colours, light = Image.new("RGB", extent), Image.new("L", extent, NEUTRAL)
-        mask = Image.new("L", extent)
-        parts = self.parts.crop((x0, y0, x1, y1)) if any(s.part for s in figure.shapes) else None
-        colour_draw, light_draw = ImageDraw.Draw(colours), ImageDraw.Draw(light)
-        mask_draw = ImageDraw.Draw(mask)
-        part_draw = ImageDraw.Draw(parts) if parts else None
-        toward = np.array([sun.side * 0.55, -0.8])
-        for shape, points in zip(figure.shapes, placed, strict=True):
-            points = points - corner
-            flat = _flat(points)
-            if shape.clip is not None:
-                clip = _flat(frame.place(shape.clip) * self.side - corner)
-                _paint_clipped(colours, flat, clip, shape.colour)
-                continue
-            colour_draw.polygon(flat, fill=shape.colour)
-            mask_draw.polygon(flat, fill=255)
-            if part_draw:
-                part_draw.polygon(flat, fill=shape.part)
-            if not shape.relief:
-                light_draw.polygon(flat, fill=NEUTRAL)
-                continue
-            rim, body = round(NEUTRAL - 45 * shape.relief), round(NEUTRAL + 12 * shape.relief)
-            light_draw.polygon(flat, fill=rim)
-            light_draw.polygon(_flat(_inset(points, toward)), fill=body)
+        box, extent = (x0, y0, x1, y1), (x1 - x0, y1 - y0)
+        local = Outlines(placed.points - (x0, y0), ends)
+        flats, bright = local.flat(), local.inset((sun.side * 0.55, -0.8)).flat()
+        paints = _lay_paints(figure.shapes, flats, extent)
+        light = _shape_light(figure.shapes, flats, bright, extent)
         blur = max(0.6, 0.011 * frame.scale * self.side)
         light = light.filter(ImageFilter.BoxBlur(blur)).filter(ImageFilter.BoxBlur(blur))
         if fur:
             tile = _noise("fine", self.side).crop((0, 0, *extent))
             light = Image.blend(light, ImageChops.add(light, tile, 1, -NEUTRAL), fur)
         light.putpalette(_RELIEF_PALETTE)
-        self.image.paste(ImageChops.hard_light(colours, light.convert("RGB")), (x0, y0), mask)
-        self.segments.paste(segment, (x0, y0, x1, y1), mask)
-        self.parts.paste(parts or 0, (x0, y0, x1, y1), mask)
-        self.glow.paste((0, 0, 0), (x0, y0, x1, y1), mask)
-        if sun.dark:
-            for shape, points in zip(figure.shapes, placed, strict=True):
-                if shape.glow:
-                    self._glow_draw.polygon(_flat(points), fill=shape.glow)
+        lit = ImageChops.hard_light(paints.colours(), light.convert("RGB"))
+        mask = paints.mask()
+        self.image.paste(lit, (x0, y0), mask)
+        self.segments.paste(segment, box, mask)
+        self.parts.paste(paints.parts(), box, mask)
+        if self.glow is not None:
+            self.glow.paste((0, 0, 0), box, mask)
+        if sun.dark and any(shape.glow for shape in figure.shapes):
+            self._shine(figure.shapes, placed)
+
+    def _shine(self, shapes: Sequence[Shape], outlines: Outlines) -> None:
+        """The light that shapes give off in the dark."""
+        if self.glow is None:
+            self.glow = Image.new("RGB", (self.side, self.side))
+        draw = ImageDraw.Draw(self.glow)
+        for shape, flat in zip(shapes, outlines.flat(), strict=True):
+            if shape.glow:
+                draw.polygon(flat, fill=shape.glow)
 
     def maps(self) -> tuple[np.ndarray, np.ndarray]:
         """Segment and human-part map at the pixel centres, uint8 H W each."""
-        start = self.factor // 2
-        pick = slice(start, None, self.factor)
-        return np.asarray(self.segments)[pick, pick], np.asarray(self.parts)[pick, pick]
+        square = (self.size, self.size)
+        segments = self.segments.resize(square, Image.Resampling.NEAREST)
+        return np.asarray(segments), np.asarray(self.parts.resize(square, Image.Resampling.NEAREST))
 
 
-def _paint_clipped(
-    colours: Image.Image, flat: list[float], clip: list[float], colour: Colour
-) -> None:
-    inside = Image.new("1", colours.size)
-    ImageDraw.Draw(inside).polygon(clip, fill=1)
-    pattern = Image.new("1", colours.size)
-    ImageDraw.Draw(pattern).polygon(flat, fill=1)
-    colours.paste(colour, (0, 0, *colours.size), ImageChops.logical_and(inside, pattern))
+@dataclass(slots=True)
+class _Paints:
+    """Which paint of a figure is seen at each point; a paint is a colour and a human part."""
+
+    image: Image.Image  # L: number of the paint, 0 = none
+    kinds: list[tuple[Colour, int]]  # of numbers 255, 254 ..., above 127 to be told from none
+
+    def colours(self) -> Image.Image:
+        none = bytes(3 * (256 - len(self.kinds)))
+        image = self.image.copy()
+        image.putpalette(none + b"".join(bytes(colour) for colour, _ in reversed(self.kinds)))
+        return image.convert("RGB")
+
+    def mask(self) -> Image.Image:
+        return self.image.convert("1", dither=Image.Dither.NONE)
+
+    def parts(self) -> Image.Image | int:
+        """Map of the parts, or 0 where there are none."""
+        parts = [part for _, part in reversed(self.kinds)]
+        return self.image.point([0] * (256 - len(parts)) + parts) if any(parts) else 0
 
 
-def _inset(points: Outline, toward: np.ndarray) -> Outline:
-    """The outline drawn in a little and moved toward the light: where a round body is bright."""
-    after = np.concatenate([points[1:], points[:1]])
-    along = after - np.concatenate([points[-1:], points[:-1]])
-    area = float(points[:, 0] @ after[:, 1] - after[:, 0] @ points[:, 1]) / 2
-    depth = 0.1 * abs(area) ** 0.5
-    inward = along[:, ::-1] * ((-depth, depth) if area > 0 else (depth, -depth))
-    inward /= np.hypot(along[:, 0], along[:, 1])[:, None] + 1e-9
-    return points + inward + toward * (depth * 0.8)
+def _lay_paints(
+    shapes: Sequence[Shape], flats: Sequence[list[float]], extent: tuple[int, int]
+) -> _Paints:
+    """Lays the paint of each shape over that of those before it."""
+    kinds = list(dict.fromkeys((shape.colour, shape.part) for shape in shapes))
+    assert len(kinds) <= 128, f"{len(kinds)} paints"
+    numbers = {kind: 255 - k for k, kind in enumerate(kinds)}
+    paints = Image.new("L", extent)
+    places = {id(shape.points): flat for shape, flat in zip(shapes, flats, strict=True)}
+    for clip, group in groupby(zip(shapes, flats, strict=True), lambda pair: id(pair[0].clip)):
+        within = places.get(clip)
+        layer = paints if within is None else paints.copy()
+        draw = ImageDraw.Draw(layer)
+        for shape, flat in group:
+            draw.polygon(flat, fill=numbers[shape.colour, shape.part])
+        if within is not None:
+            inside = Image.new("1", extent)
+            ImageDraw.Draw(inside).polygon(within, fill=1)
+            paints.paste(layer, (0, 0), inside)
+    return _Paints(paints, kinds)
+
+
+def _shape_light(
+    shapes: Sequence[Shape],
+    flats: Sequence[list[float]],
+    bright: Sequence[list[float]],
+    extent: tuple[int, int],
+) -> Image.Image:
+    """The light on a figure, still with hard edges: each shape bright inside, dark at its rim."""
+    light = Image.new("L", extent, NEUTRAL)
+    draw = ImageDraw.Draw(light)
+    for shape, flat, inner in zip(shapes, flats, bright, strict=True):
+        if shape.clip is not None:
+            continue
+        draw.polygon(flat, fill=round(NEUTRAL - 45 * shape.relief))
+        if shape.relief:
+            draw.polygon(inner, fill=round(NEUTRAL + 12 * shape.relief))
+    return light

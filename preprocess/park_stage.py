@@ -86,8 +86,7 @@ class Stage:
     def rough(self, top: float, *, fine: float, soft: float) -> None:
         """Uneven light and grain on everything below `top`."""
         shift = (self.rng.random(), self.rng.random())
-        self.canvas.texture((0, top, 1, 1), "soft", shift, strength=soft)
-        self.canvas.texture((0, top, 1, 1), "fine", shift, strength=fine)
+        self.canvas.texture((0, top, 1, 1), (("soft", soft), ("fine", fine)), shift)
 
 
 def close_edge(edge: Outline, bottom: float) -> Outline:

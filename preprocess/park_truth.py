@@ -105,7 +105,7 @@ def _tell_thing(scene: Scene, thing: Thing, segment: int, painting: Painting) ->
 
 
 def _segments_info(scene: Scene, painting: Painting) -> list[dict[str, int]]:
-    present = set(np.unique(painting.segments).tolist())
+    present = set(np.flatnonzero(np.bincount(painting.segments.ravel())).tolist())
     names = list(painting.stuff.items())
     names += [(t.name, i) for t, i in zip(scene.things, painting.things, strict=True)]
     return [

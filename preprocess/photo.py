@@ -134,6 +134,8 @@ def sample_square(map_HW: np.ndarray, size: int) -> np.ndarray:
 
     The map may have another resolution than the photo; the same aspect makes it the same square.
     """
+    if map_HW.shape == (size, size):
+        return map_HW
     left, top, side = Square.of(map_HW.shape[1], map_HW.shape[0])
     steps = (np.arange(size) + 0.5) * (side / size)
     rows, columns = (top + steps).astype(np.intp), (left + steps).astype(np.intp)

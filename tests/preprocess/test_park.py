@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image, ImageChops
 
 from mas.scene import COCO_CATEGORY_IDS, VOID, from_coco
 from mas.shards import ShardError, expand_shards, read_captions, read_shard
 from preprocess.park import SETTINGS_FILE, park
+from preprocess.park_pen import _hard_light
 from preprocess.park_truth import picture
 
 from park_record import decode  # isort: skip
@@ -29,6 +32,12 @@ def test_same_seed_gives_the_same_bytes_whatever_the_number_of_workers(tmp_path)
 
 def test_another_seed_gives_other_pictures():
     assert picture(0, 5, size=32)["jpg"] != picture(1, 5, size=32)["jpg"]
+
+
+def test_hard_light_is_that_of_pillow_for_every_colour_and_light():
+    colour, light = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    expected = ImageChops.hard_light(Image.fromarray(colour), Image.fromarray(light))
+    assert np.array_equal(_hard_light(colour[None], light)[0], np.asarray(expected))
 
 
 def test_a_picture_depends_on_neither_count_nor_shard_size(tmp_path):
