@@ -88,11 +88,12 @@ class Examiner:
         for part in self.batches(cases):
             now = slice(done, done + len(part))
             given = None if follow is None else [case.scene(self.size) for case in follow[now]]
+            words_BT = text_BT[now].to(self.model.device)
             tokens = generate(
                 self.model.decoder,
-                text_BT[now].to(self.model.device),
+                words_BT,
                 seeds=seeds[now],
-                scene_BT=self._encode(given).to(self.model.device) if given else None,
+                scene_BT=self._choose(words_BT, given, seeds[now], sampling).to(words_BT.device),
                 scene=sampling.scene,
                 image=sampling.image,
             )
@@ -113,8 +114,25 @@ class Examiner:
             self._words |= zip(new, self.model.tokenizer.encode(new).split(1), strict=True)
         return torch.cat([self._words[caption] for caption in captions])
 
-    def _encode(self, scenes: Sequence[SceneMap]) -> Tensor:
-        return torch.cat([self.model.encode_scene(scene) for scene in scenes])
+    def _choose(
+        self,
+        text_BT: Tensor,
+        scenes: Sequence[SceneMap] | None,
+        seeds: Sequence[int],
+        sampling: StreamSampling,
+    ) -> Tensor:
+        """Scene tokens: of the given scenes; else those the judge chose, or free ones."""
+        if scenes is not None:
+            return torch.cat([self.model.encode_scene(scene) for scene in scenes])
+        layout = self.model.decoder.layout
+        free = (layout.free(stream, len(text_BT)) for stream in (layout.scene, layout.image))
+        return self.model.choose_scenes(
+            Streams(text_BT, *free),
+            seeds=seeds,
+            sampling=sampling.scene,
+            candidates=self.model.scene_candidates,
+            batch=self.batch,
+        )
 
     def batches(self, cases: Sequence[Case]) -> Iterator[Sequence[Case]]:
         """The cases, a few at a time; moves the bar."""

@@ -100,6 +100,7 @@ def generate(
     image_BT: Tensor | None = None,
     scene: Sampling | None = None,
     image: Sampling | None = None,
+    scene_only: bool = False,
     on_progress: Report | None = None,
 ) -> Streams:
     """Samples every free scene and image token, long B T per stream on the decoder's device.
@@ -115,6 +116,7 @@ def generate(
         image_BT: likewise for the image.
         scene: how scene tokens are drawn.
         image: how image tokens are drawn.
+        scene_only: stop after the scene; free image tokens stay `FREE`.
         on_progress: called after every step.
 
     Raises:
@@ -131,7 +133,8 @@ def generate(
         layout.free(layout.image, count) if image_BT is None else image_BT,
     )
     samplings = {"scene": scene or Sampling(), "image": image or Sampling()}
-    loop = _Loop(decoder, given_BT, seeds=seeds, samplings=samplings)
+    stop = layout.scene.stop if scene_only else layout.length
+    loop = _Loop(decoder, given_BT, seeds=seeds, samplings=samplings, stop=stop)
     try:
         while not loop.finished:
             loop.step()
@@ -152,8 +155,10 @@ class _Loop:
         *,
         seeds: Sequence[int],
         samplings: dict[str, Sampling],
+        stop: int,
     ) -> None:
         self.decoder = decoder
+        self.stop = stop  # position at which nothing more is wanted
         self.layout = decoder.layout
         self.samplings = samplings
         self.given_T = (given_BT != FREE).all(0).tolist()
@@ -171,7 +176,7 @@ class _Loop:
 
     @property
     def finished(self) -> bool:
-        return self.position == self.layout.length
+        return self.position >= self.stop
 
     def step(self) -> None:
         """Fills the next position, then reads all that is given from there on."""

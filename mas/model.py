@@ -21,10 +21,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from mas.candidates import choose_scenes
 from mas.filter import Sampling, StreamSampling, by_stream
 from mas.generate import Decoder, generate
 from mas.gpt import GPT
+from mas.judge import SceneJudge
 from mas.model_folder import (
+    JUDGE,
     ModelError,
     check_fit,
     find_folder,
@@ -40,7 +43,7 @@ from mas.precision import (
     make_decoder,
     pictures_that_fit,
 )
-from mas.progress import Decoders, Progress, Reporter
+from mas.progress import Decoders, Progress, Reporter, Tally, hide
 from mas.rounding import Weights
 from mas.scene import SceneMap
 from mas.sequence import FREE, Streams
@@ -77,16 +80,18 @@ class MakeAScene:
         vqseg: VQSEG,
         vqgan: VQGAN,
         gpt: GPT | StoredGPT,
+        judge: SceneJudge | None = None,
         sampling: Sampling | StreamSampling | None = None,
+        scene_candidates: int = 1,
         device: str = "cpu",
         precision: Precision = "float32",
     ) -> None:
-        """Takes the parts; `sampling` holds the defaults of `generate`, one alone for both streams.
+        """Takes the parts and the defaults of `generate`; one sampling alone is for both streams.
 
         Raises:
-            ModelError: two parts do not fit together, both named.
+            ModelError: two parts do not fit together, both named; or several scenes and no judge.
         """
-        check_fit(tokenizer=tokenizer, vqseg=vqseg, vqgan=vqgan, gpt=gpt)
+        check_fit(tokenizer=tokenizer, vqseg=vqseg, vqgan=vqgan, gpt=gpt, judge=judge)
         self.tokenizer = tokenizer
         self.device = choose_device(device)
         self.vqseg = vqseg.eval().requires_grad_(False).to(self.device)
@@ -94,6 +99,9 @@ class MakeAScene:
         if isinstance(gpt, GPT):
             gpt = gpt.eval().requires_grad_(False).to(self.device)
         self._gpt = gpt
+        self.judge = judge and judge.eval().requires_grad_(False).to(self.device)
+        self._check_candidates(scene_candidates)
+        self.scene_candidates = scene_candidates
         if isinstance(sampling, Sampling):
             sampling = StreamSampling(scene=sampling, image=sampling)
         self.sampling = sampling or StreamSampling()
@@ -134,7 +142,9 @@ class MakeAScene:
             vqseg=VQSEG.from_pretrained(folder / "vqseg"),
             vqgan=VQGAN.from_pretrained(folder / "vqgan"),
             gpt=StoredGPT(folder / "gpt", choose_device(device)),
+            judge=SceneJudge.from_pretrained(folder / JUDGE) if index.judged else None,
             sampling=index.sampling,
+            scene_candidates=index.scene_candidates,
             device=device,
             precision=precision,
         )
@@ -158,11 +168,13 @@ class MakeAScene:
             ModelError: the folder holds something else.
             ValueError: weights that the format cannot hold.
         """
+        networks = {"vqseg": self.vqseg, "vqgan": self.vqgan, "gpt": self.gpt}
         write_folder(
             folder,
             tokenizer=self.tokenizer,
-            networks={"vqseg": self.vqseg, "vqgan": self.vqgan, "gpt": self.gpt},
+            networks=networks | ({JUDGE: self.judge} if self.judge else {}),
             sampling=self.sampling,
+            scene_candidates=self.scene_candidates,
             card=card or self.card,
             weights=weights,
         )
@@ -187,6 +199,7 @@ class MakeAScene:
         top_p: float | None = None,
         scene_sampling: Mapping[str, float] | None = None,
         image_sampling: Mapping[str, float] | None = None,
+        scene_candidates: int | None = None,
         seed: int = 0,
         batch: int = 8,
         on_progress: Callable[[Progress], None] | None = None,
@@ -211,6 +224,8 @@ class MakeAScene:
             top_p: keep the likeliest tokens of this total probability.
             scene_sampling: settings for scene tokens only, by the four names above.
             image_sampling: settings for image tokens only.
+            scene_candidates: scenes that are drawn for a picture, of which the judge keeps the one
+                that fits the caption best; 1 = no choice (None: the model's default).
             seed: of the first picture.
             batch: pictures sampled at a time.
             on_progress: called after every step.
@@ -227,6 +242,8 @@ class MakeAScene:
             image=image_sampling or {},
         )
         self._check_request(captions, scene is not None or image is not None, count, seed, batch)
+        candidates = self.scene_candidates if scene_candidates is None else scene_candidates
+        self._check_candidates(candidates)
         start = time.perf_counter()
         if scene is not None:
             scene = scene.resized(self.vqseg.config.size)
@@ -236,23 +253,26 @@ class MakeAScene:
             self._given_image(image, image_free).repeat(len(captions) * count, 1),
         )
         seeds = [seed + i for _ in captions for i in range(count)]
-        tokens = self._sample(given, seeds, settings, batch, on_progress)
+        tally = Tally(total=self._count_tokens(given, candidates))
+        tokens = self._sample(given, seeds, settings, batch, candidates, tally, on_progress)
         if scene is not None and scene_free is None:
             scenes = [scene] * len(seeds)
         else:
             scenes = self.decode_scenes(tokens.scene)
         images = self.decode_images(tokens.image)
         seconds = time.perf_counter() - start
-        sampled = sum(int((stream == FREE).sum()) for stream in given[1:])
+        described = asdict(settings)
+        if candidates > 1:
+            described["scene"]["candidates"] = candidates
         return Generation(
             images=images,
             scenes=scenes,
             captions=[text for text in captions for _ in range(count)],
             seeds=seeds,
             tokens=tokens,
-            settings=asdict(settings),
+            settings=described,
             seconds=seconds,
-            tokens_per_second=sampled / seconds,
+            tokens_per_second=tally.total / seconds,
         )
 
     def encode_scene(self, scene: SceneMap) -> Tensor:
@@ -291,40 +311,90 @@ class MakeAScene:
             images.append(Image.fromarray(rearrange(pixels_1CHW, "1 c h w -> h w c").cpu().numpy()))
         return images
 
+    def choose_scenes(
+        self,
+        given: Streams,
+        *,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        candidates: int,
+        batch: int,
+        watch: Callable[[], Callable[[Tensor, Tensor], None]] | None = None,
+    ) -> Tensor:
+        """Scene tokens, long B T: the given ones, free ones drawn, several times for the judge.
+
+        With one candidate, or where nothing is free, the tokens come back as they are given.
+        """
+        judge, free_B = self.judge, (given.scene == FREE).any(1)
+        if judge is None or candidates == 1 or not free_B.any():
+            return given.scene
+        return choose_scenes(
+            self.decoder,
+            judge,
+            given.text,
+            given.scene,
+            seeds=seeds,
+            candidates=candidates,
+            sampling=sampling,
+            batch=batch,
+            decode=self.decode_scenes,
+            watch=watch,
+        ).to(given.scene.device)
+
     def _sample(
         self,
         given: Streams,
         seeds: list[int],
         settings: StreamSampling,
         batch: int,
+        candidates: int,
+        tally: Tally,
         on_progress: Callable[[Progress], None] | None,
     ) -> Streams:
-        layout = self.decoder.layout
-        free_B = (layout.pack(*given) == FREE).sum(1)
+        decoders = Decoders(scenes=self.decode_scenes, images=self.decode_images)
         parts = []
         for rows in _batches(len(seeds), batch):
             part = Streams(*(tokens_BT[rows] for tokens_BT in given))
-            report = on_progress and Reporter(
-                on_progress,
-                layout,
-                Decoders(scenes=self.decode_scenes, images=self.decode_images),
-                first=rows.start,
-                before=int(free_B[: rows.start].sum()),
-                total=int(free_B.sum()),
-            )
+
+            def report(tell: Callable[[Progress], None], first: int = rows.start) -> Reporter:
+                return Reporter(tell, self.decoder.layout, decoders, first=first, tally=tally)
+
+            tell = on_progress
             with _room_for(len(part.text)):
+                scene_BT = self.choose_scenes(
+                    part,
+                    seeds=seeds[rows],
+                    sampling=settings.scene,
+                    candidates=candidates,
+                    batch=batch,
+                    watch=tell and (lambda tell=tell: report(lambda seen: tell(hide(seen)))),
+                )
                 sampled = generate(
                     self.decoder,
                     part.text,
                     seeds=seeds[rows],
-                    scene_BT=part.scene,
+                    scene_BT=scene_BT,
                     image_BT=part.image,
                     scene=settings.scene,
                     image=settings.image,
-                    on_progress=report,
+                    on_progress=tell and report(tell),
                 )
             parts.append(sampled)
         return Streams(*(torch.cat(streams).cpu() for streams in zip(*parts, strict=True)))
+
+    def _count_tokens(self, given: Streams, candidates: int) -> int:
+        """Tokens that will be sampled, those of candidates that are not chosen included."""
+        scene, image = (int((tokens_BT == FREE).sum()) for tokens_BT in given[1:])
+        return scene * candidates + image
+
+    def _check_candidates(self, candidates: int) -> None:
+        if candidates < 1:
+            raise ModelError(f"scene_candidates is {candidates}, use 1 or more")
+        if candidates > 1 and self.judge is None:
+            raise ModelError(
+                f"scene_candidates is {candidates}, but this model has no judge to choose: use 1, "
+                "or train one with mas train judge and assemble the model with --judge"
+            )
 
     def _given_scene(self, scene: SceneMap | None, free: np.ndarray | None) -> Tensor:
         if scene is None:

@@ -5,6 +5,7 @@ In: a folder, a hub id or `"park"`; or the parts of a model. Out: the checked in
     model_index.json   format version, sizes, sampling defaults, hashes
     tokenizer.json     text tokenizer
     vqseg/ vqgan/ gpt/ config.json + model.safetensors each
+    judge/             the same, of the judge of scenes, in models that have one
     README.md          model card
 """
 
@@ -25,6 +26,7 @@ from torch import nn
 
 from mas.filter import Sampling, StreamSampling
 from mas.gpt import GPT
+from mas.judge import SceneJudge
 from mas.precision import StoredGPT
 from mas.rounding import Weights, is_rounded
 from mas.storage import (
@@ -40,13 +42,16 @@ from mas.text import Tokenizer
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 
-FORMATS = (1, 2)  # of model_index.json: one sampling for both streams, or one for each
+# Of model_index.json: one sampling for both streams, one for each, or that and a judge.
+FORMATS = (1, 2, 3)
 INDEX = "model_index.json"
 CARD = "README.md"
 TOKENIZER = "tokenizer.json"
 NETWORKS = ("vqseg", "vqgan", "gpt")
 FILES = (TOKENIZER, *(f"{n}/{f}" for n in NETWORKS for f in (CONFIG_FILE, WEIGHTS_FILE)))
-OWN = {INDEX, CARD, TOKENIZER, *NETWORKS}  # all that a model folder holds
+JUDGE = "judge"  # the network that a model may have besides
+JUDGE_FILES = (f"{JUDGE}/{CONFIG_FILE}", f"{JUDGE}/{WEIGHTS_FILE}")
+OWN = {INDEX, CARD, TOKENIZER, *NETWORKS, JUDGE}  # all that a model folder holds
 SHIPPED = Path(__file__).parent / "models"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -60,24 +65,39 @@ class Index:
     """What model_index.json says."""
 
     sampling: StreamSampling
+    judged: bool  # whether there is a judge of scenes
+    scene_candidates: int  # scenes drawn for a picture unless a request says otherwise
     sha256: str  # of the list of hashes: one name for the whole model
 
 
-def check_fit(*, tokenizer: Tokenizer, vqseg: VQSEG, vqgan: VQGAN, gpt: GPT | StoredGPT) -> None:
+def check_fit(
+    *,
+    tokenizer: Tokenizer,
+    vqseg: VQSEG,
+    vqgan: VQGAN,
+    gpt: GPT | StoredGPT,
+    judge: SceneJudge | None = None,
+) -> None:
     """Checks every size that two parts share.
 
     Raises:
         ModelError: names both parts, the size and the two values.
     """
     config = gpt.config
-    for part, what, found, expected in (
+    pairs = [
         ("tokenizer", "vocabulary", tokenizer.vocab_size, config.text_vocabulary),
         ("tokenizer", "text length", tokenizer.length, config.text_length),
         ("VQ-SEG", "number of codes", vqseg.config.codes, config.scene_vocabulary),
         ("VQ-SEG", "grid", vqseg.config.grid, config.scene_grid),
         ("VQ-GAN", "number of codes", vqgan.config.codes, config.image_vocabulary),
         ("VQ-GAN", "grid", vqgan.config.grid, config.image_grid),
-    ):
+    ]
+    if judge is not None:
+        pairs += [
+            ("judge", "vocabulary", judge.config.text_vocabulary, config.text_vocabulary),
+            ("judge", "text length", judge.config.text_length, config.text_length),
+        ]
+    for part, what, found, expected in pairs:
         if found != expected:
             raise ModelError(
                 f"{part} and GPT do not fit together: {what} {found} against {expected}; "
@@ -107,7 +127,8 @@ def find_folder(name: str | Path) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[INDEX, CARD, *FILES]))
+        wanted = [INDEX, CARD, *FILES, *JUDGE_FILES]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the hub client has no common base class for its errors
         reason = str(error).splitlines()[0]
         raise ModelError(f"{name}: neither a folder nor found on the hub ({reason})") from error
@@ -126,13 +147,14 @@ def read_index(folder: Path) -> Index:
     content = read_json(folder / INDEX)
     if not isinstance(content, dict) or content.get("format") not in FORMATS:
         raise ModelError(
-            f"{folder / INDEX}: not format {' or '.join(map(str, FORMATS))}; "
-            "assemble the model again"
+            f"{folder / INDEX}: not format {', '.join(map(str, FORMATS))}; assemble the model again"
         )
+    judged = content["format"] == FORMATS[-1]
+    files = (*FILES, *JUDGE_FILES) if judged else FILES
     hashes = content.get("sha256")
-    if not isinstance(hashes, dict) or set(hashes) != set(FILES):
+    if not isinstance(hashes, dict) or set(hashes) != set(files):
         raise ModelError(f"{folder / INDEX}: its list of hashes is damaged; assemble again")
-    for name in (*FILES, CARD):
+    for name in (*files, CARD):
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: the model is incomplete, {name} is missing")
     for name, expected in hashes.items():
@@ -140,7 +162,15 @@ def read_index(folder: Path) -> Index:
             raise ModelError(
                 f"{folder / name}: not the file this model was saved with; assemble it again"
             )
-    return Index(sampling=_read_sampling(content, folder / INDEX), sha256=_hash(hashes))
+    candidates = content.get("scene_candidates") if judged else 1
+    if not isinstance(candidates, int) or candidates < 1:
+        raise ModelError(f"{folder / INDEX}: scene_candidates is {candidates}; assemble again")
+    return Index(
+        sampling=_read_sampling(content, folder / INDEX),
+        judged=judged,
+        scene_candidates=candidates,
+        sha256=_hash(hashes),
+    )
 
 
 def write_folder(
@@ -150,6 +180,7 @@ def write_folder(
     networks: Mapping[str, nn.Module],
     sampling: StreamSampling,
     card: str | None,
+    scene_candidates: int = 1,
     weights: Weights = "float32",
 ) -> None:
     """Writes a model folder beside its place and moves it there when it is complete.
@@ -165,10 +196,12 @@ def write_folder(
         new = temporary / "new"
         new.mkdir()
         tokenizer.save(new / TOKENIZER)
-        formats = {name: _choose_format(name, networks[name], weights) for name in NETWORKS}
-        for name in NETWORKS:
+        formats = {name: _choose_format(name, networks[name], weights) for name in networks}
+        for name in networks:
             save_network(networks[name], new / name, weights=formats[name])
-        hashes = {name: file_hash(new / name) for name in FILES}
+        judged = JUDGE in networks
+        files = (*FILES, *JUDGE_FILES) if judged else FILES
+        hashes = {name: file_hash(new / name) for name in files}
         sizes = _sizes(tokenizer, networks)
         content = {
             "sizes": sizes,
@@ -176,6 +209,9 @@ def write_folder(
             **_describe_sampling(sampling),
             "sha256": hashes,
         }
+        if judged:
+            both = {"format": FORMATS[-1], "sampling": asdict(sampling)}
+            content |= both | {"scene_candidates": scene_candidates}
         write_json(new / INDEX, content)
         (new / CARD).write_text(card or _write_card(sizes, sampling), "utf-8")
         if folder.exists():
@@ -257,7 +293,9 @@ def _folder_beside(folder: Path) -> Iterator[Path]:
 def _sizes(tokenizer: Tokenizer, networks: Mapping[str, nn.Module]) -> dict[str, Any]:
     vqseg: Any = networks["vqseg"].config
     vqgan: Any = networks["vqgan"].config
-    parameters = {n: sum(p.numel() for p in networks[n].parameters()) for n in NETWORKS}
+    parameters = {
+        n: sum(p.numel() for p in network.parameters()) for n, network in networks.items()
+    }
     return {
         "text": {"vocabulary": tokenizer.vocab_size, "length": tokenizer.length},
         "scene": {"vocabulary": vqseg.codes, "grid": vqseg.grid, "pixels": vqseg.size},

@@ -8,8 +8,9 @@ Axes: B pictures, T tokens, H W grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -65,6 +66,14 @@ class Progress:
         return pictures
 
 
+@dataclass
+class Tally:
+    """Tokens of a whole call, counted by the reporters of all its batches."""
+
+    total: int  # to sample
+    done: int = 0  # sampled
+
+
 class Reporter:
     """Turns the steps of one batch into `Progress` for the caller."""
 
@@ -75,12 +84,10 @@ class Reporter:
         decoders: Decoders,
         *,
         first: int,
-        before: int,
-        total: int,
+        tally: Tally,
     ) -> None:
         self.tell, self.layout, self.decoders = tell, layout, decoders
-        self.first, self.before, self.total = first, before, total
-        self.sampled = 0
+        self.first, self.tally = first, tally
         self.scene_shown, self.rows_shown = False, 0
         self.left_BT: Tensor | None = None  # what is given, FREE where nothing is filled yet
         self.places: Iterator[int] = iter(())
@@ -92,7 +99,7 @@ class Reporter:
             self.left_BT = given_BT.cpu().clone()
             self.places = iter((self.left_BT == FREE).any(0).nonzero()[:, 0].tolist())
         place_B = self.left_BT[:, next(self.places)]
-        self.sampled += int((place_B == FREE).sum())
+        self.tally.done += int((place_B == FREE).sum())
         place_B.clamp_(min=0)
         _, scene_BT, image_BT = self.layout.unpack(tokens_BT)
         _, scene_left_BT, image_left_BT = self.layout.unpack(self.left_BT)
@@ -102,8 +109,8 @@ class Reporter:
         self.tell(
             Progress(
                 first=self.first,
-                done=self.before + self.sampled,
-                total=self.total,
+                done=self.tally.done,
+                total=self.tally.total,
                 scene_BT=scene_BT,
                 image_BT=image_BT,
                 grid=grid,
@@ -114,6 +121,18 @@ class Reporter:
             )
         )
         self.scene_shown, self.rows_shown = scene_complete, rows
+
+
+def hide(progress: Progress) -> Progress:
+    """The same count while nothing is settled yet: candidates are no results."""
+    return replace(
+        progress,
+        scene_BT=torch.full_like(progress.scene_BT, FREE),
+        image_BT=torch.full_like(progress.image_BT, FREE),
+        rows=0,
+        new_scene=False,
+        new_rows=0,
+    )
 
 
 def complete_rows(image_BT: Tensor, grid: int) -> int:

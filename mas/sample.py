@@ -59,6 +59,7 @@ def sample(
     top_p: float | None = None,
     scene_sampling: dict[str, float] | None = None,
     image_sampling: dict[str, float] | None = None,
+    scene_candidates: int | None = None,
     seed: int = 0,
     batch: int = 8,
     device: str = "auto",
@@ -86,6 +87,8 @@ def sample(
         top_p: keep the likeliest tokens that together have this probability.
         scene_sampling: the four settings above for the scene only, such as '{"top_p": 0.9}'.
         image_sampling: the same for the picture only.
+        scene_candidates: scenes drawn for a picture, of which the model's judge keeps the one that
+            fits the caption best; 1 = no choice (default: the model's).
         seed: of the first picture; the same seed gives the same picture.
         batch: pictures sampled at a time; less needs less memory and changes no picture.
         device: auto, cpu, cuda, …
@@ -95,7 +98,11 @@ def sample(
     captions = read_captions(caption, prompts, empty_is_fine=conditioned)
     common = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     by_stream(StreamSampling(), common, scene=scene_sampling or {}, image=image_sampling or {})
-    for name, value in (("count", count), ("batch", batch)):
+    for name, value in (
+        ("count", count),
+        ("batch", batch),
+        ("scene-candidates", 1 if scene_candidates is None else scene_candidates),
+    ):
         if value < 1:
             raise ValueError(f"{name} is {value}, use 1 or more")
     if fill_void and scene is None:
@@ -121,6 +128,7 @@ def sample(
                 top_p=top_p,
                 scene_sampling=scene_sampling,
                 image_sampling=image_sampling,
+                scene_candidates=scene_candidates,
                 seed=seed,
                 batch=batch,
                 on_progress=lambda progress: advance(bar, progress),

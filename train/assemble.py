@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mas.filter import StreamSampling, by_stream
 from mas.gpt import GPT
+from mas.judge import SceneJudge
 from mas.model import MakeAScene
 from mas.rounding import Weights
 from mas.scene import SceneMap
@@ -37,6 +38,8 @@ def assemble(
     vqgan: str,
     gpt: str,
     output: str,
+    judge: str | None = None,
+    scene_candidates: int = 4,
     guidance: float = 3.0,
     temperature: float = 1.0,
     top_k: float | None = None,
@@ -56,6 +59,9 @@ def assemble(
         vqgan: run folder of the VQ-GAN, or what import-vqgan wrote.
         gpt: run folder of the GPT.
         output: the model folder to write.
+        judge: run folder of the judge of scenes; without one the first scene is taken.
+        scene_candidates: scenes drawn for a picture, of which the judge keeps one, unless a request
+            says otherwise.
         guidance: how much the caption counts unless a request says otherwise.
         temperature: likewise, of the draw; a model trained for minutes wants less than 1.
         top_k: likewise, tokens kept; below 1 a share of the vocabulary.
@@ -85,7 +91,9 @@ def assemble(
         vqseg=VQSEG.from_pretrained(vqseg),
         vqgan=VQGAN.from_pretrained(vqgan),
         gpt=GPT.from_pretrained(gpt),
+        judge=SceneJudge.from_pretrained(judge) if judge else None,
         sampling=sampling,
+        scene_candidates=scene_candidates if judge else 1,
     )
     if tune is not None:
         tuned = tune_decisions(model.vqseg, *read_scenes(tune, tune_count, model.vqseg.config.size))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-STAGES = ("vqseg", "vqgan", "gpt", "reader")
+STAGES = ("vqseg", "vqgan", "gpt", "reader", "judge")
 USAGE = """usage: mas train STAGE --config FILE.yaml [--ckpt_path last] [--KEY VALUE ...]
 
   vqseg    scene maps ↔ scene tokens      (reads scene shards)

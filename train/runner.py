@@ -32,6 +32,7 @@ from train.callbacks import (
 )
 from train.data import PhotoData, SceneData, TokenData
 from train.gpt import GPTTraining
+from train.judge import JudgeData, JudgeTraining
 from train.metrics_log import MetricsLog
 from train.progress import Progress
 from train.reader import ReaderData, ReaderTraining
@@ -68,6 +69,7 @@ JOBS = {
     "vqgan": Job(VQGANTraining, PhotoData, True),
     "gpt": Job(GPTTraining, TokenData, False),
     "reader": Job(ReaderTraining, ReaderData, True),
+    "judge": Job(JudgeTraining, JudgeData, False),
 }
 
 

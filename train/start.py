@@ -19,6 +19,7 @@ from einops import repeat
 from torch import Tensor
 
 from mas.gpt import GPT
+from mas.judge import SceneJudge
 from mas.reader import Reader
 from mas.sequence import Streams
 from mas.storage import CONFIG_FILE, StoredTensors, build_unfilled, parse_config, read_json
@@ -44,7 +45,7 @@ MAY_DIFFER = {
 GROWS = {"blocks", "hidden"}  # may be larger, hidden only from 0: what is new starts as nothing
 
 
-def start_from(network: VQSEG | VQGAN | GPT | Reader, folder: str | Path) -> None:
+def start_from(network: VQSEG | VQGAN | GPT | Reader | SceneJudge, folder: str | Path) -> None:
     """Copies the weights of `folder` into `network`, one tensor at a time.
 
     A VQ-SEG may also have patches a whole number of times larger than the folder's: it then starts

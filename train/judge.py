@@ -1,0 +1,300 @@
+"""Training of the judge of scenes: to tell a picture's own scene from spoilt ones.
+
+In: scene shards with captions, the text tokenizer. Out: a run folder that
+`SceneJudge.from_pretrained` reads. A step shows a caption with its scene and with copies that were
+spoilt the way a GPT errs: one thing too many or too few, things in each other's places, left for
+right, another class, another picture's scene. The loss is the cross-entropy of which one is true.
+Axes: B captions, T text tokens, K scenes of a caption, N entries of a scene, F numbers an entry.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mas.judge import ENTRIES, NOTHING, JudgeConfig, SceneJudge, describe_scenes
+from mas.scene import THINGS, SceneMap
+from mas.shards import ShardIndex, expand_shards, read_captions
+from mas.text import Tokenizer, mirror_caption
+from train.data import Part, StreamData
+from train.stage import Optimiser, Rows, Stage
+from train.start import start_from
+from train.stream import Items
+
+KEPT = 200_000  # pictures whose entries a loader process keeps, about a kilobyte each
+APART = 0.1  # of the picture's width: how far a thing is moved at least
+
+
+class JudgeTraining(Stage):
+    """The judge with its loss.
+
+    Args:
+        network: sizes of the judge; vocabulary and length are the tokenizer's.
+        optimiser: how it is trained.
+        init_from: folder of a trained judge to go on from.
+        seed: of the random numbers of a step; linked to seed_everything.
+    """
+
+    name = "judge"
+    network: SceneJudge
+
+    def __init__(
+        self,
+        *,
+        network: JudgeConfig,
+        optimiser: Optimiser,
+        init_from: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(SceneJudge(network), optimiser, seed=seed)
+        if init_from is not None:
+            start_from(self.network, init_from)
+
+    def setup(self, stage: str) -> None:
+        """Raises ValueError when the tokenizer is of other sizes than the network."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
+        config, found = self.network.config, data.words
+        for name, size in (
+            ("text_vocabulary", found.vocab_size),
+            ("text_length", found.length),
+        ):
+            if getattr(config, name) != size:
+                raise ValueError(
+                    f"the tokenizer has {name} {size}, the network {getattr(config, name)}: set "
+                    f"model.network.{name} to {size}"
+                )
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        losses = self._losses(batch)
+        self.check(losses["loss"], batch)
+        self.log_losses("train", losses, count=len(batch["text"]))
+        return losses["loss"]
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.log_losses("validation", self._losses(batch), count=len(batch["text"]))
+
+    def rows(self, batch: dict[str, Any]) -> Rows:
+        """Nothing: a score cannot be looked at."""
+        return []
+
+    def header(self) -> list[str]:
+        return []
+
+    def _losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The cross-entropy; how often the true scene wins, and of each pair by itself."""
+        scores_BK = self.network(batch["text"], batch["scenes"]).float()
+        true_B = torch.zeros(len(scores_BK), dtype=torch.long, device=scores_BK.device)
+        return {
+            "loss": F.cross_entropy(scores_BK, true_B),
+            "accuracy": (scores_BK.argmax(1) == 0).float().mean(),
+            "pairs": (scores_BK[:, :1] > scores_BK[:, 1:]).float().mean(),
+        }
+
+
+class _Seen(NamedTuple):
+    """What is kept of a picture."""
+
+    key: str
+    captions: list[str]
+    entries_NF: np.ndarray
+
+
+class JudgeItems:
+    """A caption, its scene, and spoilt copies of it."""
+
+    def __init__(
+        self, index: ShardIndex, part: Part, *, words: Tokenizer, candidates: int, flip: bool
+    ) -> None:
+        self.index, self.part, self.words = index, part, words
+        self.candidates, self.flip = candidates, flip
+        self.seen: dict[int, _Seen] = {}
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def item(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
+        """`key`, `text` (long T) and `scenes` (float K N F, the true one first).
+
+        Raises:
+            ShardError, SceneError: a sample that cannot be read.
+        """
+        fixed = rng is None
+        rng = np.random.default_rng(index) if rng is None else rng
+        seen = self._describe(index)
+        true_NF, caption = seen.entries_NF, seen.captions[0]
+        if not fixed:
+            caption = seen.captions[rng.integers(len(seen.captions))]
+            if self.flip and rng.random() < 0.5:
+                true_NF, caption = _mirror(true_NF.copy(), true_NF, rng), mirror_caption(caption)
+        other_NF = self._describe(int(rng.integers(len(self.part)))).entries_NF
+        spoilt = [spoil(true_NF, other_NF, rng) for _ in range(self.candidates - 1)]
+        return {
+            "key": seen.key,
+            "text": self.words.encode([caption])[0],
+            "scenes": torch.from_numpy(np.stack([true_NF, *spoilt])),
+        }
+
+    def _describe(self, index: int) -> _Seen:
+        """Key, captions and entries of a picture; kept, since finding things takes longest."""
+        if index not in self.seen:
+            sample = self.index.read(self.part[index])
+            scene = SceneMap.from_png(io.BytesIO(sample.files["scene.png"]))
+            captions = read_captions(sample) or [""]
+            seen = _Seen(sample.key, captions, describe_scenes([scene])[0])
+            if len(self.seen) >= KEPT:
+                return seen
+            self.seen[index] = seen
+        return self.seen[index]
+
+
+class JudgeData(StreamData):
+    """Captions and scenes of scene shards.
+
+    Args:
+        input: folder of scene shards, 'DIR/{00000..00099}.tar' or one tar.
+        tokenizer: the text tokenizer's tokenizer.json.
+        candidates: scenes a caption, the true one among them.
+        batch_size: captions a step and rank.
+        workers: processes that read scenes; 0 reads in the training process.
+        holdout: every n-th picture is kept for validation.
+        flip: mirror half of the training scenes, left and right exchanged in their captions.
+        seed: of the order and of what is spoilt; linked to seed_everything.
+    """
+
+    def __init__(
+        self,
+        *,
+        input: str,
+        tokenizer: str,
+        candidates: int = 6,
+        batch_size: int = 128,
+        workers: int = 2,
+        holdout: int = 50,
+        flip: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, workers=workers, holdout=holdout, seed=seed)
+        if candidates < 2:
+            raise ValueError(f"data.candidates is {candidates}, use 2 or more")
+        self.input, self.candidates, self.flip = input, candidates, flip
+        self.words = Tokenizer.from_file(tokenizer)
+
+    def open(self) -> int:
+        wanted = ("scene.png", "txt", "json")
+        self.index = ShardIndex(expand_shards(self.input), extensions=wanted)
+        return len(self.index)
+
+    def items(self, part: Part) -> Items:
+        return JudgeItems(
+            self.index, part, words=self.words, candidates=self.candidates, flip=self.flip
+        )
+
+
+def spoil(true_NF: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A scene that is not quite the true one; float32 N F as `describe_scenes` writes.
+
+    A thing the caption does not speak of may be spoilt, too: nobody knows which one that is.
+
+    Args:
+        true_NF: entries of the true scene.
+        other_NF: entries of any other scene.
+        rng: of what is done.
+    """
+    ways = [name for name, (least, _) in WAYS.items() if _count_things(true_NF) >= least]
+    if not ways:
+        return other_NF
+    return WAYS[ways[rng.integers(len(ways))]][1](true_NF.copy(), other_NF, rng)
+
+
+def _count_things(entries_NF: np.ndarray) -> int:
+    return int((entries_NF[:, 0] < THINGS).sum())
+
+
+def _draw_thing(entries_NF: np.ndarray, rng: np.random.Generator) -> int:
+    return int(rng.integers(_count_things(entries_NF)))  # things come first
+
+
+def _shift(entry: np.ndarray, across: float, down: float) -> None:
+    """Moves an entry's box, as far as the picture goes."""
+    entry[[1, 3]] += np.clip(across, -entry[1], 1 - entry[3])
+    entry[[2, 4]] += np.clip(down, -entry[2], 1 - entry[4])
+
+
+def _add(entries_NF: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One more of something, elsewhere."""
+    more = entries_NF[_draw_thing(entries_NF, rng)].copy()
+    _shift(more, _far(rng), rng.normal(0, 0.03))
+    more[5] *= rng.uniform(0.5, 1.2)
+    return np.concatenate([more[None], entries_NF[: ENTRIES - 1]])
+
+
+def _remove(entries_NF: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    kept_NF = np.delete(entries_NF, _draw_thing(entries_NF, rng), axis=0)
+    nothing = np.zeros_like(entries_NF[:1])
+    nothing[0, 0] = NOTHING
+    return np.concatenate([kept_NF, nothing])
+
+
+def _mirror(entries_NF: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    present = entries_NF[:, 0] != NOTHING
+    entries_NF[present, 1], entries_NF[present, 3] = (
+        1 - entries_NF[present, 3],
+        1 - entries_NF[present, 1],
+    )
+    return entries_NF
+
+
+def _move(entries_NF: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    _shift(entries_NF[_draw_thing(entries_NF, rng)], _far(rng), rng.normal(0, 0.08))
+    return entries_NF
+
+
+def _swap(entries_NF: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Two things of two classes in each other's places: middles across, feet down."""
+    a = _draw_thing(entries_NF, rng)
+    others = np.flatnonzero((entries_NF[:, 0] < THINGS) & (entries_NF[:, 0] != entries_NF[a, 0]))
+    if not len(others):
+        return _move(entries_NF, other_NF, rng)
+    b = rng.choice(others)
+    across = (entries_NF[b, [1, 3]].sum() - entries_NF[a, [1, 3]].sum()) / 2
+    down = entries_NF[b, 4] - entries_NF[a, 4]
+    _shift(entries_NF[a], across, down)
+    _shift(entries_NF[b], -across, -down)
+    return entries_NF
+
+
+def _replace(entries_NF: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """All things of one class become another class, one of the other scene if it has things."""
+    old = entries_NF[_draw_thing(entries_NF, rng), 0]
+    things = _count_things(other_NF)
+    new = other_NF[rng.integers(things), 0] if things else rng.integers(THINGS)
+    entries_NF[entries_NF[:, 0] == old, 0] = new
+    return entries_NF
+
+
+def _exchange(_: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return other_NF
+
+
+def _far(rng: np.random.Generator) -> float:
+    return float(rng.choice([-1, 1]) * rng.uniform(APART, 0.6))
+
+
+Way = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
+# How a scene is spoilt: the things it takes, and what is done. What GPTs do most comes twice.
+WAYS: Mapping[str, tuple[int, Way]] = {
+    "add": (1, _add),
+    "add again": (1, _add),
+    "remove": (1, _remove),
+    "mirror": (1, _mirror),
+    "move": (1, _move),
+    "swap": (2, _swap),
+    "replace": (1, _replace),
+    "exchange": (0, _exchange),
+}
