@@ -29,6 +29,8 @@ from mas.vq import check_finite
 NUMBERS = 6  # of an entry: class, box x0 y0 x1 y1, area; all but the class as shares of the picture
 NOTHING = CLASSES  # class of the entries that fill a scene up
 ENTRIES = 24  # of a scene at most; smaller ones are left out
+PAIRED = 6  # things, large ones first, of which every two of different classes are compared
+PAIR_NUMBERS = 4  # of a pair: how far right and down the second is, columns shared, gap
 MOST = 7  # of one class that are told apart; more are as good as 7
 LEAST_STUFF = 0.002  # share of the picture from which a kind of stuff counts
 
@@ -41,7 +43,7 @@ class JudgeConfig:
     text_length: int  # tokens a caption
     width: int = 64  # channels of a token
     heads: int = 4  # of attention; divide the width
-    hidden: int = 128  # channels inside the feed-forward layers
+    hidden: int = 96  # channels inside the feed-forward layers
     text_layers: int = 1  # that read the caption
     scene_layers: int = 2  # that read the scene and look the caption up
 
@@ -65,6 +67,7 @@ class SceneJudge(nn.Module):
         self.classes = nn.Embedding(NOTHING + 1, width)
         self.counts = nn.Embedding(MOST + 1, width)
         self.boxes = nn.Linear(2 * (NUMBERS - 1), width)
+        self.pairs = nn.Linear(2 * width + PAIR_NUMBERS, width)
         layers = (config.text_layers, config.scene_layers)
         self.text, self.scene = (
             nn.ModuleList(
@@ -113,17 +116,9 @@ class SceneJudge(nn.Module):
         words_BTD = self.words(text_BT) + self.positions[: text_BT.shape[1]]
         for layer in self.text:
             words_BTD = layer(words_BTD, src_key_padding_mask=padded_BT)
-        entries_RNF = rearrange(scenes_BKNF, "b k n f -> (b k) n f")
-        classes_RN = entries_RNF[..., 0].long()
-        numbers_RNF = entries_RNF[..., 1:]
-        # Attention averages and cannot count: an entry is told how many there are of its class.
-        alike_RN = (classes_RN[:, :, None] == classes_RN[:, None]).sum(-1).clamp(max=MOST)
-        boxes_RND = self.boxes(torch.cat([numbers_RNF, numbers_RNF.square()], -1))
-        x_RND = self.classes(classes_RN) + self.counts(alike_RN) + boxes_RND
+        x_RND, missing_RN = self._embed(rearrange(scenes_BKNF, "b k n f -> (b k) n f"))
         read_RTD = repeat(words_BTD, "b t d -> (b k) t d", k=candidates)
         hidden_RT = repeat(padded_BT, "b t -> (b k) t", k=candidates)
-        missing_RN = classes_RN == NOTHING
-        missing_RN[:, 0] = False
         for layer in self.scene:
             x_RND = layer(
                 x_RND,
@@ -134,6 +129,36 @@ class SceneJudge(nn.Module):
         present_RN1 = (~missing_RN)[..., None].float()
         pooled_RD = (self.norm(x_RND) * present_RN1).sum(1) / present_RN1.sum(1)
         return rearrange(self.head(pooled_RD), "(b k) 1 -> b k", b=captions)
+
+    def _embed(self, entries_RNF: Tensor) -> tuple[Tensor, Tensor]:
+        """Entries, and pairs of things, as R N D; and which of them are missing."""
+        classes_RN, numbers_RNF = entries_RNF[..., 0].long(), entries_RNF[..., 1:]
+        # Attention averages and cannot count: an entry is told how many there are of its class.
+        alike_RN = (classes_RN[:, :, None] == classes_RN[:, None]).sum(-1).clamp(max=MOST)
+        boxes_RND = self.boxes(torch.cat([numbers_RNF, numbers_RNF.square()], -1))
+        named_RND = self.classes(classes_RN)
+        entries_RND = named_RND + self.counts(alike_RN) + boxes_RND
+        missing_RN = classes_RN == NOTHING
+        missing_RN[:, 0] = False
+        # Nor does it compare: two things of different classes make an entry of their own, the lower
+        # class first, so that "left of" looks the same whichever is larger.
+        paired = min(PAIRED, classes_RN.shape[1])
+        a, b = torch.triu_indices(paired, paired, 1, device=classes_RN.device)
+        turned_RP = classes_RN[:, a] > classes_RN[:, b]
+        first_RP, second_RP = torch.where(turned_RP, b, a), torch.where(turned_RP, a, b)
+        pairs_RPD = self.pairs(
+            torch.cat(
+                [
+                    _gather(named_RND, first_RP),
+                    _gather(named_RND, second_RP),
+                    _compare(_gather(numbers_RNF, first_RP), _gather(numbers_RNF, second_RP)),
+                ],
+                -1,
+            )
+        )
+        things_RN = classes_RN < THINGS
+        unpaired_RP = ~(things_RN[:, a] & things_RN[:, b]) | (classes_RN[:, a] == classes_RN[:, b])
+        return torch.cat([entries_RND, pairs_RPD], 1), torch.cat([missing_RN, unpaired_RP], 1)
 
     @torch.inference_mode()
     def choose(self, text_BT: Tensor, scenes: Sequence[Sequence[SceneMap]]) -> list[int]:
@@ -150,6 +175,27 @@ class SceneJudge(nn.Module):
             described_KNF = torch.from_numpy(describe_scenes(candidates)).to(text_T.device)
             chosen.append(int(self(text_T[None], described_KNF[None]).argmax()))
         return chosen
+
+
+def _gather(x_RNF: Tensor, index_RP: Tensor) -> Tensor:
+    return x_RNF.gather(1, repeat(index_RP, "r p -> r p f", f=x_RNF.shape[-1]))
+
+
+def _compare(first_RPF: Tensor, second_RPF: Tensor) -> Tensor:
+    """The numbers of a pair, of two boxes: R P 4."""
+    left, _, right, foot, _ = first_RPF.unbind(-1)
+    other_left, _, other_right, other_foot, _ = second_RPF.unbind(-1)
+    narrower = torch.minimum(right - left, other_right - other_left).clamp(min=1e-3)
+    gap = torch.maximum(left, other_left) - torch.minimum(right, other_right)
+    return torch.stack(
+        [
+            (other_left + other_right - left - right) / 2,
+            other_foot - foot,
+            (-gap / narrower).clamp(-2, 1),
+            gap,
+        ],
+        -1,
+    )
 
 
 def _trim(text_BT: Tensor, scenes_BKNF: Tensor) -> tuple[Tensor, Tensor]:

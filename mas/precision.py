@@ -25,7 +25,7 @@ from mas.storage import CONFIG_FILE, StoredTensors, build_unfilled, parse_config
 
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
 MEMORY_INFO = Path("/proc/meminfo")
-LARGE = 50_000_000  # parameters from which float32 is too slow on a CPU to be a good default
+LARGE = 20_000_000  # parameters from which float32 is too slow on a CPU to be a good default
 SPARE = 300 * 2**20  # bytes left for everything that is not the cache
 
 

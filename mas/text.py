@@ -184,7 +184,12 @@ class Tokenizer:
         write_json(path, json.loads(self._tokenizer.to_str()))
 
     def encode(
-        self, texts: Sequence[str], *, dropout: float = 0.0, seed: int | None = None
+        self,
+        texts: Sequence[str],
+        *,
+        dropout: float = 0.0,
+        seed: int | None = None,
+        warn: bool = True,
     ) -> Tensor:
         """Text tokens, long B T; an empty caption is all padding.
 
@@ -193,6 +198,7 @@ class Tokenizer:
             dropout: probability with which each merge is skipped (BPE dropout, arXiv 1910.13267),
                 for training; needs `seed`.
             seed: of the dropout; the same seed gives the same tokens.
+            warn: of captions that are cut.
 
         Raises:
             TokenizerError: a caption is no valid Unicode.
@@ -207,7 +213,7 @@ class Tokenizer:
         cut = [
             text for text, encoding in zip(texts, encodings, strict=True) if encoding.overflowing
         ]
-        if cut:
+        if cut and warn:
             logger.warning(
                 "%d of %d captions are longer than %d tokens and were cut, for example %.200r",
                 len(cut),

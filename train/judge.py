@@ -2,15 +2,16 @@
 
 In: scene shards with captions, the text tokenizer. Out: a run folder that
 `SceneJudge.from_pretrained` reads. A step shows a caption with its scene and with copies that were
-spoilt the way a GPT errs: one thing too many or too few, things in each other's places, left for
-right, another class, another picture's scene. The loss is the cross-entropy of which one is true.
+spoilt the way a GPT errs: one thing too many or too few, things in each other's places, another
+class, another picture's scene, and left for right where the caption names a side. The loss is the
+cross-entropy of which one is true.
 Axes: B captions, T text tokens, K scenes of a caption, N entries of a scene, F numbers an entry.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,8 @@ from train.stage import Optimiser, Rows, Stage
 from train.start import start_from
 from train.stream import Items
 
+NEAR = 64  # pictures among which the other scene is looked for
+HANDED = 3  # how much more often captions that name a side are drawn than others
 KEPT = 200_000  # pictures whose entries a loader process keeps, about a kilobyte each
 APART = 0.1  # of the picture's width: how far a thing is moved at least
 
@@ -129,16 +132,23 @@ class JudgeItems:
         seen = self._describe(index)
         true_NF, caption = seen.entries_NF, seen.captions[0]
         if not fixed:
-            caption = seen.captions[rng.integers(len(seen.captions))]
+            caption = _draw_caption(seen.captions, rng)
             if self.flip and rng.random() < 0.5:
-                true_NF, caption = _mirror(true_NF.copy(), true_NF, rng), mirror_caption(caption)
-        other_NF = self._describe(int(rng.integers(len(self.part)))).entries_NF
+                true_NF, caption = mirror_entries(true_NF), mirror_caption(caption)
+        other_NF = self._describe(self._neighbour(index, rng)).entries_NF
         spoilt = [spoil(true_NF, other_NF, rng) for _ in range(self.candidates - 1)]
+        if mirror_caption(caption) != caption:  # only here left and right can be told
+            spoilt[0] = mirror_entries(true_NF)
         return {
             "key": seen.key,
-            "text": self.words.encode([caption])[0],
+            "text": self.words.encode([caption], warn=False)[0],
             "scenes": torch.from_numpy(np.stack([true_NF, *spoilt])),
         }
+
+    def _neighbour(self, index: int, rng: np.random.Generator) -> int:
+        """Any picture nearby: soon all of them are kept."""
+        first = index - index % NEAR
+        return int(rng.integers(first, min(first + NEAR, len(self.part))))
 
     def _describe(self, index: int) -> _Seen:
         """Key, captions and entries of a picture; kept, since finding things takes longest."""
@@ -212,6 +222,21 @@ def spoil(true_NF: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -
     return WAYS[ways[rng.integers(len(ways))]][1](true_NF.copy(), other_NF, rng)
 
 
+def mirror_entries(entries_NF: np.ndarray) -> np.ndarray:
+    """The entries of the mirrored scene."""
+    mirrored_NF = entries_NF.copy()
+    present = entries_NF[:, 0] != NOTHING
+    mirrored_NF[present, 1] = 1 - entries_NF[present, 3]
+    mirrored_NF[present, 3] = 1 - entries_NF[present, 1]
+    return mirrored_NF
+
+
+def _draw_caption(captions: Sequence[str], rng: np.random.Generator) -> str:
+    handed = np.array([mirror_caption(caption) != caption for caption in captions])
+    weights = np.where(handed, HANDED, 1)
+    return captions[rng.choice(len(captions), p=weights / weights.sum())]
+
+
 def _count_things(entries_NF: np.ndarray) -> int:
     return int((entries_NF[:, 0] < THINGS).sum())
 
@@ -239,15 +264,6 @@ def _remove(entries_NF: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> 
     nothing = np.zeros_like(entries_NF[:1])
     nothing[0, 0] = NOTHING
     return np.concatenate([kept_NF, nothing])
-
-
-def _mirror(entries_NF: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    present = entries_NF[:, 0] != NOTHING
-    entries_NF[present, 1], entries_NF[present, 3] = (
-        1 - entries_NF[present, 3],
-        1 - entries_NF[present, 1],
-    )
-    return entries_NF
 
 
 def _move(entries_NF: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -292,8 +308,8 @@ WAYS: Mapping[str, tuple[int, Way]] = {
     "add": (1, _add),
     "add again": (1, _add),
     "remove": (1, _remove),
-    "mirror": (1, _mirror),
     "move": (1, _move),
+    "move again": (1, _move),
     "swap": (2, _swap),
     "replace": (1, _replace),
     "exchange": (0, _exchange),
