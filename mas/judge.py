@@ -118,6 +118,7 @@ class SceneJudge(nn.Module):
         numbers_RNF = entries_RNF[..., 1:]
         # Attention averages and cannot count: an entry is told how many there are of its class.
         alike_RN = (classes_RN[:, :, None] == classes_RN[:, None]).sum(-1).clamp(max=MOST)
+        alike_RN[classes_RN == NOTHING] = 0  # how much a scene is filled up by says nothing
         boxes_RND = self.boxes(torch.cat([numbers_RNF, numbers_RNF.square()], -1))
         x_RND = self.classes(classes_RN) + self.counts(alike_RN) + boxes_RND
         read_RTD = repeat(words_BTD, "b t d -> (b k) t d", k=candidates)
