@@ -14,8 +14,9 @@ from mas.examiner import Examiner
 from mas.filter import Sampling, StreamSampling
 from mas.generate import generate
 from mas.judge import JudgeConfig, SceneJudge, describe_scenes
-from mas.model import LARGEST_SEED, MakeAScene
+from mas.model import MakeAScene
 from mas.model_folder import FILES, JUDGE_FILES, ModelError
+from mas.request import LARGEST_SEED
 from mas.scene import SceneMap
 from mas.sequence import FREE
 
