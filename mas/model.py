@@ -241,7 +241,10 @@ class MakeAScene:
         check_request(captions, conditioned=conditioned, count=count, seed=seed, batch=batch)
         candidates = self.scene_candidates if scene_candidates is None else scene_candidates
         check_candidates(candidates, self.judge)
-        check_memory(self.decoder, self._gpt.config, min(batch, len(captions) * count))
+        if scene is not None and scene_free is None:
+            candidates = 1  # there is nothing to choose
+        at_a_time = min(batch, len(captions) * count * candidates)
+        check_memory(self.decoder, self._gpt.config, at_a_time)
         start = time.perf_counter()
         if scene is not None:
             scene = scene.resized(self.vqseg.config.size)
@@ -359,7 +362,7 @@ class MakeAScene:
                 return Reporter(tell, self.decoder.layout, decoders, first=first, tally=tally)
 
             tell = on_progress
-            with room_for(len(part.text)):
+            with room_for(min(batch, len(part.text) * candidates)):
                 scene_BT = self.choose_scenes(
                     part,
                     seeds=seeds[rows],

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+import mas.candidates
+import mas.request
 from mas.__main__ import main
 from mas.candidates import candidate_seed, choose_scenes
 from mas.examiner import Examiner
@@ -188,6 +190,23 @@ def test_a_scene_that_is_given_asks_no_judge_and_a_part_is_kept(judged_model, mo
     assert judged_model.generate(CAPTIONS[0], scene=scene).scenes == [scene]
     with pytest.raises(AssertionError, match="was asked"):
         judged_model.generate(CAPTIONS[0], scene=scene, scene_free=free)
+
+
+def test_candidates_need_memory_like_pictures(judged_model, monkeypatch):
+    monkeypatch.setattr(mas.request, "pictures_that_fit", lambda decoder, config: 2)
+    with pytest.raises(ModelError, match=r"3 pictures at a time do not fit .*: use batch 2"):
+        judged_model.generate(CAPTIONS[0])
+    assert len(judged_model.generate(CAPTIONS[0], batch=2).images) == 1
+    scene = SceneMap.from_labels(np.full((32, 32), 16, np.uint8))
+    out = judged_model.generate(CAPTIONS[0], scene=scene, count=2)  # nothing to choose
+    assert "candidates" not in out.settings["scene"]
+
+    def fail(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(mas.candidates, "generate", fail)
+    with pytest.raises(ModelError, match="ran out with 2 pictures at a time: try batch 1"):
+        judged_model.generate(CAPTIONS[0], batch=2)
 
 
 def test_an_examiner_draws_what_the_model_draws(judged_model):
