@@ -135,6 +135,7 @@ class SceneJudge(nn.Module):
         classes_RN, numbers_RNF = entries_RNF[..., 0].long(), entries_RNF[..., 1:]
         # Attention averages and cannot count: an entry is told how many there are of its class.
         alike_RN = (classes_RN[:, :, None] == classes_RN[:, None]).sum(-1).clamp(max=MOST)
+        alike_RN[classes_RN == NOTHING] = 0  # how much a scene is filled up by says nothing
         boxes_RND = self.boxes(torch.cat([numbers_RNF, numbers_RNF.square()], -1))
         named_RND = self.classes(classes_RN)
         entries_RND = named_RND + self.counts(alike_RN) + boxes_RND

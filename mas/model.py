@@ -9,8 +9,7 @@ Axes: B pictures, T tokens, H W pixels, C colours.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,18 +40,15 @@ from mas.precision import (
     choose_device,
     choose_precision,
     make_decoder,
-    pictures_that_fit,
 )
 from mas.progress import Decoders, Progress, Reporter, Tally, hide
+from mas.request import check_candidates, check_memory, check_request, release, room_for
 from mas.rounding import Weights
 from mas.scene import SceneMap
 from mas.sequence import FREE, Streams
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
-
-LARGEST_SEED = 2**63 - 1
-CPU_ALLOCATOR = "DefaultCPUAllocator"  # how torch's error begins when the CPU's memory is used up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +96,7 @@ class MakeAScene:
             gpt = gpt.eval().requires_grad_(False).to(self.device)
         self._gpt = gpt
         self.judge = judge and judge.eval().requires_grad_(False).to(self.device)
-        self._check_candidates(scene_candidates)
+        check_candidates(scene_candidates, judge)
         self.scene_candidates = scene_candidates
         if isinstance(sampling, Sampling):
             sampling = StreamSampling(scene=sampling, image=sampling)
@@ -241,9 +237,14 @@ class MakeAScene:
             scene=scene_sampling or {},
             image=image_sampling or {},
         )
-        self._check_request(captions, scene is not None or image is not None, count, seed, batch)
+        conditioned = scene is not None or image is not None
+        check_request(captions, conditioned=conditioned, count=count, seed=seed, batch=batch)
         candidates = self.scene_candidates if scene_candidates is None else scene_candidates
-        self._check_candidates(candidates)
+        check_candidates(candidates, self.judge)
+        if scene is not None and scene_free is None:
+            candidates = 1  # there is nothing to choose
+        at_a_time = min(batch, len(captions) * count * candidates)
+        check_memory(self.decoder, self._gpt.config, at_a_time)
         start = time.perf_counter()
         if scene is not None:
             scene = scene.resized(self.vqseg.config.size)
@@ -353,14 +354,15 @@ class MakeAScene:
     ) -> Streams:
         decoders = Decoders(scenes=self.decode_scenes, images=self.decode_images)
         parts = []
-        for rows in _batches(len(seeds), batch):
+        for start in range(0, len(seeds), batch):
+            rows = slice(start, start + batch)
             part = Streams(*(tokens_BT[rows] for tokens_BT in given))
 
-            def report(tell: Callable[[Progress], None], first: int = rows.start) -> Reporter:
+            def report(tell: Callable[[Progress], None], first: int = start) -> Reporter:
                 return Reporter(tell, self.decoder.layout, decoders, first=first, tally=tally)
 
             tell = on_progress
-            with _room_for(len(part.text)):
+            with room_for(min(batch, len(part.text) * candidates)):
                 scene_BT = self.choose_scenes(
                     part,
                     seeds=seeds[rows],
@@ -387,83 +389,18 @@ class MakeAScene:
         scene, image = (int((tokens_BT == FREE).sum()) for tokens_BT in given[1:])
         return scene * candidates + image
 
-    def _check_candidates(self, candidates: int) -> None:
-        if candidates < 1:
-            raise ModelError(f"scene_candidates is {candidates}, use 1 or more")
-        if candidates > 1 and self.judge is None:
-            raise ModelError(
-                f"scene_candidates is {candidates}, but this model has no judge to choose: use 1, "
-                "or train one with mas train judge and assemble the model with --judge"
-            )
-
     def _given_scene(self, scene: SceneMap | None, free: np.ndarray | None) -> Tensor:
         if scene is None:
             if free is not None:
                 raise ModelError("scene_free says where a given scene is free: give the scene too")
             return self.decoder.layout.free(self.decoder.layout.scene, 1)
-        return _release(self.encode_scene(scene), free, self.vqseg.config.grid, "scene_free")
+        grid = self.vqseg.config.grid
+        return release(self.encode_scene(scene), free, grid=grid, name="scene_free")
 
     def _given_image(self, image: Image.Image | None, free: np.ndarray | None) -> Tensor:
         if (image is None) != (free is None):
             raise ModelError("image and image_free belong together: give both or neither")
         if image is None:
             return self.decoder.layout.free(self.decoder.layout.image, 1)
-        return _release(self.encode_image(image), free, self.vqgan.config.grid, "image_free")
-
-    def _check_request(
-        self, captions: list[str], conditioned: bool, count: int, seed: int, batch: int
-    ) -> None:
-        if not captions:
-            raise ModelError("there is no caption")
-        if not conditioned and not all(text.strip() for text in captions):
-            raise ModelError("the caption is empty: say what to paint, or give a scene")
-        for name, value in (("count", count), ("batch", batch)):
-            if value < 1:
-                raise ModelError(f"{name} is {value}, use 1 or more")
-        if not 0 <= seed <= LARGEST_SEED - count:
-            raise ModelError(f"seed is {seed}, use a number from 0 to 2^63 - 1")
-        pictures = min(batch, len(captions) * count)
-        fitting = pictures_that_fit(self.decoder, self._gpt.config)
-        if pictures > fitting:
-            raise ModelError(
-                f"{pictures} pictures at a time do not fit into the memory, {fitting} do: "
-                f"use batch {fitting}"
-                if fitting
-                else "not even one picture fits into the free memory: use a smaller model"
-            )
-
-
-@contextmanager
-def _room_for(pictures: int) -> Iterator[None]:
-    """Says what to do when the memory runs out all the same: others take from it, too."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not out_of_memory and CPU_ALLOCATOR not in str(error):
-            raise
-        mend = f"try batch {pictures // 2}" if pictures > 1 else "use a smaller model"
-        raise ModelError(
-            f"the memory ran out with {pictures} pictures at a time: {mend}"
-        ) from error
-
-
-def _batches(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
-
-
-def _release(tokens_1T: Tensor, free_HW: np.ndarray | None, grid: int, name: str) -> Tensor:
-    """Sets tokens `FREE` whose grid cell has a free pixel."""
-    if free_HW is None:
-        return tokens_1T
-    if free_HW.dtype != np.bool_ or free_HW.ndim != 2 or free_HW.shape[0] != free_HW.shape[1]:
-        raise ModelError(f"{name} must be a square bool array, got {free_HW.dtype} {free_HW.shape}")
-    size = len(free_HW)
-    if size < grid:
-        raise ModelError(f"{name} must have {grid} pixels a side or more, not {size}")
-    free_hw = np.zeros((grid, grid), np.bool_)
-    rows, columns = np.nonzero(free_HW)
-    free_hw[rows * grid // size, columns * grid // size] = True
-    free_1T = rearrange(torch.from_numpy(free_hw), "h w -> 1 (h w)")
-    return tokens_1T.masked_fill(free_1T, FREE)
+        grid = self.vqgan.config.grid
+        return release(self.encode_image(image), free, grid=grid, name="image_free")

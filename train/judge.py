@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mas.judge import ENTRIES, NOTHING, JudgeConfig, SceneJudge, describe_scenes
+from mas.judge import NOTHING, JudgeConfig, SceneJudge, describe_scenes
 from mas.scene import THINGS, SceneMap
 from mas.shards import ShardIndex, expand_shards, read_captions
 from mas.text import Tokenizer, mirror_caption
@@ -31,7 +31,8 @@ from train.stream import Items
 NEAR = 64  # pictures among which the other scene is looked for
 HANDED = 3  # how much more often captions that name a side are drawn than others
 KEPT = 200_000  # pictures whose entries a loader process keeps, about a kilobyte each
-APART = 0.1  # of the picture's width: how far a thing is moved at least
+APART = 0.1  # of the picture's width: how far a thing is moved at least, if it has that room
+TRIES = 10  # to spoil a scene; a way may leave it as it is: a mirrored symmetry, a class for itself
 
 
 class JudgeTraining(Stage):
@@ -207,7 +208,7 @@ class JudgeData(StreamData):
 
 
 def spoil(true_NF: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A scene that is not quite the true one; float32 N F as `describe_scenes` writes.
+    """A scene that is not the true one, if only just; float32 N F as `describe_scenes` writes.
 
     A thing the caption does not speak of may be spoilt, too: nobody knows which one that is.
 
@@ -216,10 +217,12 @@ def spoil(true_NF: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -
         other_NF: entries of any other scene.
         rng: of what is done.
     """
-    ways = [name for name, (least, _) in WAYS.items() if _count_things(true_NF) >= least]
-    if not ways:
-        return other_NF
-    return WAYS[ways[rng.integers(len(ways))]][1](true_NF.copy(), other_NF, rng)
+    ways = [way for least, way in WAYS.values() if _count_things(true_NF) >= least]
+    for _ in range(TRIES):
+        spoilt_NF = ways[rng.integers(len(ways))](true_NF.copy(), other_NF, rng)
+        if not np.array_equal(spoilt_NF, true_NF):
+            return spoilt_NF
+    return _invent(true_NF, rng)
 
 
 def mirror_entries(entries_NF: np.ndarray) -> np.ndarray:
@@ -252,11 +255,22 @@ def _shift(entry: np.ndarray, across: float, down: float) -> None:
 
 
 def _add(entries_NF: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One more of something, elsewhere."""
+    """One more of something, elsewhere and up to a third smaller."""
     more = entries_NF[_draw_thing(entries_NF, rng)].copy()
-    _shift(more, _far(rng), rng.normal(0, 0.03))
-    more[5] *= rng.uniform(0.5, 1.2)
-    return np.concatenate([more[None], entries_NF[: ENTRIES - 1]])
+    _shift(more, _far(more, rng), rng.normal(0, 0.03))
+    scale = rng.uniform(0.7, 1.0)  # about its feet
+    middle, half = (more[1] + more[3]) / 2, (more[3] - more[1]) / 2 * scale
+    more[[1, 3]] = middle - half, middle + half
+    more[2] = more[4] - (more[4] - more[2]) * scale
+    more[5] *= scale**2
+    return np.concatenate([more[None], entries_NF[:-1]])
+
+
+def _invent(entries_NF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A thing where there may be none at all."""
+    (x, y), (width, height) = rng.uniform(0, 0.5, 2), rng.uniform(0.1, 0.5, 2)
+    thing = (rng.integers(THINGS), x, y, x + width, y + height, width * height)
+    return np.concatenate([np.array([thing], entries_NF.dtype), entries_NF[:-1]])
 
 
 def _remove(entries_NF: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -267,7 +281,8 @@ def _remove(entries_NF: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> 
 
 
 def _move(entries_NF: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    _shift(entries_NF[_draw_thing(entries_NF, rng)], _far(rng), rng.normal(0, 0.08))
+    entry = entries_NF[_draw_thing(entries_NF, rng)]
+    _shift(entry, _far(entry, rng), rng.normal(0, 0.08))
     return entries_NF
 
 
@@ -298,8 +313,11 @@ def _exchange(_: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -> 
     return other_NF
 
 
-def _far(rng: np.random.Generator) -> float:
-    return float(rng.choice([-1, 1]) * rng.uniform(APART, 0.6))
+def _far(entry: np.ndarray, rng: np.random.Generator) -> float:
+    """How far across, to the other side where the drawn one leaves no room."""
+    side, distance = rng.choice([-1, 1]), rng.uniform(APART, 0.6)
+    room = entry[1] if side < 0 else 1 - entry[3]
+    return float((side if room >= APART else -side) * distance)
 
 
 Way = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]

@@ -13,7 +13,7 @@ import mas.model_folder
 from mas import MakeAScene
 from mas.filter import Sampling, StreamSampling
 from mas.gpt import GPT
-from mas.model_folder import FILES, ModelError
+from mas.model_folder import FILES, JUDGE_FILES, ModelError
 from mas.rounding import narrow, widen
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN
@@ -239,7 +239,7 @@ def test_a_hub_id_is_downloaded_and_what_the_hub_says_is_passed_on(tiny_folder, 
     asked = []
 
     def download(name, *, allow_patterns):
-        asked.append((name, set(FILES) <= set(allow_patterns)))
+        asked.append((name, {*FILES, *JUDGE_FILES} <= set(allow_patterns)))
         if name == "me/absent":
             raise OSError("Repository Not Found\ntraceback")
         return str(tiny_folder)

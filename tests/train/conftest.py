@@ -9,6 +9,7 @@ from PIL import Image
 
 from mas.scene import PALETTE, SceneMap
 from mas.shards import Sample, ShardWriter, write_token_shard
+from mas.text import Tokenizer
 
 SIZE = 32
 GRASS, SKY, DOG = 125, 119, 16
@@ -121,6 +122,7 @@ NETWORKS = {
         "image_grid": 4,
         "dropout": 0.1,
     },
+    "judge": {"text_vocabulary": 270, "text_length": 8, "width": 16, "heads": 2, "hidden": 16},
 }
 EXTRAS = {
     "vqseg": {},
@@ -132,6 +134,7 @@ EXTRAS = {
         "model.adversary.learning_rate": 0.5,
     },
     "gpt": {"model.caption_dropout.share": 0.3, "model.caption_dropout.start": 0},
+    "judge": {},
 }
 
 
@@ -140,8 +143,16 @@ def network_sizes():
     return NETWORKS
 
 
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "tokenizer.json"
+    captions = [f"a dog on the grass, picture {picture}" for picture in range(PICTURES // 2)]
+    Tokenizer.fit(captions, vocab_size=270, length=8).save(path)
+    return path
+
+
 @pytest.fixture
-def words(scene_shards, token_shards, tmp_path):
+def words(scene_shards, token_shards, tokenizer_file, tmp_path):
     """words(stage, key=value …): the command line of a tiny run into tmp_path/run."""
 
     def make(stage, folder="run", **settings):
@@ -151,6 +162,7 @@ def words(scene_shards, token_shards, tmp_path):
             **COMMON,
             **{f"model.network.{key}": value for key, value in NETWORKS[stage].items()},
             **EXTRAS[stage],
+            **({"data.tokenizer": tokenizer_file} if stage == "judge" else {}),
             **{key.replace("__", "."): value for key, value in settings.items()},
         }
         return [stage, *(f"--{key}={value}" for key, value in values.items() if value is not None)]

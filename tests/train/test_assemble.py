@@ -9,6 +9,7 @@ import torch
 from mas.__main__ import main
 from mas.filter import Sampling
 from mas.gpt import GPT, GPTConfig
+from mas.judge import JudgeConfig, SceneJudge
 from mas.model import MakeAScene
 from mas.rounding import narrow, widen
 from mas.storage import file_hash
@@ -77,6 +78,25 @@ def test_assembled_parts_generate(parts, tmp_path):
     result = model.generate("a dog on the grass", seed=1)
     assert result.images[0].size == (32, 32)
     assert result.scenes[0].size == (32, 32)
+
+
+def test_a_judge_goes_with_the_model_and_chooses(parts, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"text_length": 8, "width": 16, "heads": 2, "hidden": 16}
+    for name, vocabulary in (("judge", _vocabulary(parts)), ("other", 512)):
+        network = SceneJudge(JudgeConfig(text_vocabulary=vocabulary, **sizes))
+        network.save_pretrained(tmp_path / name)
+    output, folders = str(tmp_path / "model"), arguments(parts, judge=str(tmp_path / "judge"))
+    words = ["assemble", "--output", output, "--scene-candidates", "3"]
+    assert main([*words, *(word for k, v in folders.items() for word in (f"--{k}", v))]) == 0
+    model = MakeAScene.from_pretrained(output, device="cpu")
+    assert model.scene_candidates == 3
+    result = model.generate("a dog on the grass", seed=1)
+    assert result.settings["scene"]["candidates"] == 3 and result.images[0].size == (32, 32)
+    with pytest.raises(ValueError, match="judge and GPT do not fit together: vocabulary 512"):
+        assemble(**arguments(parts, judge=str(tmp_path / "other")), output=output)
+    assemble(**arguments(parts), output=output)  # four candidates are for models that can choose
+    assert MakeAScene.from_pretrained(output, device="cpu").scene_candidates == 1
 
 
 def test_what_is_not_said_of_one_stream_is_as_for_both(parts, tmp_path):

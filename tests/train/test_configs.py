@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from mas.gpt import GPT, GPTConfig
+from mas.judge import JudgeConfig, SceneJudge
 from mas.storage import parse_config
 from mas.vqgan import VQGAN, VQGANConfig
 from mas.vqseg import VQSEG, VQSEGConfig
@@ -18,7 +19,9 @@ CLASSES = {
     "vqseg": (VQSEG, VQSEGConfig),
     "vqgan": (VQGAN, VQGANConfig),
     "gpt": (GPT, GPTConfig),
+    "judge": (SceneJudge, JudgeConfig),
 }
+STAGES = ["vqseg", "vqgan", "gpt"]  # of every folder
 FOLDERS = ["tiny", "park", "base"]
 RUNS = [("vqgan-first", "vqgan"), ("vqseg-photos", "vqseg")]  # of configs/park, beside the stages'
 
@@ -30,7 +33,11 @@ def read(folder, stage):
 
 @pytest.mark.parametrize(
     ("folder", "stage"),
-    [*product(FOLDERS, CLASSES), *((folder, "gpt") for folder in ("small", "1b", "4b"))],
+    [
+        *product(FOLDERS, STAGES),
+        *((folder, "gpt") for folder in ("small", "1b", "4b")),
+        ("park", "judge"),
+    ],
 )
 def test_config_parses_and_its_network_builds(folder, stage, capsys):
     path = CONFIGS / folder / f"{stage}.yaml"
@@ -65,6 +72,12 @@ def test_the_three_configs_of_a_folder_fit_together(folder):
     assert (gpt.scene_vocabulary, gpt.scene_grid) == (vqseg.codes, vqseg.grid)
     assert (gpt.image_vocabulary, gpt.image_grid) == (vqgan.codes, vqgan.grid)
     assert vqseg.size == vqgan.size
+
+
+def test_the_judge_of_the_park_reads_what_its_gpt_reads():
+    gpt, judge = read("park", "gpt"), read("park", "judge")
+    assert judge.text_vocabulary == gpt.text_vocabulary
+    assert judge.text_length == gpt.text_length
 
 
 @pytest.mark.parametrize(
