@@ -113,7 +113,13 @@ class JudgeItems:
     """A caption, its scene, and spoilt copies of it."""
 
     def __init__(
-        self, index: ShardIndex, part: Part, *, words: Tokenizer, candidates: int, flip: bool
+        self,
+        index: ShardIndex,
+        part: Part | list[int],
+        *,
+        words: Tokenizer,
+        candidates: int,
+        flip: bool,
     ) -> None:
         self.index, self.part, self.words = index, part, words
         self.candidates, self.flip = candidates, flip
@@ -138,7 +144,7 @@ class JudgeItems:
                 true_NF, caption = mirror_entries(true_NF), mirror_caption(caption)
         other_NF = self._describe(self._neighbour(index, rng)).entries_NF
         spoilt = [spoil(true_NF, other_NF, rng) for _ in range(self.candidates - 1)]
-        if mirror_caption(caption) != caption:  # only here left and right can be told
+        if names_side(caption):  # only here left and right can be told
             spoilt[0] = mirror_entries(true_NF)
         return {
             "key": seen.key,
@@ -171,6 +177,8 @@ class JudgeData(StreamData):
         input: folder of scene shards, 'DIR/{00000..00099}.tar' or one tar.
         tokenizer: the text tokenizer's tokenizer.json.
         candidates: scenes a caption, the true one among them.
+        sides: only pictures with a caption that names a side. Few captions do, so a judge that sees
+            all of them takes long to tell left from right; a second run with this is quick.
         batch_size: captions a step and rank.
         workers: processes that read scenes; 0 reads in the training process.
         holdout: every n-th picture is kept for validation.
@@ -184,6 +192,7 @@ class JudgeData(StreamData):
         input: str,
         tokenizer: str,
         candidates: int = 6,
+        sides: bool = False,
         batch_size: int = 128,
         workers: int = 2,
         holdout: int = 50,
@@ -193,7 +202,7 @@ class JudgeData(StreamData):
         super().__init__(batch_size=batch_size, workers=workers, holdout=holdout, seed=seed)
         if candidates < 2:
             raise ValueError(f"data.candidates is {candidates}, use 2 or more")
-        self.input, self.candidates, self.flip = input, candidates, flip
+        self.input, self.candidates, self.sides, self.flip = input, candidates, sides, flip
         self.words = Tokenizer.from_file(tokenizer)
 
     def open(self) -> int:
@@ -202,9 +211,24 @@ class JudgeData(StreamData):
         return len(self.index)
 
     def items(self, part: Part) -> Items:
+        """Raises ValueError where sides are asked for and no caption names one."""
+        chosen: Part | list[int] = part
+        if self.sides:
+            every = (part[place] for place in range(len(part)))
+            chosen = [index for index in every if self._names_side(index)]
+            if not chosen and part.part == "train":
+                raise ValueError(f"{self.input}: no caption names a side; leave data.sides out")
         return JudgeItems(
-            self.index, part, words=self.words, candidates=self.candidates, flip=self.flip
+            self.index, chosen, words=self.words, candidates=self.candidates, flip=self.flip
         )
+
+    def _names_side(self, index: int) -> bool:
+        return any(names_side(caption) for caption in read_captions(self.index.read(index)))
+
+
+def names_side(caption: str) -> bool:
+    """Whether left and right matter to a caption."""
+    return mirror_caption(caption) != caption
 
 
 def spoil(true_NF: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -235,8 +259,7 @@ def mirror_entries(entries_NF: np.ndarray) -> np.ndarray:
 
 
 def _draw_caption(captions: Sequence[str], rng: np.random.Generator) -> str:
-    handed = np.array([mirror_caption(caption) != caption for caption in captions])
-    weights = np.where(handed, HANDED, 1)
+    weights = np.where([names_side(caption) for caption in captions], HANDED, 1)
     return captions[rng.choice(len(captions), p=weights / weights.sum())]
 
 

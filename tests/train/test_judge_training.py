@@ -14,7 +14,7 @@ from mas.shards import Sample, ShardIndex, ShardWriter
 from mas.text import Tokenizer
 from tests.train.conftest import COMMON, DOG, GRASS, SKY, encoded
 from train.cli import train
-from train.judge import APART, WAYS, JudgeItems, spoil
+from train.judge import APART, WAYS, JudgeData, JudgeItems, spoil
 
 CAT = DOG - 1
 COUNTS = ("one", "two", "three")
@@ -230,3 +230,31 @@ def test_a_judge_starts_from_another(pets, tmp_path):
     first, second = (SceneJudge.from_pretrained(tmp_path / name) for name in ("first", "second"))
     for name, tensor in second.state_dict().items():
         torch.testing.assert_close(tensor, first.state_dict()[name], rtol=0, atol=1e-20, msg=name)
+
+
+@pytest.mark.parametrize(("every", "kept"), [(1, range(60)), (3, range(2, 60, 3))])
+def test_sides_leaves_only_pictures_whose_captions_name_one(pets, tmp_path, every, kept):
+    data = sided_data(pets, tmp_path, every=every)
+    data.setup("fit")
+    held_out = 49  # the fiftieth
+    keys = [data.training.item(place, None)["key"] for place in range(len(data.training))]
+    assert keys == [f"{number:05}" for number in kept if number != held_out]
+
+
+def test_captions_without_sides_are_refused_where_sides_are_asked_for(pets, tmp_path):
+    with pytest.raises(ValueError, match=r"no caption names a side; leave data\.sides out"):
+        sided_data(pets, tmp_path, every=61).setup("fit")
+
+
+def sided_data(pets, folder, *, every):
+    """Data of 60 pictures of which every so manieth names a side."""
+    rng = np.random.default_rng(0)
+    with ShardWriter(str(folder / "00000.tar")) as writer:
+        for number in range(60):
+            scene, caption = draw_pets(rng)
+            caption = caption if (number + 1) % every == 0 else "a dog"
+            content = json.dumps({"captions": [caption]}).encode()
+            files = {"scene.png": encoded(scene.to_png), "txt": b"", "json": content}
+            writer.write(Sample(f"{number:05}", files))
+    tokenizer = str(pets / "tokenizer.json")
+    return JudgeData(input=str(folder), tokenizer=tokenizer, workers=0, batch_size=2, sides=True)
