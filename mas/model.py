@@ -337,7 +337,7 @@ class MakeAScene:
             seeds=seeds,
             candidates=candidates,
             sampling=sampling,
-            batch=batch,
+            batch=2 * batch,  # a scene ends before half of the sequence
             decode=self.decode_scenes,
             watch=watch,
         ).to(given.scene.device)

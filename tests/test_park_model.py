@@ -91,7 +91,7 @@ def test_vqseg_keeps_scenes(model, world):
     metrics.update(*decoded, true_labels_BHW=labels_BHW, true_edges_BHW=edges_BHW)
     figures = metrics.compute()
     assert figures["pixel_accuracy"] > 0.95
-    assert figures["miou"] > 0.7
+    assert figures["miou"] > 0.75
     assert figures["edge_f1"] > 0.95
 
 
@@ -131,9 +131,10 @@ def test_captions_are_obeyed(model, reader, world):
         seen = Seen(scene=scene, pixels_HWC=pixels_HWC, place=place, time=time)
         obedience.update(content["park"]["facts"][0], seen)
     kept = obedience.compute()
-    # docs/evaluation.md has 0.95, 0.86, 0.97 and 1 over many more captions; another processor
+    # docs/evaluation.md has 1, 0.86, 0.86, 0.99 and 1 over many more captions; another processor
     # rounds differently and draws other tokens.
     assert kept["class"] > 0.8
+    assert kept["number"] > 0.6
     assert kept["colour"] > 0.55
     assert kept["place"] > 0.65
     assert kept["time"] > 0.65

@@ -15,12 +15,16 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from mas import MakeAScene, SceneMap
+from mas.candidates import candidate_seed
+from mas.judge import describe_scenes
 from mas.scene import CLASS_NAMES
 from mas.shards import expand_shards, read_shard
 from mas.sheet import contact_sheet
@@ -62,7 +66,10 @@ def main() -> None:
     model = MakeAScene.from_pretrained(options.model)
     given = bring_along(model.vqseg.config.size)
     options.output.mkdir(parents=True, exist_ok=True)
-    for name in tqdm([options.only] if options.only else list(FIGURES), desc="figures"):
+    names = [options.only] if options.only else list(FIGURES)
+    if model.judge is None and "candidates" in names:
+        names.remove("candidates")  # nobody chooses
+    for name in tqdm(names, desc="figures"):
         save(FIGURES[name](model, given), options.output / f"{name}.jpg")
 
 
@@ -167,6 +174,29 @@ def seeds(model: MakeAScene, given: Given) -> Image.Image:
     return contact_sheet(rows, cell=CELL, header=("", *(f"seed {seed}" for seed in out.seeds)))
 
 
+def candidates(model: MakeAScene, given: Given) -> Image.Image:
+    """Four scenes of each caption, what the judge says of them, and their pictures."""
+    assert model.judge is not None
+    rows: list[list[Image.Image | str]] = []
+    for caption in SWEPT:
+        made = [
+            model.generate(caption, seed=candidate_seed(0, number), scene_candidates=1)
+            for number in range(4)
+        ]
+        scenes = [out.scenes[0] for out in made]
+        described = torch.from_numpy(describe_scenes(scenes))[None].to(model.device)
+        words = model.tokenizer.encode([caption]).to(model.device)
+        scores = model.judge(words, described)[0].tolist()
+        kept = scores.index(max(scores))
+        said = "\n".join(
+            f"{number}: {score:+.1f}{'  kept' if number == kept else ''}"
+            for number, score in enumerate(scores)
+        )
+        rows.append([caption, *map(colours, scenes)])
+        rows.append([f"scores\n{said}", *(out.images[0] for out in made)])
+    return contact_sheet(rows, cell=CELL, header=("", *(f"candidate {k}" for k in range(4))))
+
+
 def guidance(model: MakeAScene, given: Given) -> Image.Image:
     values = (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)
     return sweep(model, {f"guidance {value:g}": {"guidance": value} for value in values})
@@ -179,7 +209,7 @@ def temperature(model: MakeAScene, given: Given) -> Image.Image:
 
 
 def filters(model: MakeAScene, given: Given) -> Image.Image:
-    columns: dict[str, dict[str, float]] = {
+    columns: dict[str, dict[str, Any]] = {
         "everything": {"top_p": 1.0},
         "top-k 0.5 (top half)": {"top_k": 0.5, "top_p": 1.0},
         "top-k 50": {"top_k": 50, "top_p": 1.0},
@@ -206,9 +236,9 @@ def streaming(model: MakeAScene, given: Given) -> Image.Image:
     return contact_sheet([list(shown.values())], cell=CELL, header=list(shown))
 
 
-def sweep(model: MakeAScene, columns: dict[str, dict[str, float]]) -> Image.Image:
-    """The same two captions and seeds under each setting: scene above picture."""
-    made = [model.generate(SWEPT, **knobs) for knobs in columns.values()]
+def sweep(model: MakeAScene, columns: dict[str, dict[str, Any]]) -> Image.Image:
+    """The same two captions and seeds under each setting, without choice: scene above picture."""
+    made = [model.generate(SWEPT, scene_candidates=1, **knobs) for knobs in columns.values()]
     rows: list[list[Image.Image | str]] = []
     for i, caption in enumerate(SWEPT):
         rows.append([caption, *(colours(out.scenes[i]) for out in made)])
@@ -261,6 +291,7 @@ FIGURES: dict[str, Callable[[MakeAScene, Given], Image.Image]] = {
         partial,
         completed,
         seeds,
+        candidates,
         guidance,
         temperature,
         filters,
