@@ -40,6 +40,10 @@ OVERVIEW = (
     "a pink elephant in the mountains at sunset",
 )
 SWEPT = ("two dogs and a red ball in the park", "a woman with a yellow umbrella on the beach")
+CHOSEN = (
+    "two birds on the farm in the morning",
+    "a white dog to the left of a red car on the street",
+)
 CELL = 128  # pixels
 LARGEST = 150_000  # bytes of a file
 UNSEEN = 4711  # seed of a park world that no training uses
@@ -94,7 +98,7 @@ def bring_along(size: int) -> Given:
 
 def overview(model: MakeAScene, given: Given) -> Image.Image:
     """Six captions, the scenes predicted for them, the pictures of these scenes."""
-    out = model.generate(OVERVIEW, seed=4)
+    out = model.generate(OVERVIEW, seed=2)
     scenes = [colours(scene) for scene in out.scenes]
     return contact_sheet([OVERVIEW, scenes, out.images], cell=CELL)
 
@@ -178,7 +182,7 @@ def candidates(model: MakeAScene, given: Given) -> Image.Image:
     """Four scenes of each caption, what the judge says of them, and their pictures."""
     assert model.judge is not None
     rows: list[list[Image.Image | str]] = []
-    for caption in SWEPT:
+    for caption in CHOSEN:
         made = [
             model.generate(caption, seed=candidate_seed(0, number), scene_candidates=1)
             for number in range(4)
