@@ -60,7 +60,7 @@ def evaluate(
     sweep_count: int = 50,
     seeds: int = 4,
     seed: int = 0,
-    batch: int = 8,
+    batch: int = 16,
     device: str = "auto",
     precision: Precision = "auto",
     as_json: bool = False,

@@ -88,12 +88,11 @@ class Examiner:
         for part in self.batches(cases):
             now = slice(done, done + len(part))
             given = None if follow is None else [case.scene(self.size) for case in follow[now]]
-            words_BT = text_BT[now].to(self.model.device)
             tokens = generate(
                 self.model.decoder,
-                words_BT,
+                text_BT[now],
                 seeds=seeds[now],
-                scene_BT=self._choose(words_BT, given, seeds[now], sampling).to(words_BT.device),
+                scene_BT=self._choose(text_BT[now], given, seeds[now], sampling),
                 scene=sampling.scene,
                 image=sampling.image,
             )

@@ -72,12 +72,19 @@ def compare_scenes(sets: Mapping[str, Made]) -> dict[str, Any]:
             )
         figures[f"miou{suffix}"] = metrics.compute()["miou"]
         figures[f"pixel_accuracy{suffix}"] = metrics.compute()["pixel_accuracy"]
-        by_class = metrics.class_iou()
-        for group, ids in GROUPS.items():
-            found = [by_class[CLASS_NAMES[i]] for i in ids if CLASS_NAMES[i] in by_class]
-            if found:
-                figures[f"{group}_miou{suffix}"] = sum(found) / len(found)
+        figures |= {f"{name}{suffix}": miou for name, miou in group_mious(metrics).items()}
     return {**figures, "share_of_real": figures["miou"] / figures["miou_real"]}
+
+
+def group_mious(metrics: SceneMetrics) -> dict[str, float]:
+    """Mean IoU of things, stuff, human and face parts, of those groups that occur in the truth."""
+    by_class = metrics.class_iou()
+    figures = {}
+    for group, ids in GROUPS.items():
+        found = [by_class[CLASS_NAMES[i]] for i in ids if CLASS_NAMES[i] in by_class]
+        if found:
+            figures[f"{group}_miou"] = sum(found) / len(found)
+    return figures
 
 
 def measure_reader(asked: Sequence[Case], real: Made) -> dict[str, float]:
@@ -165,7 +172,7 @@ def measure_tokenizers(examiner: Examiner, asked: Sequence[Case]) -> dict[str, d
         pictures.update(decoded_BCHW, true_image_BCHW=image_BCHW)
         image_codes.update(image_tokens_BT)
     return {
-        "vqseg": {**scenes.compute(), **scene_codes.compute()},
+        "vqseg": {**scenes.compute(), **group_mious(scenes), **scene_codes.compute()},
         "vqgan": {**pictures.compute(), **image_codes.compute()},
     }
 

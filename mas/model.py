@@ -197,7 +197,7 @@ class MakeAScene:
         image_sampling: Mapping[str, float] | None = None,
         scene_candidates: int | None = None,
         seed: int = 0,
-        batch: int = 8,
+        batch: int = 16,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Generation:
         """Generates `count` pictures for each caption.
@@ -337,7 +337,7 @@ class MakeAScene:
             seeds=seeds,
             candidates=candidates,
             sampling=sampling,
-            batch=2 * batch,  # a scene ends before half of the sequence
+            batch=batch,
             decode=self.decode_scenes,
             watch=watch,
         ).to(given.scene.device)

@@ -61,7 +61,7 @@ def sample(
     image_sampling: dict[str, float] | None = None,
     scene_candidates: int | None = None,
     seed: int = 0,
-    batch: int = 8,
+    batch: int = 16,
     device: str = "auto",
     precision: Precision = "auto",
 ) -> None:

@@ -134,7 +134,7 @@ def test_captions_are_obeyed(model, reader, world):
     # docs/evaluation.md has 1, 0.86, 0.86, 0.99 and 1 over many more captions; another processor
     # rounds differently and draws other tokens.
     assert kept["class"] > 0.8
-    assert kept["number"] > 0.5
+    assert kept["number"] > 0.6
     assert kept["colour"] > 0.55
     assert kept["place"] > 0.65
     assert kept["time"] > 0.65

@@ -32,7 +32,7 @@ NEAR = 64  # pictures among which the other scene is looked for
 HANDED = 3  # how much more often captions that name a side are drawn than others
 KEPT = 200_000  # pictures whose entries a loader process keeps, about a kilobyte each
 APART = 0.1  # of the picture's width: how far a thing is moved at least, if it has that room
-TRIES = 10  # to spoil a scene; a way may leave it as it is: a mirrored symmetry, a class for itself
+TRIES = 10  # to spoil a scene; a way may leave it as it is, as a class put for itself does
 
 
 class JudgeTraining(Stage):
@@ -63,7 +63,7 @@ class JudgeTraining(Stage):
     def setup(self, stage: str) -> None:
         """Raises ValueError when the tokenizer is of other sizes than the network."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
-        config, found = self.network.config, data.words
+        config, found = self.network.config, data.tokenizer
         for name, size in (
             ("text_vocabulary", found.vocab_size),
             ("text_length", found.length),
@@ -117,11 +117,11 @@ class JudgeItems:
         index: ShardIndex,
         part: Part | list[int],
         *,
-        words: Tokenizer,
+        tokenizer: Tokenizer,
         candidates: int,
         flip: bool,
     ) -> None:
-        self.index, self.part, self.words = index, part, words
+        self.index, self.part, self.tokenizer = index, part, tokenizer
         self.candidates, self.flip = candidates, flip
         self.seen: dict[int, _Seen] = {}
 
@@ -148,7 +148,7 @@ class JudgeItems:
             spoilt[0] = mirror_entries(true_NF)
         return {
             "key": seen.key,
-            "text": self.words.encode([caption], warn=False)[0],
+            "text": self.tokenizer.encode([caption], warn=False)[0],
             "scenes": torch.from_numpy(np.stack([true_NF, *spoilt])),
         }
 
@@ -203,7 +203,7 @@ class JudgeData(StreamData):
         if candidates < 2:
             raise ValueError(f"data.candidates is {candidates}, use 2 or more")
         self.input, self.candidates, self.sides, self.flip = input, candidates, sides, flip
-        self.words = Tokenizer.from_file(tokenizer)
+        self.tokenizer = Tokenizer.from_file(tokenizer)
 
     def open(self) -> int:
         wanted = ("scene.png", "txt", "json")
@@ -219,7 +219,7 @@ class JudgeData(StreamData):
             if not chosen and part.part == "train":
                 raise ValueError(f"{self.input}: no caption names a side; leave data.sides out")
         return JudgeItems(
-            self.index, chosen, words=self.words, candidates=self.candidates, flip=self.flip
+            self.index, chosen, tokenizer=self.tokenizer, candidates=self.candidates, flip=self.flip
         )
 
     def _names_side(self, index: int) -> bool:

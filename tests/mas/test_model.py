@@ -216,7 +216,7 @@ def test_a_batch_too_large_for_the_memory_says_which_one_fits(tiny_model, monkey
     spare = 300 * 2**20
     monkeypatch.setattr(mas.precision, "free_memory", lambda device: spare + 2 * row * 5)
     with pytest.raises(ModelError, match=r"8 pictures at a time.*5 do: use batch 5"):
-        tiny_model.generate(CAPTION, count=9)
+        tiny_model.generate(CAPTION, count=9, batch=8)
     assert len(tiny_model.generate(CAPTION, count=9, batch=5).images) == 9
     monkeypatch.setattr(mas.precision, "free_memory", lambda device: 0)
     with pytest.raises(ModelError, match="not even one"):

@@ -69,7 +69,7 @@ def words(pets, folder, **settings):
 def build_items(pets, **options):
     index = ShardIndex([str(pets / "00000.tar")], extensions=("scene.png", "txt", "json"))
     tokenizer = Tokenizer.from_file(pets / "tokenizer.json")
-    return JudgeItems(index, range(len(index)), words=tokenizer, candidates=5, **options)
+    return JudgeItems(index, range(len(index)), tokenizer=tokenizer, candidates=5, **options)
 
 
 def entries(*things, stuff=()):

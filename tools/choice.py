@@ -1,0 +1,142 @@
+"""What the judge's choice among scenes is worth: the table of docs/sampling.md.
+
+    python tools/choice.py --model park --input data/held-out
+
+In: a model with a judge, scene shards of the park world it has not seen (docs/evaluation.md says
+how to make them). Out: for 1 to 6 candidates, which share of the claims holds in the scene that the
+judge keeps, and in the one that would be best if one knew. Numbers are those of captions spread
+over the shards, relations those of others that claim one between two classes. No picture is
+painted. Cost: 1,200 scenes, ten minutes of two cores.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from mas import MakeAScene
+from mas.cases import Case, read_cases
+from mas.generate import generate
+from mas.obedience import Seen, judge
+
+MOST = 6  # candidates
+SHOWN = (1, 2, 3, 4, MOST)
+SEED = 1000  # of the first candidate of all
+BATCH = 4  # captions at a time
+Verdict = dict[str, list[bool]]  # of `mas.obedience.judge`
+
+
+class Drawn(NamedTuple):
+    """A caption, what holds in each of its candidates, and which one is kept of the first K."""
+
+    case: Case
+    verdicts: list[Verdict]
+    kept: dict[int, int]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default="park", help="park, a model folder or a hub id")
+    parser.add_argument("--input", required=True, help="scene shards of the park world")
+    parser.add_argument("--count", type=int, default=100, help="captions of each kind")
+    options = parser.parse_args()
+    model = MakeAScene.from_pretrained(options.model)
+    if model.judge is None:
+        raise SystemExit(f"{options.model} has no judge: there is nothing to choose")
+    found = read_cases(options.input, 2000)
+    if not found.has_facts:
+        raise SystemExit(f"{options.input} says nothing of what its captions claim: use the park's")
+    cases = found.cases
+    spread = cases[:: max(1, len(cases) // options.count)][: options.count]
+    related = [case for case in cases[1::3] if _relations(case)][: options.count]
+    drawn = _draw(model, [*spread, *related])
+    numbers, relations = drawn[: len(spread)], drawn[len(spread) :]
+    print("candidates  number kept  best  relation kept  best")
+    for count in SHOWN:
+        columns = [
+            _share(some, claim, count, best=best)
+            for some, claim in ((numbers, "number"), (relations, "relation"))
+            for best in (False, True)
+        ]
+        number, most, relation, all_told = columns
+        print(f"{count:10d}  {number:11.3f} {most:5.3f}  {relation:13.3f} {all_told:5.3f}")
+    _print_relations(drawn, count=min(MOST, model.scene_candidates))
+
+
+def _draw(model: MakeAScene, cases: Sequence[Case]) -> list[Drawn]:
+    text_BT = model.tokenizer.encode([case.caption for case in cases])
+    drawn = []
+    for first in tqdm(range(0, len(cases), BATCH), desc="scenes", unit=" captions"):
+        part = cases[first : first + BATCH]
+        text_RT = text_BT[first : first + len(part)].repeat_interleave(MOST, dim=0)
+        start = SEED + first * MOST
+        tokens = generate(
+            model.decoder,
+            text_RT,
+            seeds=range(start, start + len(text_RT)),
+            scene=model.sampling.scene,
+            image=model.sampling.scene,
+            scene_only=True,
+        )
+        scenes = model.decode_scenes(tokens.scene)
+        for number, case in enumerate(part):
+            own = scenes[number * MOST : (number + 1) * MOST]
+            words_1T = text_BT[first + number][None].to(model.device)
+            kept = {k: model.judge.choose(words_1T, [own[:k]])[0] for k in range(1, MOST + 1)}
+            # Claims about pixels, of which there are none, are not asked for.
+            assert case.facts is not None
+            things = [{k: v for k, v in t.items() if k != "colour"} for t in case.facts["things"]]
+            facts = {**case.facts, "things": things}
+            nothing = np.zeros((*own[0].size, 3), np.uint8)
+            verdicts = [judge(facts, Seen(scene=scene, pixels_HWC=nothing)) for scene in own]
+            drawn.append(Drawn(case, verdicts, kept))
+    return drawn
+
+
+def _share(drawn: Sequence[Drawn], claim: str, count: int, *, best: bool) -> float:
+    """Share of the claims that hold in the kept, or in the best of the first `count` scenes."""
+    holds = []
+    for one in drawn:
+        first = one.verdicts[:count]
+        chosen = max(first, key=_kept_share) if best else first[one.kept[count]]
+        holds += chosen[claim]
+    return sum(holds) / max(1, len(holds))
+
+
+def _kept_share(verdict: Verdict) -> float:
+    claims = [holds for some in verdict.values() for holds in some]
+    return sum(claims) / max(1, len(claims))
+
+
+def _print_relations(drawn: Sequence[Drawn], *, count: int) -> None:
+    """How often each relation holds: in the first scene, the kept one, in any."""
+    claimed, first, kept, anywhere = (Counter[str]() for _ in range(4))
+    for one in drawn:
+        for place, relation in enumerate(_relations(one.case)):
+            claimed[relation] += 1
+            first[relation] += one.verdicts[0]["relation"][place]
+            kept[relation] += one.verdicts[one.kept[count]]["relation"][place]
+            anywhere[relation] += any(v["relation"][place] for v in one.verdicts[:count])
+    print(f"\n{count} candidates: relation  claimed  first  kept  any")
+    for relation, number in sorted(claimed.items()):
+        row = f"{number:7d} {first[relation]:6d} {kept[relation]:5d} {anywhere[relation]:4d}"
+        print(f"{relation:>24s}  {row}")
+
+
+def _relations(case: Case) -> list[str]:
+    """The relations between two classes that a caption claims, as `judge` lists them."""
+    assert case.facts is not None
+    facts = case.facts
+    return [
+        relation["relation"]
+        for relation in facts["relations"]
+        if facts["things"][relation["subject"]]["class"]
+        != facts["things"][relation["object"]]["class"]
+    ]
+
+
+if __name__ == "__main__":
+    main()
