@@ -96,9 +96,10 @@ class Examiner:
                 scene=sampling.scene,
                 image=sampling.image,
             )
-            pictures = [np.asarray(image) for image in self.model.decode_images(tokens.image)]
+            scenes = given or self.model.decode_scenes(tokens.scene)
+            images = self.model.decode_images(tokens.image, scenes=scenes)
             made.tokens.append(Streams(*(stream.cpu() for stream in tokens)))
-            self._add(made, given or self.model.decode_scenes(tokens.scene), pictures)
+            self._add(made, scenes, [np.asarray(image) for image in images])
             done += len(part)
         return made
 

@@ -27,6 +27,7 @@ from mas.gpt import GPT
 from mas.judge import SceneJudge
 from mas.model_folder import (
     JUDGE,
+    REFINER,
     ModelError,
     check_fit,
     find_folder,
@@ -42,6 +43,7 @@ from mas.precision import (
     make_decoder,
 )
 from mas.progress import Decoders, Progress, Reporter, Tally, hide
+from mas.refiner import Refiner
 from mas.request import check_candidates, check_memory, check_request, release, room_for
 from mas.rounding import Weights
 from mas.scene import SceneMap
@@ -77,6 +79,7 @@ class MakeAScene:
         vqgan: VQGAN,
         gpt: GPT | StoredGPT,
         judge: SceneJudge | None = None,
+        refiner: Refiner | None = None,
         sampling: Sampling | StreamSampling | None = None,
         scene_candidates: int = 1,
         device: str = "cpu",
@@ -87,7 +90,9 @@ class MakeAScene:
         Raises:
             ModelError: two parts do not fit together, both named; or several scenes and no judge.
         """
-        check_fit(tokenizer=tokenizer, vqseg=vqseg, vqgan=vqgan, gpt=gpt, judge=judge)
+        check_fit(
+            tokenizer=tokenizer, vqseg=vqseg, vqgan=vqgan, gpt=gpt, judge=judge, refiner=refiner
+        )
         self.tokenizer = tokenizer
         self.device = choose_device(device)
         self.vqseg = vqseg.eval().requires_grad_(False).to(self.device)
@@ -96,6 +101,7 @@ class MakeAScene:
             gpt = gpt.eval().requires_grad_(False).to(self.device)
         self._gpt = gpt
         self.judge = judge and judge.eval().requires_grad_(False).to(self.device)
+        self.refiner = refiner and refiner.eval().requires_grad_(False).to(self.device)
         check_candidates(scene_candidates, judge)
         self.scene_candidates = scene_candidates
         if isinstance(sampling, Sampling):
@@ -138,7 +144,8 @@ class MakeAScene:
             vqseg=VQSEG.from_pretrained(folder / "vqseg"),
             vqgan=VQGAN.from_pretrained(folder / "vqgan"),
             gpt=StoredGPT(folder / "gpt", choose_device(device)),
-            judge=SceneJudge.from_pretrained(folder / JUDGE) if index.judged else None,
+            judge=SceneJudge.from_pretrained(folder / JUDGE) if JUDGE in index.extras else None,
+            refiner=Refiner.from_pretrained(folder / REFINER) if REFINER in index.extras else None,
             sampling=index.sampling,
             scene_candidates=index.scene_candidates,
             device=device,
@@ -165,10 +172,11 @@ class MakeAScene:
             ValueError: weights that the format cannot hold.
         """
         networks = {"vqseg": self.vqseg, "vqgan": self.vqgan, "gpt": self.gpt}
+        extras = {JUDGE: self.judge, REFINER: self.refiner}
         write_folder(
             folder,
             tokenizer=self.tokenizer,
-            networks=networks | ({JUDGE: self.judge} if self.judge else {}),
+            networks=networks | {name: part for name, part in extras.items() if part is not None},
             sampling=self.sampling,
             scene_candidates=self.scene_candidates,
             card=card or self.card,
@@ -196,6 +204,7 @@ class MakeAScene:
         scene_sampling: Mapping[str, float] | None = None,
         image_sampling: Mapping[str, float] | None = None,
         scene_candidates: int | None = None,
+        refine: bool = True,
         seed: int = 0,
         batch: int = 16,
         on_progress: Callable[[Progress], None] | None = None,
@@ -222,6 +231,7 @@ class MakeAScene:
             image_sampling: settings for image tokens only.
             scene_candidates: scenes that are drawn for a picture, of which the judge keeps the one
                 that fits the caption best; 1 = no choice (None: the model's default).
+            refine: correct the pictures by their scenes where the model has a refiner.
             seed: of the first picture.
             batch: pictures sampled at a time.
             on_progress: called after every step.
@@ -260,11 +270,13 @@ class MakeAScene:
             scenes = [scene] * len(seeds)
         else:
             scenes = self.decode_scenes(tokens.scene)
-        images = self.decode_images(tokens.image)
+        images = self.decode_images(tokens.image, scenes=scenes if refine else None)
         seconds = time.perf_counter() - start
         described = asdict(settings)
         if candidates > 1:
             described["scene"]["candidates"] = candidates
+        if self.refiner is not None:
+            described["image"]["refined"] = refine
         return Generation(
             images=images,
             scenes=scenes,
@@ -303,11 +315,20 @@ class MakeAScene:
         return scenes
 
     @torch.inference_mode()
-    def decode_images(self, tokens_BT: Tensor) -> list[Image.Image]:
-        """Pictures of image tokens, one at a time; rounded where the CPU gains by it."""
+    def decode_images(
+        self, tokens_BT: Tensor, *, scenes: Sequence[SceneMap] | None = None
+    ) -> list[Image.Image]:
+        """Pictures of image tokens, one at a time; rounded where the CPU gains by it.
+
+        Args:
+            tokens_BT: long.
+            scenes: one a picture, by which a refiner corrects it; without them none does.
+        """
         images = []
-        for tokens_1T in tokens_BT.to(self.device).split(1):
+        for index, tokens_1T in enumerate(tokens_BT.to(self.device).split(1)):
             image_1CHW = self.vqgan.decode(tokens_1T, precision="auto")
+            if self.refiner is not None and scenes is not None:
+                image_1CHW = self.refiner.refine(image_1CHW, scenes[index])
             pixels_1CHW = (image_1CHW * 255).round().to(torch.uint8)
             images.append(Image.fromarray(rearrange(pixels_1CHW, "1 c h w -> h w c").cpu().numpy()))
         return images

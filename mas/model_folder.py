@@ -5,7 +5,7 @@ In: a folder, a hub id or `"park"`; or the parts of a model. Out: the checked in
     model_index.json   format version, sizes, sampling defaults, hashes
     tokenizer.json     text tokenizer
     vqseg/ vqgan/ gpt/ config.json + model.safetensors each
-    judge/             the same, of the judge of scenes, in models that have one
+    judge/ refiner/    the same, of the judge of scenes and the refiner, in models that have them
     README.md          model card
 """
 
@@ -28,6 +28,7 @@ from mas.filter import Sampling, StreamSampling
 from mas.gpt import GPT
 from mas.judge import SceneJudge
 from mas.precision import StoredGPT
+from mas.refiner import Refiner
 from mas.rounding import Weights, is_rounded
 from mas.storage import (
     CONFIG_FILE,
@@ -42,16 +43,15 @@ from mas.text import Tokenizer
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 
-# Of model_index.json: one sampling for both streams, one for each, or that and a judge.
-FORMATS = (1, 2, 3)
+# Of model_index.json: one sampling for both streams, one for each, that and a judge, or that and
+# whatever else it names.
+FORMATS = (1, 2, 3, 4)
 INDEX = "model_index.json"
 CARD = "README.md"
 TOKENIZER = "tokenizer.json"
 NETWORKS = ("vqseg", "vqgan", "gpt")
-FILES = (TOKENIZER, *(f"{n}/{f}" for n in NETWORKS for f in (CONFIG_FILE, WEIGHTS_FILE)))
-JUDGE = "judge"  # the network that a model may have besides
-JUDGE_FILES = (f"{JUDGE}/{CONFIG_FILE}", f"{JUDGE}/{WEIGHTS_FILE}")
-OWN = {INDEX, CARD, TOKENIZER, *NETWORKS, JUDGE}  # all that a model folder holds
+JUDGE, REFINER = EXTRAS = ("judge", "refiner")  # networks that a model may have besides
+OWN = {INDEX, CARD, TOKENIZER, *NETWORKS, *EXTRAS}  # all that a model folder holds
 SHIPPED = Path(__file__).parent / "models"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -65,7 +65,7 @@ class Index:
     """What model_index.json says."""
 
     sampling: StreamSampling
-    judged: bool  # whether there is a judge of scenes
+    extras: tuple[str, ...]  # of `EXTRAS`, those that are there
     scene_candidates: int  # scenes drawn for a picture unless a request says otherwise
     sha256: str  # of the list of hashes: one name for the whole model
 
@@ -77,6 +77,7 @@ def check_fit(
     vqgan: VQGAN,
     gpt: GPT | StoredGPT,
     judge: SceneJudge | None = None,
+    refiner: Refiner | None = None,
 ) -> None:
     """Checks every size that two parts share.
 
@@ -97,6 +98,11 @@ def check_fit(
             ("judge", "vocabulary", judge.config.text_vocabulary, config.text_vocabulary),
             ("judge", "text length", judge.config.text_length, config.text_length),
         ]
+    if refiner is not None and refiner.config.size != vqgan.config.size:
+        raise ModelError(
+            f"refiner and VQ-GAN do not fit together: {refiner.config.size} pixels a side against "
+            f"{vqgan.config.size}; use the parts that were trained together"
+        )
     for part, what, found, expected in pairs:
         if found != expected:
             raise ModelError(
@@ -127,7 +133,7 @@ def find_folder(name: str | Path) -> Path:
     import huggingface_hub
 
     try:
-        wanted = [INDEX, CARD, *FILES, *JUDGE_FILES]
+        wanted = [INDEX, CARD, *list_files(EXTRAS)]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the hub client has no common base class for its errors
         reason = str(error).splitlines()[0]
@@ -149,8 +155,8 @@ def read_index(folder: Path) -> Index:
         raise ModelError(
             f"{folder / INDEX}: not format {', '.join(map(str, FORMATS))}; assemble the model again"
         )
-    judged = content["format"] == FORMATS[-1]
-    files = (*FILES, *JUDGE_FILES) if judged else FILES
+    extras = _read_extras(content, folder / INDEX)
+    files = list_files(extras)
     hashes = content.get("sha256")
     if not isinstance(hashes, dict) or set(hashes) != set(files):
         raise ModelError(f"{folder / INDEX}: its list of hashes is damaged; assemble again")
@@ -162,12 +168,12 @@ def read_index(folder: Path) -> Index:
             raise ModelError(
                 f"{folder / name}: not the file this model was saved with; assemble it again"
             )
-    candidates = content.get("scene_candidates") if judged else 1
+    candidates = content.get("scene_candidates") if JUDGE in extras else 1
     if not isinstance(candidates, int) or candidates < 1:
         raise ModelError(f"{folder / INDEX}: scene_candidates is {candidates}; assemble again")
     return Index(
         sampling=_read_sampling(content, folder / INDEX),
-        judged=judged,
+        extras=extras,
         scene_candidates=candidates,
         sha256=_hash(hashes),
     )
@@ -199,9 +205,8 @@ def write_folder(
         formats = {name: _choose_format(name, networks[name], weights) for name in networks}
         for name in networks:
             save_network(networks[name], new / name, weights=formats[name])
-        judged = JUDGE in networks
-        files = (*FILES, *JUDGE_FILES) if judged else FILES
-        hashes = {name: file_hash(new / name) for name in files}
+        extras = tuple(name for name in EXTRAS if name in networks)
+        hashes = {name: file_hash(new / name) for name in list_files(extras)}
         sizes = _sizes(tokenizer, networks)
         content = {
             "sizes": sizes,
@@ -209,14 +214,33 @@ def write_folder(
             **_describe_sampling(sampling),
             "sha256": hashes,
         }
-        if judged:
-            both = {"format": FORMATS[-1], "sampling": asdict(sampling)}
-            content |= both | {"scene_candidates": scene_candidates}
+        if extras:
+            content |= {"format": 3, "sampling": asdict(sampling)}
+        if extras and extras != (JUDGE,):
+            content |= {"format": 4, "extras": list(extras)}
+        if JUDGE in extras:
+            content["scene_candidates"] = scene_candidates
         write_json(new / INDEX, content)
         (new / CARD).write_text(card or _write_card(sizes, sampling), "utf-8")
         if folder.exists():
             folder.rename(temporary / "old")
         new.rename(folder)
+
+
+def list_files(extras: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Files of a model with these networks besides, all but the index and the card."""
+    networks = (*NETWORKS, *extras)
+    files = (f"{name}/{file}" for name in networks for file in (CONFIG_FILE, WEIGHTS_FILE))
+    return (TOKENIZER, *files)
+
+
+def _read_extras(content: dict[str, Any], source: Path) -> tuple[str, ...]:
+    if content["format"] < 4:
+        return (JUDGE,) if content["format"] == 3 else ()
+    found = content.get("extras")
+    if not isinstance(found, list) or not set(found) <= set(EXTRAS):
+        raise ModelError(f"{source}: names no extras that this version knows; install a newer one")
+    return tuple(name for name in EXTRAS if name in found)
 
 
 def _describe_sampling(sampling: StreamSampling) -> dict[str, Any]:

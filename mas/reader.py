@@ -3,15 +3,13 @@
 In: pictures. Out: a label a pixel, the hour of the day, and features to compare sets of pictures
 by; from a scene map alone, the place. `mas evaluate` asks it whether a generated picture keeps to
 its scene; what it says of real pictures stands beside every such figure.
-A U-Net (Ronneberger et al. 2015, arXiv 1505.04597) that works on patches of pixels, with one
-convolution at full resolution beside it for the outlines.
+A U-Net (mas/unet.py) with three layers on top.
 Axes: B batch, C channels, H W pixels (or grid), D features, P sampled pixels, K classes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,36 +20,16 @@ from torch import Tensor, nn
 
 from mas.scene import CLASSES, VOID
 from mas.storage import load_network, save_network
-from mas.vq import Downsample, Norm, ResidualBlock, shape_text, start_weights
+from mas.unet import Features, UNet, UNetConfig
+from mas.vq import shape_text, start_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReaderConfig:
+class ReaderConfig(UNetConfig):
     """Sizes of a Reader; the defaults are 128 px and 0.9M parameters."""
 
-    size: int = 128  # pixels a side
-    patch: int = 2  # pixels a side that are folded into one cell of the finest level
-    width: int = 32  # channels of the finest level
-    multipliers: tuple[int, ...] = (1, 2, 3, 4)  # of width, finest level first; halving between
-    groups: int = 8  # of the group normalisation; divides every width
-    features: int = 32  # numbers a pixel that the classes are read from
     times: tuple[str, ...] = ()  # hours of the day it tells apart; none without the park's facts
     places: tuple[str, ...] = ()  # likewise places
-
-    def __post_init__(self) -> None:
-        for name in ("size", "patch", "width", "groups", "features"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(f"multipliers must be positive, one a level, got {self.multipliers}")
-        if self.width % self.groups:
-            raise ValueError(f"width {self.width} must be a multiple of groups {self.groups}")
-        factor = self.patch * 2 ** (len(self.multipliers) - 1)
-        if self.size % factor:
-            raise ValueError(
-                f"size {self.size} must be a multiple of {factor}: patches of {self.patch} pixels, "
-                f"then one halving between each two of the {len(self.multipliers)} multipliers"
-            )
 
 
 class Reading(NamedTuple):
@@ -62,32 +40,13 @@ class Reading(NamedTuple):
     features_BD: Tensor  # means of every level, to compare sets of pictures by
 
 
-class _Seen(NamedTuple):
-    """Activations of one pass."""
-
-    pixels_BDHW: Tensor  # full resolution
-    levels: list[Tensor]  # of the way down, finest first
-
-
-class Reader(nn.Module):
+class Reader(UNet):
     """Picture to labels and hour of the day; scene map to place."""
 
     def __init__(self, config: ReaderConfig) -> None:
-        super().__init__()
+        super().__init__(3, config)
         self.config = config
         widths = [config.width * multiplier for multiplier in config.multipliers]
-
-        def block(width_in: int, width_out: int) -> ResidualBlock:
-            return ResidualBlock(width_in, width_out, groups=config.groups)
-
-        self.stem = nn.Conv2d(3, config.width, config.patch, stride=config.patch)
-        self.down = nn.ModuleList(block(a, b) for a, b in pairwise([config.width, *widths]))
-        self.shrink = nn.ModuleList(Downsample(width) for width in widths[:-1])
-        self.grow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(widths))
-        self.up = nn.ModuleList(block(width, width) for width in widths[:-1])
-        self.norm = Norm(widths[0], config.groups)
-        self.head = nn.Conv2d(widths[0], config.patch**2 * config.features, 1)
-        self.outlines = nn.Conv2d(3, config.features, 3, padding=1)
         self.classifier = nn.Linear(config.features, CLASSES)
         self.time = nn.Linear(sum(widths), max(1, len(config.times)))
         self.place = nn.Linear(CLASSES, max(1, len(config.places)))
@@ -146,30 +105,16 @@ class Reader(nn.Module):
         """Logits of the places, B K, from how much of each class a scene map (uint8) holds."""
         return self.place(class_shares(labels_BHW))
 
-    def _see(self, image_BCHW: Tensor) -> _Seen:
+    def _see(self, image_BCHW: Tensor) -> Features:
         size = self.config.size
         if image_BCHW.shape[1:] != (3, size, size):
             raise ValueError(
                 f"the reader takes pictures of B x 3 x {size} x {size}, "
                 f"got {shape_text(image_BCHW)}"
             )
-        image_BCHW = image_BCHW * 2 - 1
-        hidden = self.stem(image_BCHW)
-        levels = []
-        for index, block in enumerate(self.down):
-            hidden = block(hidden)
-            levels.append(hidden)
-            if index < len(self.shrink):
-                hidden = self.shrink[index](hidden)
-        for index in reversed(range(len(self.up))):
-            # Narrowed before it grows and added, not joined: a third of the usual cost.
-            grown = F.interpolate(self.grow[index](hidden), scale_factor=2.0, mode="nearest")
-            hidden = self.up[index](levels[index] + grown)
-        coarse = self.head(F.silu(self.norm(hidden)))
-        fine = F.pixel_shuffle(coarse, self.config.patch)
-        return _Seen(F.silu(fine + self.outlines(image_BCHW)), levels)
+        return self.features_of(image_BCHW * 2 - 1)
 
-    def _pool(self, seen: _Seen) -> Tensor:
+    def _pool(self, seen: Features) -> Tensor:
         means = [reduce(F.silu(x), "b d h w -> b d", "mean") for x in seen.levels]
         return torch.cat(means, 1)
 

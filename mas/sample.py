@@ -60,6 +60,7 @@ def sample(
     scene_sampling: dict[str, float] | None = None,
     image_sampling: dict[str, float] | None = None,
     scene_candidates: int | None = None,
+    refine: bool = True,
     seed: int = 0,
     batch: int = 16,
     device: str = "auto",
@@ -89,6 +90,8 @@ def sample(
         image_sampling: the same for the picture only.
         scene_candidates: scenes drawn for a picture, of which the model's judge keeps the one that
             fits the caption best; 1 = no choice (default: the model's).
+        refine: correct pictures by their scenes where the model has a refiner; false leaves them as
+            the VQ-GAN decodes them.
         seed: of the first picture; the same seed gives the same picture.
         batch: pictures sampled at a time; less needs less memory and changes no picture.
         device: auto, cpu, cuda, …
@@ -129,6 +132,7 @@ def sample(
                 scene_sampling=scene_sampling,
                 image_sampling=image_sampling,
                 scene_candidates=scene_candidates,
+                refine=refine,
                 seed=seed,
                 batch=batch,
                 on_progress=lambda progress: advance(bar, progress),

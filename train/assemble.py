@@ -19,6 +19,7 @@ from mas.filter import StreamSampling, by_stream
 from mas.gpt import GPT
 from mas.judge import SceneJudge
 from mas.model import MakeAScene
+from mas.refiner import Refiner
 from mas.rounding import Weights
 from mas.scene import SceneMap
 from mas.shards import ShardIndex, expand_shards
@@ -39,6 +40,7 @@ def assemble(
     gpt: str,
     output: str,
     judge: str | None = None,
+    refiner: str | None = None,
     scene_candidates: int = 4,
     guidance: float = 3.0,
     temperature: float = 1.0,
@@ -60,6 +62,7 @@ def assemble(
         gpt: run folder of the GPT.
         output: the model folder to write.
         judge: run folder of the judge of scenes; without one the first scene is taken.
+        refiner: run folder of the refiner; without one pictures stay as the VQ-GAN decodes them.
         scene_candidates: scenes drawn for a picture, of which the judge keeps one, unless a request
             says otherwise.
         guidance: how much the caption counts unless a request says otherwise.
@@ -92,6 +95,7 @@ def assemble(
         vqgan=VQGAN.from_pretrained(vqgan),
         gpt=GPT.from_pretrained(gpt),
         judge=SceneJudge.from_pretrained(judge) if judge else None,
+        refiner=Refiner.from_pretrained(refiner) if refiner else None,
         sampling=sampling,
         scene_candidates=scene_candidates if judge else 1,
     )

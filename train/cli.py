@@ -1,4 +1,4 @@
-"""`mas train vqseg|vqgan|gpt|reader|judge`: one trained thing, one config file, one run folder.
+"""`mas train STAGE`: one trained thing, one config file, one run folder.
 
 In: a YAML (configs/) and overrides on the command line, parsed by LightningCLI from the signatures
 of the stage's module and data: typed, `--print_config`, unknown keys refused. Out: a run folder.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-STAGES = ("vqseg", "vqgan", "gpt", "reader", "judge")
+STAGES = ("vqseg", "vqgan", "gpt", "reader", "judge", "refiner")
 USAGE = """usage: mas train STAGE --config FILE.yaml [--ckpt_path last] [--KEY VALUE ...]
 
   vqseg    scene maps ↔ scene tokens      (reads scene shards)
@@ -17,6 +17,7 @@ USAGE = """usage: mas train STAGE --config FILE.yaml [--ckpt_path last] [--KEY V
   gpt      text → scene → image tokens    (reads token shards)
   reader   pictures → what they show      (reads scene shards; for mas evaluate)
   judge    scenes → how well they fit     (reads scene shards; for mas sample)
+  refiner  decoded pictures → sharper     (reads scene shards; for mas sample)
 
 mas train STAGE --help lists every key; --print_config prints the config with all defaults."""
 

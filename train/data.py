@@ -304,6 +304,22 @@ class PhotoData(PictureData):
         self.boxes, self.scenes = boxes, labels
 
 
+class PairData(PictureData):
+    """The photos and the scene maps of scene shards.
+
+    Args:
+        boxes: faces and things of its scene that a photo brings along; linked to model.crops.
+        arguments: as for PictureData.
+    """
+
+    photos = True
+    scenes = True
+
+    def __init__(self, *, boxes: int = 0, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.boxes = boxes
+
+
 class TokenData(StreamData):
     """Token shards for the GPT.
 

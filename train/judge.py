@@ -3,7 +3,8 @@
 In: scene shards with captions, the text tokenizer. Out: a run folder that
 `SceneJudge.from_pretrained` reads. A step shows a caption with its scene and with copies that were
 spoilt the way a GPT errs: one thing too many or too few, things in each other's places, another
-class, another picture's scene, and left for right where the caption names a side. The loss is the
+class, another picture's scene, left for right where the caption names a side; and with another
+picture of the very same things, which differs in all else a caption may say. The loss is the
 cross-entropy of which one is true.
 Axes: B captions, T text tokens, K scenes of a caption, N entries of a scene, F numbers an entry.
 """
@@ -11,6 +12,8 @@ Axes: B captions, T text tokens, K scenes of a caption, N entries of a scene, F 
 from __future__ import annotations
 
 import io
+import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +32,7 @@ from train.start import start_from
 from train.stream import Items
 
 NEAR = 64  # pictures among which the other scene is looked for
+ALIKE = 2048  # pictures among which one of the same things is looked for
 HANDED = 3  # how much more often captions that name a side are drawn than others
 KEPT = 200_000  # pictures whose entries a loader process keeps, about a kilobyte each
 APART = 0.1  # of the picture's width: how far a thing is moved at least, if it has that room
@@ -120,10 +124,12 @@ class JudgeItems:
         tokenizer: Tokenizer,
         candidates: int,
         flip: bool,
+        naming: re.Pattern[str] | None = None,
     ) -> None:
         self.index, self.part, self.tokenizer = index, part, tokenizer
-        self.candidates, self.flip = candidates, flip
+        self.candidates, self.flip, self.naming = candidates, flip, naming
         self.seen: dict[int, _Seen] = {}
+        self.blocks: dict[int, dict[tuple[float, ...], list[int]]] = {}
 
     def __len__(self) -> int:
         return len(self.part)
@@ -138,14 +144,18 @@ class JudgeItems:
         rng = np.random.default_rng(index) if rng is None else rng
         seen = self._describe(index)
         true_NF, caption = seen.entries_NF, seen.captions[0]
+        alike_NF = self._find_alike(index, rng)
         if not fixed:
             caption = _draw_caption(seen.captions, rng)
             if self.flip and rng.random() < 0.5:
                 true_NF, caption = mirror_entries(true_NF), mirror_caption(caption)
+                alike_NF = alike_NF if alike_NF is None else mirror_entries(alike_NF)
         other_NF = self._describe(self._neighbour(index, rng)).entries_NF
         spoilt = [spoil(true_NF, other_NF, rng) for _ in range(self.candidates - 1)]
         if names_side(caption):  # only here left and right can be told
             spoilt[0] = mirror_entries(true_NF)
+        if alike_NF is not None and not np.array_equal(alike_NF, true_NF):
+            spoilt[-1] = alike_NF
         return {
             "key": seen.key,
             "text": self.tokenizer.encode([caption], warn=False)[0],
@@ -157,12 +167,34 @@ class JudgeItems:
         first = index - index % NEAR
         return int(rng.integers(first, min(first + NEAR, len(self.part))))
 
+    def _find_alike(self, index: int, rng: np.random.Generator) -> np.ndarray | None:
+        """Entries of another picture of the same things and other captions, if one is nearby."""
+        block = index // ALIKE
+        if block not in self.blocks:
+            by_things = self.blocks[block] = defaultdict(list)
+            for other in range(block * ALIKE, min((block + 1) * ALIKE, len(self.part))):
+                by_things[_list_classes(self._describe(other).entries_NF)].append(other)
+        mine = self._describe(index)
+        classes = _list_classes(mine.entries_NF)
+        others = [
+            other
+            for other in self.blocks[block][classes]
+            # What is said of both cannot tell them apart; the picture itself is among these.
+            if not set(self._describe(other).captions) & set(mine.captions)
+        ]
+        if not classes or not others:
+            return None
+        return self._describe(others[rng.integers(len(others))]).entries_NF
+
     def _describe(self, index: int) -> _Seen:
         """Key, captions and entries of a picture; kept, since finding things takes longest."""
         if index not in self.seen:
             sample = self.index.read(self.part[index])
             scene = SceneMap.from_png(io.BytesIO(sample.files["scene.png"]))
-            captions = read_captions(sample) or [""]
+            captions = read_captions(sample)
+            if self.naming is not None:
+                captions = [caption for caption in captions if self.naming.search(caption)]
+            captions = captions or [""]
             seen = _Seen(sample.key, captions, describe_scenes([scene])[0])
             if len(self.seen) >= KEPT:
                 return seen
@@ -177,8 +209,9 @@ class JudgeData(StreamData):
         input: folder of scene shards, 'DIR/{00000..00099}.tar' or one tar.
         tokenizer: the text tokenizer's tokenizer.json.
         candidates: scenes a caption, the true one among them.
-        sides: only pictures with a caption that names a side. Few captions do, so a judge that sees
-            all of them takes long to tell left from right; a second run with this is quick.
+        words: only captions with one of these words, in any case. Few captions say where things
+            stand, so a judge that sees all of them takes long to learn it; a second run on those
+            with "left", "behind" and the like is quick.
         batch_size: captions a step and rank.
         workers: processes that read scenes; 0 reads in the training process.
         holdout: every n-th picture is kept for validation.
@@ -192,7 +225,7 @@ class JudgeData(StreamData):
         input: str,
         tokenizer: str,
         candidates: int = 6,
-        sides: bool = False,
+        words: list[str] | None = None,
         batch_size: int = 128,
         workers: int = 2,
         holdout: int = 50,
@@ -202,7 +235,7 @@ class JudgeData(StreamData):
         super().__init__(batch_size=batch_size, workers=workers, holdout=holdout, seed=seed)
         if candidates < 2:
             raise ValueError(f"data.candidates is {candidates}, use 2 or more")
-        self.input, self.candidates, self.sides, self.flip = input, candidates, sides, flip
+        self.input, self.candidates, self.words, self.flip = input, candidates, words, flip
         self.tokenizer = Tokenizer.from_file(tokenizer)
 
     def open(self) -> int:
@@ -211,19 +244,30 @@ class JudgeData(StreamData):
         return len(self.index)
 
     def items(self, part: Part) -> Items:
-        """Raises ValueError where sides are asked for and no caption names one."""
-        chosen: Part | list[int] = part
-        if self.sides:
-            every = (part[place] for place in range(len(part)))
-            chosen = [index for index in every if self._names_side(index)]
-            if not chosen and part.part == "train":
-                raise ValueError(f"{self.input}: no caption names a side; leave data.sides out")
+        """Raises ValueError where no caption has a word that is asked for."""
+        if not self.words:
+            return self._items(part, None)
+        either = "|".join(re.escape(word) for word in self.words)
+        naming = re.compile(rf"\b(?:{either})\b", re.IGNORECASE)
+        every = (part[place] for place in range(len(part)))
+        chosen = [index for index in every if self._has(index, naming)]
+        if not chosen and part.part == "train":
+            named = ", ".join(self.words)
+            raise ValueError(f"{self.input}: no caption has one of data.words ({named})")
+        return self._items(chosen, naming)
+
+    def _items(self, part: Part | list[int], naming: re.Pattern[str] | None) -> JudgeItems:
         return JudgeItems(
-            self.index, chosen, tokenizer=self.tokenizer, candidates=self.candidates, flip=self.flip
+            self.index,
+            part,
+            tokenizer=self.tokenizer,
+            candidates=self.candidates,
+            flip=self.flip,
+            naming=naming,
         )
 
-    def _names_side(self, index: int) -> bool:
-        return any(names_side(caption) for caption in read_captions(self.index.read(index)))
+    def _has(self, index: int, naming: re.Pattern[str]) -> bool:
+        return any(naming.search(caption) for caption in read_captions(self.index.read(index)))
 
 
 def names_side(caption: str) -> bool:
@@ -261,6 +305,11 @@ def mirror_entries(entries_NF: np.ndarray) -> np.ndarray:
 def _draw_caption(captions: Sequence[str], rng: np.random.Generator) -> str:
     weights = np.where([names_side(caption) for caption in captions], HANDED, 1)
     return captions[rng.choice(len(captions), p=weights / weights.sum())]
+
+
+def _list_classes(entries_NF: np.ndarray) -> tuple[float, ...]:
+    """The classes of the things, in order of number, each as often as there is one."""
+    return tuple(sorted(entries_NF[entries_NF[:, 0] < THINGS, 0].tolist()))
 
 
 def _count_things(entries_NF: np.ndarray) -> int:

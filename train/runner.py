@@ -30,12 +30,13 @@ from train.callbacks import (
     StopSignals,
     read_checkpoint,
 )
-from train.data import PhotoData, SceneData, TokenData
+from train.data import PairData, PhotoData, SceneData, TokenData
 from train.gpt import GPTTraining
 from train.judge import JudgeData, JudgeTraining
 from train.metrics_log import MetricsLog
 from train.progress import Progress
 from train.reader import ReaderData, ReaderTraining
+from train.refiner import RefinerTraining
 from train.sharding import Sharded, ShardedAveraging
 from train.vqgan import VQGANTraining
 from train.vqseg import VQSEGTraining
@@ -70,7 +71,10 @@ JOBS = {
     "gpt": Job(GPTTraining, TokenData, False),
     "reader": Job(ReaderTraining, ReaderData, True),
     "judge": Job(JudgeTraining, JudgeData, False),
+    "refiner": Job(RefinerTraining, PairData, True),
 }
+
+DRAWING = ("vqgan", "refiner")  # stages of train/pictures.py
 
 
 def run(name: str, arguments: list[str]) -> int:
@@ -131,8 +135,9 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         if JOBS[self.name].needs_size:
             parser.link_arguments("model.network.size", "data.size")
-        if self.name == "vqgan":
+        if self.name in DRAWING:
             parser.link_arguments("model.boxes", "data.boxes", apply_on="instantiate")
+        if self.name == "vqgan":
             parser.link_arguments("model.labels", "data.labels", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -213,7 +218,7 @@ class TrainCLI(LightningCLI):
     def _advise_on_memory(self) -> str:
         size = self.datamodule.batch_size
         accumulate = (
-            "model.accumulate" if self.name == "vqgan" else ("trainer.accumulate_grad_batches")
+            "model.accumulate" if self.name in DRAWING else ("trainer.accumulate_grad_batches")
         )
         recompute = "set model.checkpoint_blocks true, or " if self.name == "gpt" else ""
         return (

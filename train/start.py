@@ -21,6 +21,7 @@ from torch import Tensor
 from mas.gpt import GPT
 from mas.judge import SceneJudge
 from mas.reader import Reader
+from mas.refiner import Refiner
 from mas.sequence import Streams
 from mas.storage import CONFIG_FILE, StoredTensors, build_unfilled, parse_config, read_json
 from mas.vqgan import VQGAN
@@ -45,7 +46,10 @@ MAY_DIFFER = {
 GROWS = {"blocks", "hidden"}  # may be larger, hidden only from 0: what is new starts as nothing
 
 
-def start_from(network: VQSEG | VQGAN | GPT | Reader | SceneJudge, folder: str | Path) -> None:
+Network = VQSEG | VQGAN | GPT | Reader | SceneJudge | Refiner
+
+
+def start_from(network: Network, folder: str | Path) -> None:
     """Copies the weights of `folder` into `network`, one tensor at a time.
 
     A VQ-SEG may also have patches a whole number of times larger than the folder's: it then starts

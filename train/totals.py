@@ -25,8 +25,8 @@ class Totals(Protocol):
         """The metric of the sums."""
 
 
-def log_totals(module: LightningModule, metrics: Sequence[Totals]) -> None:
-    """Adds up the metrics of all ranks and logs them as validation/NAME.
+def log_totals(module: LightningModule, metrics: Sequence[Totals], *, prefix: str = "") -> None:
+    """Adds up the metrics of all ranks and logs them as validation/NAME, `prefix` first.
 
     What nothing was seen of (face IoU without faces) is not logged.
     """
@@ -38,5 +38,5 @@ def log_totals(module: LightningModule, metrics: Sequence[Totals]) -> None:
             total.copy_(summed)
         values |= metric.compute()
     step = float(module.global_step)  # the row's; else Lightning counts batches
-    seen = {f"validation/{k}": v for k, v in values.items() if not math.isnan(v)}
+    seen = {f"validation/{prefix}{k}": v for k, v in values.items() if not math.isnan(v)}
     module.log_dict({**seen, "step": step}, sync_dist=True)  # equal on all ranks already

@@ -1,10 +1,8 @@
 """Training of the VQ-GAN: pictures through the network and back, judged by a discriminator.
 
 In: scene shards: their photos and of their scene maps boxes for the crop terms, labels for the
-focus. Out: a run folder that `VQGAN.from_pretrained` reads. Loss: L1 + perceptual + codebook +
-adversarial term with adaptive weight (Esser et al., arXiv 2012.09841), + terms for faces and things
-(Make-A-Scene, arXiv 2203.13131, sections 3.3 and 3.4). Two optimisers take turns by hand; only the
-VQ-GAN's steps count as steps of the run.
+focus. Out: a run folder that `VQGAN.from_pretrained` reads. Loss: that of train/pictures.py + the
+codebook's.
 Axes: B batch, C channels, H W pixels.
 """
 
@@ -13,29 +11,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from PIL import Image
-from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 
-from mas.metrics import CodeMetrics, PictureMetrics
+from mas.metrics import CodeMetrics
 from mas.vq_codebook import perplexity
 from mas.vqgan import VQGAN, VQGANConfig
-from train.adversary import (
-    AdversaryConfig,
-    PatchDiscriminator,
-    adaptive_weight,
-    discriminator_loss,
-    generator_loss,
-)
-from train.crops import CropsConfig, Judges
+from train.adversary import AdversaryConfig
+from train.crops import CropsConfig
 from train.focus import EVEN, FocusConfig
 from train.perceptual import PerceptualConfig
-from train.stage import Optimiser, Rows, Stage
+from train.pictures import Drawn, PictureTraining, to_picture
+from train.stage import Optimiser, Rows
 from train.start import start_from
 from train.totals import log_totals
 
 
-class VQGANTraining(Stage):
+class VQGANTraining(PictureTraining):
     """VQ-GAN and discriminator.
 
     Args:
@@ -73,177 +64,41 @@ class VQGANTraining(Stage):
         init_from: str | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(VQGAN(network), optimiser, seed=seed)
-        self.automatic_optimization = False
-        self.adversary = adversary
-        self.codebook_weight, self.gradient_weight = codebook_weight, gradient_weight
-        self.focus, self.accumulate = focus, accumulate
-        self.discriminator = PatchDiscriminator(self.adversary) if self.adversary.weight else None
-        self.perceptual_weight, self.crops = perceptual.weight, crops
-        self.judges = Judges(perceptual, crops)
+        super().__init__(
+            VQGAN(network),
+            optimiser,
+            adversary=adversary,
+            perceptual=perceptual,
+            crops=crops,
+            gradient_weight=gradient_weight,
+            focus=focus,
+            accumulate=accumulate,
+            seed=seed,
+        )
+        self.codebook_weight = codebook_weight
         if init_from is not None:
             start_from(self.network, init_from)
         if compile:
             self._fuse()
 
     @property
-    def boxes(self) -> int:
-        """Faces and things that each photo must bring along; tells the data."""
-        return self.crops.boxes
-
-    @property
     def labels(self) -> bool:
         """Whether each photo must bring the labels of its scene map along; tells the data."""
         return not self.focus.even
 
-    def on_fit_start(self) -> None:
-        """Raises ValueError for settings under which the two players cannot take turns."""
-        super().on_fit_start()
-        if self.trainer.precision == "16-mixed":  # its loss scale would be shared by both
-            raise ValueError(
-                "the VQ-GAN does not train in float16: set trainer.precision bf16-mixed"
-            )
-        strategy = self.trainer.strategy
-        if self.discriminator is not None and isinstance(strategy, DDPStrategy):
-            if not strategy._ddp_kwargs.get("find_unused_parameters"):
-                raise ValueError(
-                    "the VQ-GAN and its discriminator take turns: set trainer.strategy "
-                    "ddp_find_unused_parameters_true"
-                )
-
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        players = [self.network, self.discriminator]
-        return [self.optimiser.build(player) for player in players if player is not None]
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        real_BCHW = batch["image"].float() / 255
-        fake_BCHW, codebook_loss, tokens_BT = self.network(real_BCHW)
-        # The losses of the picture see it as a leaf: every judge is gone through backwards once,
-        # though the adaptive weight wants the gradients of two losses apart.
-        leaf_BCHW = fake_BCHW.detach().requires_grad_()
-        values = self.reconstruction(real_BCHW, leaf_BCHW, batch.get("labels"))
-        reconstruction = values.pop("sum")
-        pull_BCHW = _gradient(reconstruction, leaf_BCHW)
-        values["codebook"] = codebook_loss
-        loss, gradient_BCHW = reconstruction + self.codebook_weight * codebook_loss, pull_BCHW
-        if (crops := self._crops(real_BCHW, leaf_BCHW, batch, values)) is not None:
-            loss, gradient_BCHW = loss + crops, gradient_BCHW + _gradient(crops, leaf_BCHW)
-        say = self.adversary.say(self.global_step)
-        if self.discriminator is not None and say:
-            values["adversarial"] = generator_loss(self.judge(leaf_BCHW, frozen=True))
-            push_BCHW = _gradient(values["adversarial"], leaf_BCHW)
-            weight = adaptive_weight(
-                fake_BCHW, self.network.last_layer, pull_BCHW=pull_BCHW, push_BCHW=push_BCHW
-            )
-            loss = loss + say * weight * values["adversarial"]
-            gradient_BCHW = gradient_BCHW + say * weight * push_BCHW
-            values["adaptive_weight"] = weight
-        self.check(loss, batch)
-        # Its value means nothing; its gradient is that of `loss`.
-        stand_in = (fake_BCHW * gradient_BCHW).sum() + self.codebook_weight * codebook_loss
-        self.manual_backward(stand_in / self.accumulate)
-        if self.discriminator is not None and say:
-            values["discriminator"] = discriminator_loss(
-                self.judge(real_BCHW), self.judge(fake_BCHW.detach())
-            )
-            self.manual_backward(values["discriminator"] / self.accumulate)
+    def draw(self, batch: dict[str, Any], real_BCHW: Tensor) -> Drawn:
+        image_BCHW, codebook_loss, tokens_BT = self.network(real_BCHW)
         _, used = perplexity(tokens_BT, self.network.config.codes)
-        values |= {"loss": loss, "perplexity": torch.tensor(used)}
-        self.log_losses(
-            "train", {name: x.detach() for name, x in values.items()}, count=len(real_BCHW)
-        )
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        self.log("gradient_norm", nn.utils.get_total_norm(gradients))
-        if (batch_idx + 1) % self.accumulate == 0:
-            self.step(judged=bool(say))
-        return loss.detach()
+        values = {"codebook": codebook_loss, "perplexity": torch.tensor(used)}
+        return Drawn(image_BCHW, self.codebook_weight * codebook_loss, values, tokens_BT)
 
-    def _crops(
-        self,
-        real_BCHW: Tensor,
-        fake_BCHW: Tensor,
-        batch: dict[str, Any],
-        values: dict[str, Tensor],
-    ) -> Tensor | None:
-        """Weighted sum of the terms for faces and things, which are added to `values`."""
-        total = None
-        for name, weight, judge in (
-            ("faces", self.crops.face_weight, self.judges.faces),
-            ("things", self.crops.object_weight, self.judges.things),
-        ):
-            if weight:
-                values[name] = judge(fake_BCHW, real_BCHW, batch[name])
-                term = weight * values[name]
-                total = term if total is None else total + term
-        return total
-
-    def _fuse(self) -> None:
-        """Compiles all that is large but the last layer, whose gradient is wanted apart."""
-        decoder = self.network.decoder
-        parts = [self.network.encoder, decoder.middle, *decoder.levels]
-        for part in (*parts, self.discriminator, self.judges.network):
-            if part is not None:
-                part.compile()
-
-    def reconstruction(
-        self, real_BCHW: Tensor, fake_BCHW: Tensor, labels_BHW: Tensor | None
-    ) -> dict[str, Tensor]:
-        """`reconstruction`: L1 between pictures and, if weighted, between their differences of
-        neighbours, pixels weighted by their labels where there is a focus; `perceptual`, if
-        weighted; `sum`: both, weighted.
-        """
-        error_BCHW = fake_BCHW - real_BCHW
-        weights_B1HW = error_BCHW.new_ones(1, 1, 1, 1).expand(-1, -1, *error_BCHW.shape[2:])
-        if labels_BHW is not None:
-            weights_B1HW = self.focus.weigh(labels_BHW)[:, None]
-        loss = (error_BCHW.abs() * weights_B1HW).mean()
-        if self.gradient_weight:
-            # A difference belongs to both of its pixels, so all sides of a thing count alike.
-            across_B1HW = (weights_B1HW[..., 1:] + weights_B1HW[..., :-1]) / 2
-            down_B1HW = (weights_B1HW[..., 1:, :] + weights_B1HW[..., :-1, :]) / 2
-            across = (error_BCHW.diff(dim=3).abs() * across_B1HW).mean()
-            down = (error_BCHW.diff(dim=2).abs() * down_B1HW).mean()
-            loss = loss + self.gradient_weight * (across + down)
-        if not self.perceptual_weight:
-            return {"reconstruction": loss, "sum": loss}
-        perceptual = self.judges.perceptual(fake_BCHW, real_BCHW)
-        total = loss + self.perceptual_weight * perceptual
-        return {"reconstruction": loss, "perceptual": perceptual, "sum": total}
-
-    def judge(self, image_BCHW: Tensor, *, frozen: bool = False) -> Tensor:
-        """Scores of pictures in [0, 1]; `frozen` keeps the gradient from the discriminator."""
-        assert self.discriminator is not None
-        self.discriminator.requires_grad_(not frozen)
-        scores = self.discriminator(image_BCHW * 2 - 1)
-        self.discriminator.requires_grad_(True)
-        return scores
-
-    def step(self, *, judged: bool) -> None:
-        """Steps of both players; Lightning counts steps of wrapped optimisers, so one is raw."""
-        wrapped = self.optimizers()
-        first = wrapped[0] if isinstance(wrapped, list) else wrapped
-        self.clip(self.network.parameters())
-        first.step()
-        first.zero_grad()
-        if self.discriminator is not None and judged:
-            other = self._raw_optimizers()[1]
-            for group in other.param_groups:
-                group["lr"] *= self.adversary.learning_rate
-            self.clip(self.discriminator.parameters())
-            other.step()
-            other.zero_grad()
+    def measure(self, drawn: Drawn, real_BCHW: Tensor) -> None:
+        super().measure(drawn, real_BCHW)
+        self._codes.update(drawn.source)
 
     def on_validation_epoch_start(self) -> None:
-        self._pictures, self._codes = PictureMetrics(), CodeMetrics(self.network.config.codes)
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        real_BCHW = batch["image"].float() / 255
-        fake_BCHW, codebook_loss, tokens_BT = self.network(real_BCHW)
-        self._pictures.update(fake_BCHW, true_image_BCHW=real_BCHW)
-        self._codes.update(tokens_BT)
-        values = self.reconstruction(real_BCHW, fake_BCHW, batch.get("labels"))
-        values["loss"] = values.pop("sum") + self.codebook_weight * codebook_loss
-        self.log_losses("validation", values, count=len(real_BCHW))
+        super().on_validation_epoch_start()
+        self._codes = CodeMetrics(self.network.config.codes)
 
     def on_validation_epoch_end(self) -> None:
         log_totals(self, [self._pictures, self._codes])
@@ -260,13 +115,10 @@ class VQGANTraining(Stage):
             for real, fake in zip(real_BCHW, fake_BCHW, strict=True)
         ]
 
-
-def to_picture(image_CHW: Tensor) -> Image.Image:
-    """A picture of a tensor in [0, 1], values outside clipped."""
-    pixels = (image_CHW.float().clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
-def _gradient(loss: Tensor, leaf_BCHW: Tensor) -> Tensor:
-    (gradient_BCHW,) = torch.autograd.grad(loss, leaf_BCHW)
-    return gradient_BCHW
+    def _fuse(self) -> None:
+        """Compiles all that is large but the last layer, whose gradient is wanted apart."""
+        decoder = self.network.decoder
+        parts = [self.network.encoder, decoder.middle, *decoder.levels]
+        for part in (*parts, self.discriminator, self.judges.network):
+            if part is not None:
+                part.compile()

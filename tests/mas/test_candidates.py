@@ -17,7 +17,7 @@ from mas.filter import Sampling, StreamSampling
 from mas.generate import generate
 from mas.judge import JudgeConfig, SceneJudge, describe_scenes
 from mas.model import MakeAScene
-from mas.model_folder import FILES, JUDGE_FILES, ModelError
+from mas.model_folder import JUDGE, ModelError, list_files
 from mas.request import LARGEST_SEED
 from mas.scene import SceneMap
 from mas.sequence import FREE
@@ -260,7 +260,7 @@ def test_progress_counts_the_candidates_and_shows_no_scene_before_it_is_chosen(j
 def test_a_folder_keeps_judge_and_candidates(judged_model, judged_folder, tmp_path):
     index = json.loads((judged_folder / "model_index.json").read_text())
     assert (index["format"], index["scene_candidates"]) == (3, 3)
-    assert set(index["sha256"]) == {*FILES, *JUDGE_FILES}
+    assert set(index["sha256"]) == set(list_files((JUDGE,)))
     loaded = MakeAScene.from_pretrained(judged_folder, device="cpu")
     assert loaded.scene_candidates == 3 and loaded.sampling == judged_model.sampling
     a, b = (model.generate(CAPTIONS, seed=6) for model in (judged_model, loaded))
@@ -282,13 +282,13 @@ def test_a_folder_without_a_judge_is_as_it_was_before_there_were_any(tiny_folder
     text = (tiny_folder / "model_index.json").read_text()
     index = json.loads(text)
     assert list(index) == ["sizes", "weights", "format", "sampling", "sha256"]
-    assert index["format"] == 1 and set(index["sha256"]) == set(FILES)
+    assert index["format"] == 1 and set(index["sha256"]) == set(list_files())
     assert "judge" not in text and "candidates" not in text
     assert "judge" not in (tiny_folder / "README.md").read_text()
     assert MakeAScene.from_pretrained(tiny_folder, device="cpu").scene_candidates == 1
 
 
-@pytest.mark.parametrize("name", JUDGE_FILES)
+@pytest.mark.parametrize("name", [f"judge/{file}" for file in ("config.json", "model.safetensors")])
 def test_a_missing_or_exchanged_judge_is_named(judged_folder, tmp_path, name):
     copied = shutil.copytree(judged_folder, tmp_path / "copy")
     content = bytearray((copied / name).read_bytes())

@@ -13,7 +13,7 @@ import mas.model_folder
 from mas import MakeAScene
 from mas.filter import Sampling, StreamSampling
 from mas.gpt import GPT
-from mas.model_folder import FILES, JUDGE_FILES, ModelError
+from mas.model_folder import EXTRAS, ModelError, list_files
 from mas.rounding import narrow, widen
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN
@@ -57,7 +57,7 @@ def test_parts_that_do_not_fit_together_are_named(parts, name, message):
 
 def test_the_folder_holds_what_it_should_and_describes_itself(tiny_folder):
     files = {str(p.relative_to(tiny_folder)) for p in tiny_folder.rglob("*") if p.is_file()}
-    assert files == {"model_index.json", "README.md", *FILES}
+    assert files == {"model_index.json", "README.md", *list_files()}
     index = json.loads((tiny_folder / "model_index.json").read_text())
     assert index["format"] == 1
     assert index["sizes"]["text"] == {"vocabulary": 300, "length": 12}
@@ -148,14 +148,14 @@ def copied(tiny_folder, tmp_path):
     return shutil.copytree(tiny_folder, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("name", [*FILES, "README.md", "model_index.json"])
+@pytest.mark.parametrize("name", [*list_files(), "README.md", "model_index.json"])
 def test_a_missing_part_is_named(copied, name):
     (copied / name).unlink()
     with pytest.raises(ModelError, match=name):
         MakeAScene.from_pretrained(copied)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", list_files())
 def test_an_exchanged_or_damaged_part_is_named(copied, name):
     content = bytearray((copied / name).read_bytes())
     content[-2] ^= 1
@@ -239,7 +239,7 @@ def test_a_hub_id_is_downloaded_and_what_the_hub_says_is_passed_on(tiny_folder, 
     asked = []
 
     def download(name, *, allow_patterns):
-        asked.append((name, {*FILES, *JUDGE_FILES} <= set(allow_patterns)))
+        asked.append((name, {*list_files(EXTRAS)} <= set(allow_patterns)))
         if name == "me/absent":
             raise OSError("Repository Not Found\ntraceback")
         return str(tiny_folder)

@@ -5,11 +5,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mas.scene import PALETTE, SceneMap
 from mas.shards import Sample, ShardWriter, write_token_shard
+from mas.storage import parse_config
 from mas.text import Tokenizer
+from mas.vqgan import VQGAN, VQGANConfig
 
 SIZE = 32
 GRASS, SKY, DOG = 125, 119, 16
@@ -123,19 +126,31 @@ NETWORKS = {
         "dropout": 0.1,
     },
     "judge": {"text_vocabulary": 270, "text_length": 8, "width": 16, "heads": 2, "hidden": 16},
+    "refiner": {"size": SIZE, "width": 8, "groups": 4, "features": 8, "label_width": 4},
+}
+ADVERSARY = {
+    "model.adversary.start": 2,
+    "model.adversary.warmup_steps": 2,
+    "model.adversary.width": 8,
+    "model.adversary.levels": 1,
+    "model.adversary.learning_rate": 0.5,
 }
 EXTRAS = {
     "vqseg": {},
-    "vqgan": {
-        "model.adversary.start": 2,
-        "model.adversary.warmup_steps": 2,
-        "model.adversary.width": 8,
-        "model.adversary.levels": 1,
-        "model.adversary.learning_rate": 0.5,
-    },
+    "vqgan": ADVERSARY,
     "gpt": {"model.caption_dropout.share": 0.3, "model.caption_dropout.start": 0},
     "judge": {},
+    "refiner": ADVERSARY,
 }
+
+
+@pytest.fixture(scope="session")
+def vqgan_folder(tmp_path_factory):
+    """A VQ-GAN of random weights, for the refiner."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vqgan") / "vqgan"
+    VQGAN(parse_config(VQGANConfig, NETWORKS["vqgan"], folder)).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -152,8 +167,12 @@ def tokenizer_file(tmp_path_factory):
 
 
 @pytest.fixture
-def words(scene_shards, token_shards, tokenizer_file, tmp_path):
+def words(scene_shards, token_shards, tokenizer_file, vqgan_folder, tmp_path):
     """words(stage, key=value …): the command line of a tiny run into tmp_path/run."""
+    files = {
+        "judge": {"data.tokenizer": tokenizer_file},
+        "refiner": {"model.vqgan": vqgan_folder},
+    }
 
     def make(stage, folder="run", **settings):
         values = {
@@ -162,7 +181,7 @@ def words(scene_shards, token_shards, tokenizer_file, tmp_path):
             **COMMON,
             **{f"model.network.{key}": value for key, value in NETWORKS[stage].items()},
             **EXTRAS[stage],
-            **({"data.tokenizer": tokenizer_file} if stage == "judge" else {}),
+            **files.get(stage, {}),
             **{key.replace("__", "."): value for key, value in settings.items()},
         }
         return [stage, *(f"--{key}={value}" for key, value in values.items() if value is not None)]

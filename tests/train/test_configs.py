@@ -9,6 +9,7 @@ import yaml
 
 from mas.gpt import GPT, GPTConfig
 from mas.judge import JudgeConfig, SceneJudge
+from mas.refiner import Refiner, RefinerConfig
 from mas.storage import parse_config
 from mas.vqgan import VQGAN, VQGANConfig
 from mas.vqseg import VQSEG, VQSEGConfig
@@ -20,6 +21,7 @@ CLASSES = {
     "vqgan": (VQGAN, VQGANConfig),
     "gpt": (GPT, GPTConfig),
     "judge": (SceneJudge, JudgeConfig),
+    "refiner": (Refiner, RefinerConfig),
 }
 STAGES = ["vqseg", "vqgan", "gpt"]  # of every folder
 FOLDERS = ["tiny", "park", "base"]
@@ -37,6 +39,7 @@ def read(folder, stage):
         *product(FOLDERS, STAGES),
         *((folder, "gpt") for folder in ("small", "1b", "4b")),
         ("park", "judge"),
+        ("park", "refiner"),
     ],
 )
 def test_config_parses_and_its_network_builds(folder, stage, capsys):

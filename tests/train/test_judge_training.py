@@ -49,12 +49,12 @@ def pets(tmp_path_factory):
                 "json": json.dumps({"captions": [caption]}).encode(),
             }
             writer.write(Sample(f"{number:05}", files))
-    Tokenizer.fit(captions, vocab_size=270, length=6).save(folder / "tokenizer.json")
+    Tokenizer.fit(captions, vocab_size=270, length=12).save(folder / "tokenizer.json")
     return folder
 
 
 def words(pets, folder, **settings):
-    sizes = {"text_vocabulary": 270, "text_length": 6, "width": 32, "heads": 2, "hidden": 32}
+    sizes = {"text_vocabulary": 270, "text_length": 12, "width": 32, "heads": 2, "hidden": 32}
     values = {
         **COMMON,
         "data.input": pets,
@@ -233,28 +233,61 @@ def test_a_judge_starts_from_another(pets, tmp_path):
 
 
 @pytest.mark.parametrize(("every", "kept"), [(1, range(60)), (3, range(2, 60, 3))])
-def test_sides_leaves_only_pictures_whose_captions_name_one(pets, tmp_path, every, kept):
+def test_words_leave_only_captions_that_have_one(pets, tmp_path, every, kept):
     data = sided_data(pets, tmp_path, every=every)
     data.setup("fit")
     held_out = 49  # the fiftieth
-    keys = [data.training.item(place, None)["key"] for place in range(len(data.training))]
-    assert keys == [f"{number:05}" for number in kept if number != held_out]
+    items = [data.training.item(place, None) for place in range(len(data.training))]
+    assert [item["key"] for item in items] == [f"{n:05}" for n in kept if n != held_out]
+    rng = np.random.default_rng(0)
+    drawn = [data.training.item(0, rng)["text"] for _ in range(20)]
+    said = {data.tokenizer.decode(text_T[None])[0].split()[-1].lower() for text_T in drawn}
+    assert said <= {"left", "right"}  # and never the other caption
 
 
-def test_captions_without_sides_are_refused_where_sides_are_asked_for(pets, tmp_path):
-    with pytest.raises(ValueError, match=r"no caption names a side; leave data\.sides out"):
+def test_words_that_no_caption_has_are_named(pets, tmp_path):
+    with pytest.raises(ValueError, match=r"no caption has one of data\.words \(left, Right\)"):
         sided_data(pets, tmp_path, every=61).setup("fit")
 
 
-def sided_data(pets, folder, *, every):
-    """Data of 60 pictures of which every so manieth names a side."""
+def test_a_word_is_a_whole_word(pets, tmp_path):
+    with pytest.raises(ValueError, match=r"no caption has one of data\.words \(do\)"):
+        sided_data(pets, tmp_path, every=61, words=["do"]).setup("fit")  # there are dogs
+
+
+def test_one_spoilt_scene_is_of_the_same_things_where_there_is_one(pets):
+    items = build_items(pets, flip=False)
+    every = [items.item(index, None) for index in range(PICTURES)]
+    trues = [item["scenes"][0].numpy() for item in every]
+    said = [item["text"].tolist() for item in every]
+    found = 0
+    for index, item in enumerate(every):
+        true_NF, last_NF = trues[index], item["scenes"][-1].numpy()
+        alike = [
+            other_NF
+            for other_NF, words in zip(trues, said, strict=True)
+            if find_classes(other_NF) == find_classes(true_NF) and words != said[index]
+        ]
+        found += bool(alike)
+        assert not alike or any(np.array_equal(last_NF, other_NF) for other_NF in alike)
+    assert found > PICTURES / 2  # those of the other side
+
+
+def find_classes(entries_NF):
+    return sorted(entries_NF[entries_NF[:, 0] < THINGS, 0].tolist())
+
+
+def sided_data(pets, folder, *, every, words=("left", "Right")):
+    """Data of 60 pictures of which every so manieth has a caption that names a side."""
     rng = np.random.default_rng(0)
     with ShardWriter(str(folder / "00000.tar")) as writer:
         for number in range(60):
             scene, caption = draw_pets(rng)
             caption = caption if (number + 1) % every == 0 else "a dog"
-            content = json.dumps({"captions": [caption]}).encode()
+            content = json.dumps({"captions": ["a dog", caption]}).encode()
             files = {"scene.png": encoded(scene.to_png), "txt": b"", "json": content}
             writer.write(Sample(f"{number:05}", files))
     tokenizer = str(pets / "tokenizer.json")
-    return JudgeData(input=str(folder), tokenizer=tokenizer, workers=0, batch_size=2, sides=True)
+    return JudgeData(
+        input=str(folder), tokenizer=tokenizer, workers=0, batch_size=2, words=list(words)
+    )

@@ -76,7 +76,13 @@ def assert_equal_runs(a, b, *, samples=STEPS * 4, steps=STEPS):
     assert rows_a == rows_b
 
 
-KILLS = [("vqseg", (2,)), ("vqgan", (3,)), ("gpt", (1, VALIDATED, STEPS - 1)), ("judge", (5,))]
+KILLS = [
+    ("vqseg", (2,)),
+    ("vqgan", (3,)),
+    ("gpt", (1, VALIDATED, STEPS - 1)),
+    ("judge", (5,)),
+    ("refiner", (4,)),
+]
 
 
 @pytest.mark.parametrize(("stage", "steps"), KILLS)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mas.__main__ import main
 from mas.gpt import GPT
 from mas.judge import SceneJudge
+from mas.refiner import Refiner
 from mas.shards import TokenShards
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
@@ -21,7 +22,7 @@ from train import progress
 from train.cli import train
 from train.runner import JOBS
 
-NETWORKS = {"vqseg": VQSEG, "vqgan": VQGAN, "gpt": GPT, "judge": SceneJudge}
+NETWORKS = {"vqseg": VQSEG, "vqgan": VQGAN, "gpt": GPT, "judge": SceneJudge, "refiner": Refiner}
 
 
 @pytest.mark.parametrize("stage", NETWORKS)
@@ -43,7 +44,7 @@ def test_the_run_folder_is_the_averaged_network(stage, words, tmp_path):
     assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1", "2", "3"]
     assert [row["step"] for row in rows if row["validation/loss"]] == ["4"]
     assert any((run / "tensorboard").iterdir())
-    if stage in ("vqseg", "vqgan"):
+    if stage in ("vqseg", "vqgan", "refiner"):
         with Image.open(run / "pictures/00000004.png") as sheet:
             assert sheet.height > 4 * 128  # the four held-out pictures
     leftovers = [path.name for path in run.rglob(".*")]
