@@ -96,10 +96,9 @@ class Reader(UNet):
             pixels_BP: long, positions in a flattened picture, row by row.
         """
         seen = self._see(image_BCHW)
-        flat_BDP = rearrange(seen.pixels_BDHW, "b d h w -> b d (h w)")
-        places_BDP = pixels_BP[:, None].expand(-1, flat_BDP.shape[1], -1)
-        chosen_BPD = rearrange(flat_BDP.gather(2, places_BDP), "b d p -> b p d")
-        return self.classifier(chosen_BPD), self.time(self._pool(seen))
+        return self.classifier(pick_pixels(seen.pixels_BDHW, pixels_BP)), self.time(
+            self._pool(seen)
+        )
 
     def place_logits(self, labels_BHW: Tensor) -> Tensor:
         """Logits of the places, B K, from how much of each class a scene map (uint8) holds."""
@@ -117,6 +116,13 @@ class Reader(UNet):
     def _pool(self, seen: Features) -> Tensor:
         means = [reduce(F.silu(x), "b d h w -> b d", "mean") for x in seen.levels]
         return torch.cat(means, 1)
+
+
+def pick_pixels(features_BDHW: Tensor, pixels_BP: Tensor) -> Tensor:
+    """Features B P D of some pixels, positions in the flattened picture, row by row."""
+    flat_BDP = rearrange(features_BDHW, "b d h w -> b d (h w)")
+    places_BDP = pixels_BP[:, None].expand(-1, flat_BDP.shape[1], -1)
+    return rearrange(flat_BDP.gather(2, places_BDP), "b d p -> b p d")
 
 
 def class_shares(labels_BHW: Tensor) -> Tensor:

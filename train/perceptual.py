@@ -121,16 +121,21 @@ class ReaderPerceptual(nn.Module):
 
         The gradient reaches `image_BCHW` only.
         """
-        with torch.no_grad():
-            truths = self._look(true_image_BCHW)
-        layers = [
-            (guess - truth).square().sum(1).mean(dim=(1, 2))
-            for guess, truth in zip(self._look(image_BCHW), truths, strict=True)
-        ]
-        return torch.stack(layers).sum(0)
+        return self.compare(image_BCHW, true_image_BCHW)[0]
 
-    def _look(self, image_BCHW: Tensor) -> list[Tensor]:
-        return [F.normalize(x_BDHW.float(), dim=1) for x_BDHW in self.reader.look(image_BCHW)]
+    def compare(self, image_BCHW: Tensor, true_image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The same distance, and the features B D H W that the reader tells classes by."""
+        with torch.no_grad():
+            truths = self.reader.look(true_image_BCHW)
+        guesses = self.reader.look(image_BCHW)
+        layers = [
+            (F.normalize(guess.float(), dim=1) - F.normalize(truth.float(), dim=1))
+            .square()
+            .sum(1)
+            .mean(dim=(1, 2))
+            for guess, truth in zip(guesses, truths, strict=True)
+        ]
+        return torch.stack(layers).sum(0), guesses[0]
 
 
 def load_perceptual(config: PerceptualConfig) -> Perceptual | ReaderPerceptual:

@@ -63,7 +63,7 @@ class PictureTraining(Stage):
         self.adversary, self.gradient_weight = adversary, gradient_weight
         self.focus, self.accumulate = focus, accumulate
         self.discriminator = PatchDiscriminator(self.adversary) if self.adversary.weight else None
-        self.perceptual_weight, self.crops = perceptual.weight, crops
+        self.weights, self.crops = {"perceptual": perceptual.weight}, crops
         self.judges = Judges(perceptual, crops)
 
     def draw(self, batch: dict[str, Any], real_BCHW: Tensor) -> Drawn:
@@ -101,7 +101,7 @@ class PictureTraining(Stage):
         # The losses of the picture see it as a leaf: every judge is gone through backwards once,
         # though the adaptive weight wants the gradients of two losses apart.
         leaf_BCHW = fake_BCHW.detach().requires_grad_()
-        values = self.reconstruction(real_BCHW, leaf_BCHW, batch.get("labels"))
+        values = self.reconstruction(real_BCHW, leaf_BCHW, batch)
         loss = values.pop("sum")
         pull_BCHW = _gradient(loss, leaf_BCHW)
         gradient_BCHW = pull_BCHW
@@ -160,12 +160,30 @@ class PictureTraining(Stage):
         return total
 
     def reconstruction(
-        self, real_BCHW: Tensor, fake_BCHW: Tensor, labels_BHW: Tensor | None
+        self, real_BCHW: Tensor, fake_BCHW: Tensor, batch: dict[str, Any]
     ) -> dict[str, Tensor]:
         """`reconstruction`: L1 between pictures and, if weighted, between their differences of
-        neighbours, pixels weighted by their labels where there is a focus; `perceptual`, if
-        weighted; `sum`: both, weighted.
+        neighbours, pixels weighted by their labels where there is a focus; what `perceive` says;
+        `sum`: all of it, weighted.
         """
+        loss = self._compare_pixels(real_BCHW, fake_BCHW, batch.get("labels"))
+        values = {"reconstruction": loss}
+        for name, term in self.perceive(real_BCHW, fake_BCHW, batch).items():
+            values[name] = term
+            loss = loss + self.weights[name] * term
+        return {**values, "sum": loss}
+
+    def perceive(
+        self, real_BCHW: Tensor, fake_BCHW: Tensor, batch: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Terms of frozen networks that look at whole pictures; `weights` has their weights."""
+        if not self.weights["perceptual"]:
+            return {}
+        return {"perceptual": self.judges.perceptual(fake_BCHW, real_BCHW)}
+
+    def _compare_pixels(
+        self, real_BCHW: Tensor, fake_BCHW: Tensor, labels_BHW: Tensor | None
+    ) -> Tensor:
         error_BCHW = fake_BCHW - real_BCHW
         weights_B1HW = error_BCHW.new_ones(1, 1, 1, 1).expand(-1, -1, *error_BCHW.shape[2:])
         if labels_BHW is not None:
@@ -178,11 +196,7 @@ class PictureTraining(Stage):
             across = (error_BCHW.diff(dim=3).abs() * across_B1HW).mean()
             down = (error_BCHW.diff(dim=2).abs() * down_B1HW).mean()
             loss = loss + self.gradient_weight * (across + down)
-        if not self.perceptual_weight:
-            return {"reconstruction": loss, "sum": loss}
-        perceptual = self.judges.perceptual(fake_BCHW, real_BCHW)
-        total = loss + self.perceptual_weight * perceptual
-        return {"reconstruction": loss, "perceptual": perceptual, "sum": total}
+        return loss
 
     def judge(self, image_BCHW: Tensor, *, frozen: bool = False) -> Tensor:
         """Scores of pictures in [0, 1]; `frozen` keeps the gradient from the discriminator."""
@@ -218,7 +232,7 @@ class PictureTraining(Stage):
         real_BCHW = batch["image"].float() / 255
         drawn = self.draw(batch, real_BCHW)
         self.measure(drawn, real_BCHW)
-        values = self.reconstruction(real_BCHW, drawn.image_BCHW, batch.get("labels"))
+        values = self.reconstruction(real_BCHW, drawn.image_BCHW, batch)
         loss = values.pop("sum")
         values["loss"] = loss if drawn.loss is None else loss + drawn.loss
         self.log_losses("validation", values, count=len(real_BCHW))

@@ -141,11 +141,9 @@ class ReaderTraining(Stage):
     def _losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         labels_BHW = batch["labels"]
         pixels_BP = self.pixels.draw(labels_BHW, batch["edges"])
-        targets_BP = rearrange(labels_BHW, "b h w -> b (h w)").long().gather(1, pixels_BP)
-        targets_BP[targets_BP >= CLASSES] = UNKNOWN
         logits_BPK, times_BK = self.network.logits(batch["image"].float() / 255, pixels_BP)
         losses = {
-            "pixels": _cross_entropy(logits_BPK.flatten(0, 1), targets_BP.flatten()),
+            "pixels": pixel_loss(logits_BPK, labels_BHW, pixels_BP),
             "time": _cross_entropy(times_BK, self._targets(batch, "time")),
             "place": _cross_entropy(
                 self.network.place_logits(labels_BHW), self._targets(batch, "place")
@@ -169,6 +167,13 @@ class ReaderTraining(Stage):
             )
         positions = [known.index(name) if name in known else UNKNOWN for name in batch[fact]]
         return torch.tensor(positions, device=batch["labels"].device)
+
+
+def pixel_loss(logits_BPK: Tensor, labels_BHW: Tensor, pixels_BP: Tensor) -> Tensor:
+    """Cross-entropy of the labels at some pixels (positions in the flattened pictures)."""
+    targets_BP = rearrange(labels_BHW, "b h w -> b (h w)").long().gather(1, pixels_BP)
+    targets_BP[targets_BP >= CLASSES] = UNKNOWN
+    return _cross_entropy(logits_BPK.flatten(0, 1), targets_BP.flatten())
 
 
 def _cross_entropy(logits_NK: Tensor, targets_N: Tensor) -> Tensor:

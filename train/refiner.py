@@ -1,9 +1,11 @@
 """Training of the refiner: decoded pictures and their scenes to the pictures they came from.
 
 In: scene shards, and the VQ-GAN whose pictures it shall correct. Out: a run folder that
-`Refiner.from_pretrained` reads. Loss: that of train/pictures.py. Some tokens are exchanged for
-others, as a GPT errs, so that the scene is believed where picture and scene differ.
-Axes: B batch, C channels, H W pixels, T tokens.
+`Refiner.from_pretrained` reads. Loss: that of train/pictures.py + the consistency of scene and
+picture (Li et al., ControlNet++, arXiv 2404.07987, section 3.2): a frozen reader shall read the
+scene from the refined picture. Some tokens are exchanged for others, as a GPT errs, so that the
+scene is believed where picture and scene differ.
+Axes: B batch, C channels, H W pixels, T tokens, P sampled pixels, K classes.
 """
 
 from __future__ import annotations
@@ -14,17 +16,21 @@ import torch
 from torch import Tensor
 
 from mas.metrics import PictureMetrics
+from mas.reader import pick_pixels
 from mas.refiner import Refiner, RefinerConfig
 from mas.scene import SceneMap
 from mas.vqgan import VQGAN
 from train.adversary import AdversaryConfig
 from train.crops import CropsConfig
 from train.focus import EVEN, FocusConfig
-from train.perceptual import PerceptualConfig
+from train.perceptual import PerceptualConfig, ReaderPerceptual
 from train.pictures import Drawn, PictureTraining, to_picture
+from train.reader import PixelChoice, pixel_loss
 from train.stage import Optimiser, Rows
 from train.start import start_from
 from train.totals import log_totals
+
+PIXELS = PixelChoice()
 
 
 class RefinerTraining(PictureTraining):
@@ -38,6 +44,9 @@ class RefinerTraining(PictureTraining):
             weight 0 leaves it out.
         crops: terms for faces and things of the scene map; weights 0 leave them out.
         vqgan: folder of the VQ-GAN.
+        consistency: weight of the cross-entropy between the scene and what the reader of the
+            perceptual term reads from the picture; 0 leaves it out.
+        pixels: at which pixels it reads.
         exchanged: of a picture up to this share of the tokens, the share drawn evenly, is exchanged
             for any other tokens.
         gradient_weight: of the L1 between differences of neighbouring pixels; 0 leaves it out.
@@ -59,6 +68,8 @@ class RefinerTraining(PictureTraining):
         perceptual: PerceptualConfig,
         crops: CropsConfig,
         vqgan: str,
+        consistency: float = 0.0,
+        pixels: PixelChoice = PIXELS,
         exchanged: float = 0.05,
         gradient_weight: float = 0.0,
         focus: FocusConfig = EVEN,
@@ -79,7 +90,13 @@ class RefinerTraining(PictureTraining):
         )
         if not 0 <= exchanged <= 1:
             raise ValueError(f"model.exchanged is {exchanged}, use 0 to 1")
-        self.exchanged = exchanged
+        self.exchanged, self.pixels = exchanged, pixels
+        self.weights["consistency"] = consistency
+        if consistency and not isinstance(self.judges.network, ReaderPerceptual):
+            raise ValueError(
+                "model.consistency needs a reader: set model.perceptual.reader to a folder of mas "
+                "train reader and model.perceptual.weight above 0"
+            )
         self.before = Before(vqgan)
         size = self.before.network.config.size
         if network.size != size:
@@ -96,6 +113,19 @@ class RefinerTraining(PictureTraining):
         )
         refined_BCHW = self.network(decoded_BCHW, batch["labels"], batch["edges"])
         return Drawn(refined_BCHW, source=decoded_BCHW)
+
+    def perceive(
+        self, real_BCHW: Tensor, fake_BCHW: Tensor, batch: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        network = self.judges.network
+        if not self.weights["consistency"] or not isinstance(network, ReaderPerceptual):
+            return super().perceive(real_BCHW, fake_BCHW, batch)
+        distance_B, seen_BDHW = network.to(fake_BCHW.device).compare(fake_BCHW, real_BCHW)
+        labels_BHW = batch["labels"]
+        pixels_BP = self.pixels.draw(labels_BHW, batch["edges"])
+        seen_BPD = pick_pixels(seen_BDHW, pixels_BP)
+        read = pixel_loss(network.reader.classifier(seen_BPD), labels_BHW, pixels_BP)
+        return {"perceptual": distance_B.mean(), "consistency": read}
 
     def measure(self, drawn: Drawn, real_BCHW: Tensor) -> None:
         super().measure(drawn, real_BCHW)

@@ -47,7 +47,7 @@ def pictures():
 def pull(module, real_BCHW, fake_BCHW, labels_BHW):
     """Gradient of the reconstruction's terms at every pixel."""
     leaf = fake_BCHW.clone().requires_grad_()
-    loss = module.reconstruction(real_BCHW, leaf, labels_BHW)["sum"]
+    loss = module.reconstruction(real_BCHW, leaf, {"labels": labels_BHW})["sum"]
     return torch.autograd.grad(loss, leaf)[0]
 
 
@@ -66,7 +66,9 @@ def test_an_even_focus_is_none_to_the_bit_and_needs_no_labels(network_sizes, pic
     module = build(network_sizes, gradient_weight=0.5)
     real, fake, labels_BHW = pictures
     assert not module.labels and build(network_sizes, focus=FocusConfig(faces=1.1)).labels
-    with_labels, without = (module.reconstruction(real, fake, x)["sum"] for x in (labels_BHW, None))
+    with_labels, without = (
+        module.reconstruction(real, fake, batch)["sum"] for batch in ({"labels": labels_BHW}, {})
+    )
     plain = fake - real
     differences = plain.diff(dim=3).abs().mean() + plain.diff(dim=2).abs().mean()
     assert torch.equal(with_labels, without)
