@@ -9,6 +9,7 @@ Axes: B batch, T tokens, D width, N heads, H width of a head, V vocabulary, L la
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mas.cache import Cache, causal_attention
 from mas.sequence import Layout, Stream, Streams
-from mas.storage import load_network, save_network
+from mas.storage import build_unfilled, load_network, save_network
 from mas.text import PAD
 
+SWITCHES = ("qk_norm", "gated", "rotary", "text_head")  # of the config
 LOGITS_AT_ONCE = 2**26  # elements; the loss works through more in pieces
 
 
@@ -46,10 +48,13 @@ class GPTConfig:
     qk_norm: bool = False  # normalise queries and keys per head
     gated: bool = False  # RMSNorm and SwiGLU instead of LayerNorm and GELU
     rotary: bool = False  # rotate queries and keys by row and column (needs head width % 4 = 0)
+    text_head: bool = (
+        True  # predict captions, too; sampling does not, so a stored model may go without
+    )
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name not in ("dropout", "qk_norm", "gated", "rotary") and value < 1:
+            if name not in ("dropout", *SWITCHES) and value < 1:
                 raise ValueError(f"{name} is {value}, use 1 or more")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
@@ -209,21 +214,30 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.norm = make_norm(config)
         self.heads = nn.ModuleDict(
-            {s.name: nn.Linear(config.width, s.vocabulary, bias=False) for s in streams}
+            {
+                s.name: nn.Linear(config.width, s.vocabulary, bias=False)
+                for s in streams
+                if config.text_head or s is not self.layout.text
+            }
         )
         self._initialise()
 
     def forward(self, text_BT: Tensor, scene_BT: Tensor, image_BT: Tensor) -> Streams:
-        """Logits of every predicted token, B T V per stream; text has none for its first token."""
+        """Logits of every predicted token, B T V per stream; text has none for its first token, and
+        V = 0 without a text head.
+        """
         states = self._predicting_states(text_BT, scene_BT, image_BT)
-        heads = (self.heads[stream.name] for stream in self.layout.streams)
-        return Streams(*(head(x_BTD) for head, x_BTD in zip(heads, states, strict=True)))
+        logits = (
+            self.head(x_BTD, stream) if stream.name in self.heads else x_BTD[..., :0]
+            for stream, x_BTD in zip(self.layout.streams, states, strict=True)
+        )
+        return Streams(*logits)
 
     def losses(self, text_BT: Tensor, scene_BT: Tensor, image_BT: Tensor) -> StreamLosses:
         """Mean cross-entropy and accuracy per stream, of long B T tokens local to their streams.
 
-        Text padding is not counted. The logits of one piece of one stream exist at a time, also in
-        the backward pass.
+        Text padding is not counted; without a text head the loss of text is 0. The logits of one
+        piece of one stream exist at a time, also in the backward pass.
         """
         states = self._predicting_states(text_BT, scene_BT, image_BT)
         tokens = (text_BT[:, 1:], scene_BT, image_BT)
@@ -254,7 +268,7 @@ class GPT(nn.Module):
         return x_BTD[:, -1]
 
     def head(self, x_BD: Tensor, stream: Stream) -> Tensor:
-        """Logits of one stream, B V."""
+        """Logits of one stream, … V."""
         return self.heads[stream.name](x_BD)
 
     def embed(self, tokens_BT: Tensor, *, start: int) -> Tensor:
@@ -272,6 +286,13 @@ class GPT(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors."""
         save_network(self, folder)
+
+    def without_text_head(self) -> GPT:
+        """The same network, its tensors shared, that predicts no captions."""
+        other = build_unfilled(GPT, dataclasses.replace(self.config, text_head=False))
+        state = self.state_dict()
+        other.load_state_dict({name: state[name] for name in other.state_dict()}, assign=True)
+        return other.train(self.training).requires_grad_(False)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> GPT:
@@ -305,6 +326,8 @@ class GPT(nn.Module):
         self, stream: Stream, x_BTD: Tensor, targets_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
         x = rearrange(x_BTD, "b t d -> (b t) d")
+        if stream.name not in self.heads:
+            return x.new_zeros(()), x.new_zeros(())
         targets = rearrange(targets_BT, "b t -> (b t)")
         counted = targets != PAD if stream is self.layout.text else torch.ones_like(targets) > 0
         targets = targets.masked_fill(~counted, -100)

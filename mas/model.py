@@ -163,9 +163,9 @@ class MakeAScene:
         Args:
             folder: new, empty or a model folder.
             card: text of README.md; the one it was loaded with, or a generated one otherwise.
-            weights: number format on the disk; int8 is for the GPT's matrices, the tokenizers
-                then get float16 unless they have int8 weights already. Loaded again, weights are
-                float32, rounded to it.
+            weights: number format on the disk; int8 is for the GPT's matrices, and leaves out its
+                text head, which sampling does not use; tokenizers then get float16 unless they have
+                int8 weights already. Loaded again, weights are float32, rounded to it.
 
         Raises:
             ModelError: the folder holds something else.

@@ -203,8 +203,10 @@ def write_folder(
         new.mkdir()
         tokenizer.save(new / TOKENIZER)
         formats = {name: _choose_format(name, networks[name], weights) for name in networks}
-        for name in networks:
-            save_network(networks[name], new / name, weights=formats[name])
+        for name, network in networks.items():
+            if isinstance(network, GPT) and weights == "int8":  # for sampling alone
+                network = network.without_text_head()
+            save_network(network, new / name, weights=formats[name])
         extras = tuple(name for name in EXTRAS if name in networks)
         hashes = {name: file_hash(new / name) for name in list_files(extras)}
         sizes = _sizes(tokenizer, networks)

@@ -43,7 +43,9 @@ MAY_DIFFER = {
     "balance",
     "dropout",
 }
-GROWS = {"blocks", "hidden"}  # may be larger, hidden only from 0: what is new starts as nothing
+# May be more, the last two only where there was none: what is new starts as nothing, a text head at
+# random.
+GROWS = {"blocks", "hidden", "text_head"}
 
 
 Network = VQSEG | VQGAN | GPT | Reader | SceneJudge | Refiner

@@ -153,6 +153,21 @@ def test_losses_are_the_cross_entropy_of_the_logits_without_padding():
         torch.testing.assert_close(getattr(losses, f"{name}_accuracy"), hits)
 
 
+def test_without_its_text_head_a_gpt_says_the_same_of_scene_and_image(tmp_path):
+    whole = GPT(TINY).eval()
+    without = whole.without_text_head()
+    assert without.state_dict().keys() == whole.state_dict().keys() - {"heads.text.weight"}
+    without.save_pretrained(tmp_path)
+    tokens = draw(whole.layout, 3)
+    expected, losses = whole(*tokens), whole.losses(*tokens)
+    for gpt in (without, GPT.from_pretrained(tmp_path)):
+        assert not gpt.config.text_head
+        found, again = gpt(*tokens), gpt.losses(*tokens)
+        assert found.text.shape[-1] == again.text == again.text_accuracy == 0
+        assert torch.equal(found.scene, expected.scene) and torch.equal(found.image, expected.image)
+        assert again.scene == losses.scene and again.image == losses.image
+
+
 def test_a_batch_of_padding_only_has_no_text_loss():
     gpt = build()
     text, scene, image = draw(gpt.layout, 2)

@@ -266,3 +266,17 @@ def test_pushing_uploads_a_complete_folder(tiny_model, tmp_path, monkeypatch):
     loaded = MakeAScene.from_pretrained(uploaded["me/park"], device="cpu")
     images = [model.generate(CAPTION).images[0] for model in (loaded, tiny_model)]
     assert np.array_equal(*map(np.asarray, images))
+
+
+def test_int8_leaves_the_text_head_out_and_changes_no_sample(tiny_model, tmp_path):
+    for weights in ("int8", "float32"):
+        tiny_model.save_pretrained(tmp_path / weights, weights=weights)
+    stored = {
+        weights: GPT.from_pretrained(tmp_path / weights / "gpt") for weights in ("int8", "float32")
+    }
+    assert [gpt.config.text_head for gpt in stored.values()] == [False, True]
+    model = MakeAScene.from_pretrained(tmp_path / "int8", device="cpu")
+    model.save_pretrained(tmp_path / "again")  # from what has none
+    again = MakeAScene.from_pretrained(tmp_path / "again", device="cpu")
+    a, b = (one.generate("a giraffe in the park", seed=2) for one in (model, again))
+    assert a.images == b.images and not again.gpt.config.text_head

@@ -122,6 +122,17 @@ def test_a_grown_network_starts_as_the_trained_one_and_learns_with_all_of_itself
     assert weights and all(not torch.equal(network.state_dict()[n], before[n]) for n in weights)
 
 
+def test_a_gpt_that_was_stored_for_sampling_gets_a_new_text_head(tmp_path):
+    trained = build(GPT, GPT_SIZES)
+    trained.without_text_head().save_pretrained(tmp_path)
+    network = build(GPT, GPT_SIZES, seed=1)
+    before = network.heads["text"].weight.clone()
+    start_from(network, tmp_path)
+    for name, tensor in network.state_dict().items():
+        expected = before if name == "heads.text.weight" else trained.state_dict()[name]
+        assert torch.equal(tensor, expected), name
+
+
 @pytest.mark.parametrize(
     ("network_class", "config", "changes", "words"),
     [
