@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,12 @@ class MakeAScene:
         )
         seeds = [seed + i for _ in captions for i in range(count)]
         tally = Tally(total=self._count_tokens(given, candidates))
-        tokens = self._sample(given, seeds, settings, batch, candidates, tally, on_progress)
+        decoders = Decoders(
+            scenes=self.decode_scenes, images=partial(self._decode_both, refine=refine)
+        )
+        tokens = self._sample(
+            given, seeds, settings, batch, candidates, tally, decoders, on_progress
+        )
         if scene is not None and scene_free is None:
             scenes = [scene] * len(seeds)
         else:
@@ -333,6 +339,14 @@ class MakeAScene:
             images.append(Image.fromarray(rearrange(pixels_1CHW, "1 c h w -> h w c").cpu().numpy()))
         return images
 
+    def _decode_both(
+        self, scene_BT: Tensor, image_BT: Tensor, *, refine: bool
+    ) -> list[Image.Image]:
+        """Pictures of both streams' tokens."""
+        by_scene = refine and self.refiner is not None
+        scenes = self.decode_scenes(scene_BT) if by_scene else None
+        return self.decode_images(image_BT, scenes=scenes)
+
     def choose_scenes(
         self,
         given: Streams,
@@ -371,9 +385,9 @@ class MakeAScene:
         batch: int,
         candidates: int,
         tally: Tally,
+        decoders: Decoders,
         on_progress: Callable[[Progress], None] | None,
     ) -> Streams:
-        decoders = Decoders(scenes=self.decode_scenes, images=self.decode_images)
         parts = []
         for start in range(0, len(seeds), batch):
             rows = slice(start, start + batch)

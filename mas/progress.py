@@ -26,7 +26,7 @@ class Decoders:
     """Tokens to scenes and pictures."""
 
     scenes: Callable[[Tensor], list[SceneMap]]
-    images: Callable[[Tensor], list[Image.Image]]
+    images: Callable[[Tensor, Tensor], list[Image.Image]]  # of tokens of scenes and pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,8 @@ class Progress:
         # The network needs a full grid: the rows to come repeat the last one and are greyed after.
         filled_BHW = tokens_BHW.clone()
         filled_BHW[:, rows:] = tokens_BHW[:, rows - 1 : rows]
-        pictures = self.decoders.images(rearrange(filled_BHW, "b h w -> b (h w)"))
+        filled_BT = rearrange(filled_BHW, "b h w -> b (h w)")
+        pictures = self.decoders.images(self.scene_BT, filled_BT)
         for picture in pictures:
             top = rows * picture.height // self.grid
             picture.paste(UNPAINTED, (0, top, picture.width, picture.height))

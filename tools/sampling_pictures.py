@@ -201,6 +201,16 @@ def candidates(model: MakeAScene, given: Given) -> Image.Image:
     return contact_sheet(rows, cell=CELL, header=("", *(f"candidate {k}" for k in range(4))))
 
 
+def refined(model: MakeAScene, given: Given) -> Image.Image:
+    """The pictures of six captions as the VQ-GAN decodes them, and by their scenes."""
+    assert model.refiner is not None
+    out = model.generate(OVERVIEW, seed=2)
+    decoded = model.decode_images(out.tokens.image)
+    rows = [list(map(colours, out.scenes)), decoded, out.images]
+    said = ("scene", "as decoded", "refined")
+    return contact_sheet([[name, *row] for name, row in zip(said, rows, strict=True)], cell=CELL)
+
+
 def guidance(model: MakeAScene, given: Given) -> Image.Image:
     values = (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)
     return sweep(model, {f"guidance {value:g}": {"guidance": value} for value in values})

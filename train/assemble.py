@@ -71,8 +71,9 @@ def assemble(
         top_p: likewise, total probability of the tokens kept.
         scene_sampling: the four settings above for the scene only, such as '{"guidance": 2}'.
         image_sampling: the same for the picture only.
-        weights: number format on the disk; int8 is for the GPT's matrices; the tokenizers then get
-            float16, unless they were trained with checkpoints.weights int8.
+        weights: number format on the disk; int8 is for the GPT's matrices and leaves out its text
+            head, which sampling does not use; the tokenizers then get float16, unless they were
+            trained with checkpoints.weights int8.
         card: text of the model card, README.md: data, licences, numbers, limits (default: one that
             knows the sizes only).
         tune: scene shards of the training, on which VQ-SEG's decisions are tuned for the mean IoU

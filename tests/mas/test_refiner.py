@@ -165,6 +165,18 @@ def test_a_model_refines_by_the_scene_it_is_given(refined_model):
     assert again.images == one.images != other.images
 
 
+@pytest.mark.parametrize("refine", [True, False])
+def test_the_last_preview_is_the_picture(refined_model, refine):
+    seen = []
+
+    def watch(progress):
+        if progress.done == progress.total:
+            seen.extend(progress.images())
+
+    out = refined_model.generate(CAPTION, count=2, refine=refine, on_progress=watch)
+    assert seen == out.images
+
+
 def test_a_refiner_of_another_size_is_refused(parts):
     with pytest.raises(ModelError, match="refiner and VQ-GAN do not fit together: 64 pixels"):
         MakeAScene(**parts, refiner=build(size=64))
