@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from mas.candidates import choose_scenes
+from mas.codec import Codec
 from mas.filter import Sampling, StreamSampling, by_stream
 from mas.generate import Decoder, generate
 from mas.gpt import GPT
@@ -69,7 +69,7 @@ class Generation:
     scores: list[float] | None = None  # of mas/rerank.py, where pictures were compared
 
 
-class MakeAScene:
+class MakeAScene(Codec):
     """Text tokenizer, VQ-SEG, VQ-GAN and GPT whose sizes fit together."""
 
     def __init__(
@@ -293,59 +293,6 @@ class MakeAScene:
             seconds=seconds,
             tokens_per_second=tally.total / seconds,
         )
-
-    def encode_scene(self, scene: SceneMap) -> Tensor:
-        """Scene tokens, long 1 T on the CPU; the scene is resized to the model's size."""
-        scene = scene.resized(self.vqseg.config.size)
-        labels_1HW = torch.from_numpy(scene.labels)[None].to(self.device)
-        edges_1HW = torch.from_numpy(scene.edges)[None].to(self.device)
-        return self.vqseg.encode(labels_1HW, edges_1HW).cpu()
-
-    def encode_image(self, image: Image.Image) -> Tensor:
-        """Image tokens, long 1 T on the CPU; the picture is resized to the model's size."""
-        if image.width != image.height:
-            raise ModelError(f"a picture must be square, this one is {image.width}x{image.height}")
-        size = self.vqgan.config.size
-        resized = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
-        pixels_HWC = torch.from_numpy(np.array(resized)).to(self.device)
-        image_1CHW = rearrange(pixels_HWC.float() / 255, "h w c -> 1 c h w")
-        return self.vqgan.encode(image_1CHW).cpu()
-
-    @torch.inference_mode()
-    def decode_scenes(self, tokens_BT: Tensor) -> list[SceneMap]:
-        """Scenes of scene tokens, one at a time so that none depends on the batch around it."""
-        scenes = []
-        for tokens_1T in tokens_BT.to(self.device).split(1):
-            labels_1HW, edges_1HW = self.vqseg.decode(tokens_1T)
-            scenes.append(SceneMap(labels_1HW[0].cpu().numpy(), edges_1HW[0].cpu().numpy()))
-        return scenes
-
-    @torch.inference_mode()
-    def decode_images(
-        self, tokens_BT: Tensor, *, scenes: Sequence[SceneMap] | None = None
-    ) -> list[Image.Image]:
-        """Pictures of image tokens, one at a time; rounded where the CPU gains by it.
-
-        Args:
-            tokens_BT: long.
-            scenes: one a picture, by which a refiner corrects it; without them none does.
-        """
-        images = []
-        for index, tokens_1T in enumerate(tokens_BT.to(self.device).split(1)):
-            image_1CHW = self.vqgan.decode(tokens_1T, precision="auto")
-            if self.refiner is not None and scenes is not None:
-                image_1CHW = self.refiner.refine(image_1CHW, scenes[index])
-            pixels_1CHW = (image_1CHW * 255).round().to(torch.uint8)
-            images.append(Image.fromarray(rearrange(pixels_1CHW, "1 c h w -> h w c").cpu().numpy()))
-        return images
-
-    def _decode_both(
-        self, scene_BT: Tensor, image_BT: Tensor, *, refine: bool
-    ) -> list[Image.Image]:
-        """Pictures of both streams' tokens."""
-        by_scene = refine and self.refiner is not None
-        scenes = self.decode_scenes(scene_BT) if by_scene else None
-        return self.decode_images(image_BT, scenes=scenes)
 
     def choose_scenes(
         self,

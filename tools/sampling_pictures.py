@@ -306,6 +306,7 @@ FIGURES: dict[str, Callable[[MakeAScene, Given], Image.Image]] = {
         completed,
         seeds,
         candidates,
+        refined,
         guidance,
         temperature,
         filters,

@@ -1,0 +1,84 @@
+"""Scenes and pictures to tokens and back: what a model does around its GPT.
+
+In: scene maps and pictures as people know them, or their tokens. Out: the other. Everything is
+decoded one at a time, so that no result depends on the batch around it.
+Axes: T tokens, H W pixels, C colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from mas.model_folder import ModelError
+from mas.refiner import Refiner
+from mas.scene import SceneMap
+from mas.vqgan import VQGAN
+from mas.vqseg import VQSEG
+
+
+class Codec:
+    """VQ-SEG, VQ-GAN and refiner; `mas.model.MakeAScene` is one."""
+
+    device: torch.device
+    vqseg: VQSEG
+    vqgan: VQGAN
+    refiner: Refiner | None
+
+    def encode_scene(self, scene: SceneMap) -> Tensor:
+        """Scene tokens, long 1 T on the CPU; the scene is resized to the model's size."""
+        scene = scene.resized(self.vqseg.config.size)
+        labels_1HW = torch.from_numpy(scene.labels)[None].to(self.device)
+        edges_1HW = torch.from_numpy(scene.edges)[None].to(self.device)
+        return self.vqseg.encode(labels_1HW, edges_1HW).cpu()
+
+    def encode_image(self, image: Image.Image) -> Tensor:
+        """Image tokens, long 1 T on the CPU; the picture is resized to the model's size."""
+        if image.width != image.height:
+            raise ModelError(f"a picture must be square, this one is {image.width}x{image.height}")
+        size = self.vqgan.config.size
+        resized = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+        pixels_HWC = torch.from_numpy(np.array(resized)).to(self.device)
+        image_1CHW = rearrange(pixels_HWC.float() / 255, "h w c -> 1 c h w")
+        return self.vqgan.encode(image_1CHW).cpu()
+
+    @torch.inference_mode()
+    def decode_scenes(self, tokens_BT: Tensor) -> list[SceneMap]:
+        """Scenes of scene tokens, one at a time so that none depends on the batch around it."""
+        scenes = []
+        for tokens_1T in tokens_BT.to(self.device).split(1):
+            labels_1HW, edges_1HW = self.vqseg.decode(tokens_1T)
+            scenes.append(SceneMap(labels_1HW[0].cpu().numpy(), edges_1HW[0].cpu().numpy()))
+        return scenes
+
+    @torch.inference_mode()
+    def decode_images(
+        self, tokens_BT: Tensor, *, scenes: Sequence[SceneMap] | None = None
+    ) -> list[Image.Image]:
+        """Pictures of image tokens, one at a time; rounded where the CPU gains by it.
+
+        Args:
+            tokens_BT: long.
+            scenes: one a picture, by which a refiner corrects it; without them none does.
+        """
+        images = []
+        for index, tokens_1T in enumerate(tokens_BT.to(self.device).split(1)):
+            image_1CHW = self.vqgan.decode(tokens_1T, precision="auto")
+            if self.refiner is not None and scenes is not None:
+                image_1CHW = self.refiner.refine(image_1CHW, scenes[index])
+            pixels_1CHW = (image_1CHW * 255).round().to(torch.uint8)
+            images.append(Image.fromarray(rearrange(pixels_1CHW, "1 c h w -> h w c").cpu().numpy()))
+        return images
+
+    def _decode_both(
+        self, scene_BT: Tensor, image_BT: Tensor, *, refine: bool
+    ) -> list[Image.Image]:
+        """Pictures of both streams' tokens."""
+        by_scene = refine and self.refiner is not None
+        scenes = self.decode_scenes(scene_BT) if by_scene else None
+        return self.decode_images(image_BT, scenes=scenes)
