@@ -14,7 +14,7 @@ import ctypes
 import importlib.util
 from collections.abc import Mapping
 from ctypes import POINTER, c_int, c_int64, c_void_p
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from mas.cache import Cache
 from mas.decoder import CPUDecoder, Layer, Norm
 from mas.gpt import GPTConfig, make_cache
+from mas.heap import Slabs
 from mas.rounding import LARGEST_INT8, to_int8
 
 VERSION = 1  # of the calls of mas/step.c
@@ -110,12 +111,13 @@ def can_step(config: GPTConfig) -> bool:
 class StepLinear:
     """`mas.quantize.Int8Linear` in the layout of mas/step.c; the same numbers."""
 
-    def __init__(self, weight_VK: Tensor) -> None:
+    def __init__(self, weight_VK: Tensor, slabs: Slabs) -> None:
+        """Packs a matrix into memory of `slabs`."""
         integers_VK, scale_V = to_int8(weight_VK)
         self.outputs, self.inputs = integers_VK.shape
         self.library = _library()
         size = self.library.step_packed_bytes(self.outputs, self.inputs)
-        self.packed = torch.empty(size, dtype=torch.uint8)
+        self.packed = slabs.take(size)
         self.library.step_pack(
             integers_VK.data_ptr(), self.outputs, self.inputs, self.packed.data_ptr()
         )
@@ -157,7 +159,8 @@ class FastDecoder(CPUDecoder):
         """Converts all tensors, as `CPUDecoder`; RuntimeError where `can_step` is false."""
         if not can_step(config):
             raise RuntimeError(f"no fast step for this GPT here ({find_step().state})")
-        super().__init__(config, tensors, make_linear=StepLinear, stored=torch.bfloat16)
+        make_linear = partial(StepLinear, slabs=Slabs())
+        super().__init__(config, tensors, make_linear=make_linear, stored=torch.bfloat16)
         self.library = _library()
         layers = (CLayer * config.layers)(*(_c_layer(layer) for layer in self.layers))
         tables = [None, None] if self.rotation is None else [x.data_ptr() for x in self.rotation]

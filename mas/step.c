@@ -43,6 +43,7 @@ enum {
     LARGEST_INT8 = 127,       /* what the largest entry of a row becomes */
     ZERO_POINT = 128,         /* the byte of a weight of 0 */
     CHUNK = 2 * LANES,        /* bfloat16 numbers of a vector */
+    BLOCK = 512,              /* keys that attention reads before their values */
     MOST_HEAD_WIDTH = 256,    /* H */
     MOST_THREADS = 256,
     PAUSES = 2000,            /* that an idle thread spins before it lets others run, ~0.05 ms */
@@ -490,21 +491,24 @@ FAST static void turn(float *x, int64_t half, const float *cosine, const float *
     }
 }
 
-/* 32 bfloat16 numbers at `i`: those at even places, and those at odd ones. */
+/* 32 bfloat16 numbers at `i`, zeros from `n` on: those at even places, and those at odd ones. */
 FAST INLINE void get_chunk(const uint16_t *x, int64_t i, int64_t n, __m512 *even, __m512 *odd) {
-    const __mmask32 mask = n - i >= CHUNK ? 0xffffffffu : (1u << (n - i)) - 1;
+    const __mmask32 mask = n - i >= CHUNK ? 0xffffffffu : n > i ? (1u << (n - i)) - 1 : 0;
     const __m512i bits = _mm512_maskz_loadu_epi16(mask, x + i);
     *even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
     *odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000)));
 }
 
-/* Scores of the keys `t` … `t + 15`, those from `stop` on -inf. q: each chunk's even, then odd. */
-FAST INLINE __m512 score(const float *q, const uint16_t *keys_TH, int64_t head_width, int64_t t,
-                         int64_t stop) {
+/* Where entry `h` of a head goes when each chunk's even entries come before its odd ones. */
+INLINE int64_t sorted(int64_t h) { return h / CHUNK * CHUNK + h % 2 * LANES + h % CHUNK / 2; }
+
+/* q · keys of 16 tokens, of which the first `count` are there; -inf for the others. */
+FAST INLINE __m512 score(const float *q, const uint16_t *keys_TH, int64_t head_width,
+                         int64_t count) {
     __m512 parts[LANES];
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) {
-        const uint16_t *key = keys_TH + (t + i < stop ? t + i : t) * head_width;
+        const uint16_t *key = keys_TH + (i < count ? i * head_width : 0);
         parts[i] = _mm512_setzero_ps();
         for (int64_t h = 0; h < head_width; h += CHUNK) {
             __m512 even, odd;
@@ -513,57 +517,78 @@ FAST INLINE __m512 score(const float *q, const uint16_t *keys_TH, int64_t head_w
             parts[i] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(q + h + LANES), parts[i]);
         }
     }
-    __mmask16 unseen = (__mmask16)~lanes(t, stop);
-    return _mm512_mask_mov_ps(sum_each(parts), unseen, _mm512_set1_ps(-INFINITY));
+    const __mmask16 absent = (__mmask16)~lanes(0, count);
+    return _mm512_mask_mov_ps(sum_each(parts), absent, _mm512_set1_ps(-INFINITY));
 }
 
-/* sums = sums * factor + weights · values of the tokens `t` …, chunk by chunk as in `score`. */
-FAST INLINE void add_values(float *sums, const float *weights, float factor,
-                            const uint16_t *values_TH, int64_t head_width, int64_t t,
-                            int64_t stop) {
-    const int64_t count = stop - t < LANES ? stop - t : LANES;
-    for (int64_t h = 0; h < head_width; h += CHUNK) {
-        __m512 sum[2][2], even, odd;
-        sum[0][0] = _mm512_mul_ps(_mm512_loadu_ps(sums + h), _mm512_set1_ps(factor));
-        sum[0][1] = _mm512_mul_ps(_mm512_loadu_ps(sums + h + LANES), _mm512_set1_ps(factor));
-        sum[1][0] = sum[1][1] = _mm512_setzero_ps();
-        for (int64_t i = 0; i < count; i++) {
-            const __m512 weight = _mm512_set1_ps(weights[i]);
-            get_chunk(values_TH + (t + i) * head_width, h, head_width, &even, &odd);
-            sum[i & 1][0] = _mm512_fmadd_ps(even, weight, sum[i & 1][0]);
-            sum[i & 1][1] = _mm512_fmadd_ps(odd, weight, sum[i & 1][1]);
+/* sums = sums * factor + weights · values of `count` tokens. */
+FAST INLINE void add_values(float *sums, float factor, const float *weights,
+                            const uint16_t *values_TH, int64_t head_width, int64_t count) {
+    for (int64_t h = 0; h < head_width; h += 2 * CHUNK) {
+        __m512 sum[2][4]; /* of every other token: a sum waits for the one before it */
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const __m512 before = _mm512_loadu_ps(sums + h + i * LANES);
+            sum[0][i] = _mm512_mul_ps(before, _mm512_set1_ps(factor));
+            sum[1][i] = _mm512_setzero_ps();
         }
-        _mm512_storeu_ps(sums + h, _mm512_add_ps(sum[0][0], sum[1][0]));
-        _mm512_storeu_ps(sums + h + LANES, _mm512_add_ps(sum[0][1], sum[1][1]));
+        for (int64_t t = 0; t < count; t += 2) {
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                const int64_t token = t + i < count ? t + i : t;
+                const __m512 weight = _mm512_set1_ps(weights[t + i]);
+                __m512 entries[4];
+                get_chunk(values_TH + token * head_width, h, head_width, entries, entries + 1);
+                get_chunk(values_TH + token * head_width, h + CHUNK, head_width, entries + 2,
+                          entries + 3);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++)
+                    sum[i][j] = _mm512_fmadd_ps(entries[j], weight, sum[i][j]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            _mm512_storeu_ps(sums + h + i * LANES, _mm512_add_ps(sum[0][i], sum[1][i]));
     }
 }
 
-/* One query against `stop` keys: softmax(q keysᵀ) values. Weights are relative to the largest score
-   so far; what was summed before a larger one came is shrunk. */
+/* One query against `tokens` keys: softmax(q keysᵀ) values.
+
+Keys, then values are read a block at a time, because memory is fastest in long runs. Weights are
+relative to the largest score so far; what was summed before a larger one came is shrunk. */
 FAST INLINE void attend(const float *query, const uint16_t *keys_TH, const uint16_t *values_TH,
-                        int64_t head_width, int64_t stop, float *attended) {
-    float q[MOST_HEAD_WIDTH] = {0}, sums[MOST_HEAD_WIDTH] = {0}, weights[LANES];
+                        int64_t head_width, int64_t tokens, float *attended) {
+    float q[MOST_HEAD_WIDTH] = {0}, sums[MOST_HEAD_WIDTH] = {0}, weights[BLOCK];
     const float scale = 1.0f / sqrtf((float)head_width);
     for (int64_t h = 0; h < head_width; h++)
-        q[h / CHUNK * CHUNK + h % 2 * LANES + h % CHUNK / 2] = query[h] * scale;
-    float largest = -INFINITY;
+        q[sorted(h)] = query[h] * scale;
     __m512 total = _mm512_setzero_ps();
-    for (int64_t t = 0; t < stop; t += LANES) {
-        const __m512 scores = score(q, keys_TH, head_width, t, stop);
-        const float most = _mm512_reduce_max_ps(scores);
-        float factor = 1.0f;
-        if (most > largest) {
-            factor = _mm512_cvtss_f32(exponential(_mm512_set1_ps(largest - most)));
-            largest = most;
+    float largest = -INFINITY;
+    for (int64_t first = 0; first < tokens; first += BLOCK) {
+        const int64_t count = tokens - first < BLOCK ? tokens - first : BLOCK;
+        __m512 most = _mm512_set1_ps(largest);
+        for (int64_t t = 0; t < count; t += LANES) {
+            const uint16_t *keys = keys_TH + (first + t) * head_width;
+            const __m512 scores = score(q, keys, head_width, count - t);
+            _mm512_storeu_ps(weights + t, scores);
+            most = _mm512_max_ps(most, scores);
         }
-        const __m512 weight = exponential(_mm512_sub_ps(scores, _mm512_set1_ps(largest)));
-        total = _mm512_fmadd_ps(total, _mm512_set1_ps(factor), weight);
-        _mm512_storeu_ps(weights, weight);
-        add_values(sums, weights, factor, values_TH, head_width, t, stop);
+        const float before = largest;
+        largest = _mm512_reduce_max_ps(most);
+        const __m512 factor = exponential(_mm512_set1_ps(before - largest));
+        total = _mm512_mul_ps(total, factor);
+        for (int64_t t = 0; t < count; t += LANES) {
+            const __m512 away = _mm512_sub_ps(_mm512_loadu_ps(weights + t), _mm512_set1_ps(largest));
+            const __m512 weight = exponential(away);
+            _mm512_storeu_ps(weights + t, weight);
+            total = _mm512_add_ps(total, weight);
+        }
+        add_values(sums, _mm512_cvtss_f32(factor), weights, values_TH + first * head_width,
+                   head_width, count);
     }
     const float share = 1.0f / _mm512_reduce_add_ps(total);
     for (int64_t h = 0; h < head_width; h++)
-        attended[h] = sums[h / CHUNK * CHUNK + h % 2 * LANES + h % CHUNK / 2] * share;
+        attended[h] = sums[sorted(h)] * share;
 }
 
 /* Norms and turns query and key of one row and head, stores key and value, attends. */
