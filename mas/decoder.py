@@ -79,24 +79,25 @@ class CPUDecoder:
             stored: number format of embeddings and cache.
         """
         self.config, self.layout = config, config.layout
-        self.layers = [
-            self._read_layer(tensors, f"blocks.{i}.", make_linear) for i in range(config.layers)
-        ]
-        self.norm = _read_norm(tensors, "norm")
+        # The largest first: what their conversion takes beside them is least missed now.
         self.embeddings = {
             stream.name: tensors[f"embeddings.{stream.name}.weight"].to(stored)
             for stream in self.layout.streams
         }
-        self.positions_TD = torch.cat(
-            [read_positions(tensors, stream) for stream in self.layout.streams]
-        )
-        self.dtype = stored
-        self.rotation = rotation_table(config, self.positions_TD) if config.rotary else None
         self.heads = {
             stream.name: make_linear(tensors[f"heads.{stream.name}.weight"])
             for stream in self.layout.streams[1:]
         }
         trim_heap()
+        self.layers = [
+            self._read_layer(tensors, f"blocks.{i}.", make_linear) for i in range(config.layers)
+        ]
+        self.norm = _read_norm(tensors, "norm")
+        self.positions_TD = torch.cat(
+            [read_positions(tensors, stream) for stream in self.layout.streams]
+        )
+        self.dtype = stored
+        self.rotation = rotation_table(config, self.positions_TD) if config.rotary else None
 
     def new_cache(self, rows: int, *, length: int | None = None) -> Cache:
         """An empty cache for `rows` sequences of `length` tokens (default: whole ones)."""
