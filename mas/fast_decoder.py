@@ -15,7 +15,7 @@ import importlib.util
 from collections.abc import Mapping
 from ctypes import POINTER, c_int, c_int64, c_void_p
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from mas.cache import Cache
 from mas.decoder import CPUDecoder, Layer, Norm
 from mas.gpt import GPTConfig, make_cache
 from mas.heap import Slabs
+from mas.quantize import Linear
 from mas.rounding import LARGEST_INT8, to_int8
 
 VERSION = 1  # of the calls of mas/step.c
@@ -76,6 +77,24 @@ class CModel(ctypes.Structure):
     )
 
 
+CALLS: dict[str, list[Any]] = {  # of mas/step.c: result, arguments
+    "step_packed_bytes": [c_int64, c_int64, c_int64],
+    "step_pack": [None, c_void_p, c_int64, c_int64, c_void_p],
+    "step_multiply_bytes": [c_int64, c_int64, c_int64],
+    "step_multiply": [None, POINTER(CMatrix), *[c_void_p, c_int64] * 2, c_int64],
+    "step_read_bytes": [c_int64, POINTER(CModel), c_int64],
+    "step_read": [
+        c_int,
+        POINTER(CModel),
+        *[c_void_p, c_int64] * 2,  # tokens of the rows, embeddings of the vocabulary
+        *[c_void_p] * 2,  # vector of the position, cache
+        *[c_int64] * 2,  # position, length of the cache
+        *[c_void_p] * 2,  # state, memory
+        c_int64,  # threads
+    ],
+}
+
+
 @cache
 def find_step() -> Step:
     """Looks for the library beside this file, and at the CPU."""
@@ -88,15 +107,7 @@ def find_step() -> Step:
         return Step(None, "this CPU has no AVX-512 VNNI")
     if version != VERSION:
         return Step(None, "built from other source: install again")
-    for name, result, *arguments in (
-        ("step_packed_bytes", c_int64, c_int64, c_int64),
-        ("step_pack", None, c_void_p, c_int64, c_int64, c_void_p),
-        ("step_multiply_bytes", c_int64, c_int64, c_int64),
-        ("step_multiply", None, POINTER(CMatrix), *[c_void_p, c_int64] * 2, c_int64),
-        ("step_read_bytes", c_int64, POINTER(CModel), c_int64),
-        ("step_read", c_int, POINTER(CModel), *[c_void_p, c_int64] * 2, *[c_void_p] * 2)
-        + (c_int64, c_int64, c_void_p, c_void_p, c_int64),
-    ):
+    for name, (result, *arguments) in CALLS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return Step(library, "there")
@@ -163,7 +174,7 @@ class FastDecoder(CPUDecoder):
         super().__init__(config, tensors, make_linear=make_linear, stored=torch.bfloat16)
         self.library = _library()
         layers = (CLayer * config.layers)(*(_c_layer(layer) for layer in self.layers))
-        tables = [None, None] if self.rotation is None else [x.data_ptr() for x in self.rotation]
+        _address(self.positions_TD)
         self.model = CModel(
             config.layers,
             config.width,
@@ -171,7 +182,7 @@ class FastDecoder(CPUDecoder):
             config.gated,
             layers,
             _c_norm(self.norm),
-            *tables,
+            *map(_address, self.rotation or (None, None)),
         )
 
     def new_cache(self, rows: int, *, length: int | None = None) -> Cache:
@@ -238,13 +249,24 @@ def _memory(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8)  # begins at a whole vector, as all of PyTorch's
 
 
+def _address(floats: Tensor | None) -> int | None:
+    if floats is None:
+        return None
+    if floats.dtype != torch.float32 or not floats.is_contiguous():
+        raise ValueError(f"the GPT holds {floats.dtype}; int8 is made of float32")
+    return floats.data_ptr()
+
+
 def _c_norm(norm: Norm | None) -> CNorm:
-    if norm is None:
-        return CNorm(None, None)
-    return CNorm(norm.weight_D.data_ptr(), None if norm.bias_D is None else norm.bias_D.data_ptr())
+    return CNorm(*(None, None) if norm is None else map(_address, (norm.weight_D, norm.bias_D)))
+
+
+def _c_matrix(linear: Linear) -> CMatrix:
+    assert isinstance(linear, StepLinear)
+    return linear.matrix
 
 
 def _c_layer(layer: Layer) -> CLayer:
     norms = (layer.attention_norm, layer.q_norm, layer.k_norm, layer.feedforward_norm)
     matrices = (layer.to_qkv, layer.to_out, layer.expand, layer.contract)
-    return CLayer(*map(_c_norm, norms), *(getattr(matrix, "matrix") for matrix in matrices))
+    return CLayer(*map(_c_norm, norms), *map(_c_matrix, matrices))
