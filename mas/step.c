@@ -23,10 +23,10 @@ Axes: R rows, D width, N heads, H width of a head, T tokens, K inputs, V outputs
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #define FAST __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #define INLINE static inline __attribute__((always_inline))
@@ -39,7 +39,6 @@ enum {
     MOST_ROWS = 8,            /* rows that are: with PANEL, what the registers hold */
     PIECE_BYTES = 1 << 17,    /* of weights that a thread takes at a time, at most */
     PIECES = 4,               /* a thread, at least, where there are as many panels */
-    AHEAD = 4096,             /* bytes of weights that are asked for before they are needed */
     LARGEST_INT8 = 127,       /* what the largest entry of a row becomes */
     ZERO_POINT = 128,         /* the byte of a weight of 0 */
     CHUNK = 2 * LANES,        /* bfloat16 numbers of a vector */
@@ -159,6 +158,9 @@ static void open_pool(int64_t threads) {
     if (!pool.watches_forks)
         pool.watches_forks = pthread_atfork(NULL, NULL, forget_threads) == 0;
     int helpers = (int)(threads > MOST_THREADS ? MOST_THREADS : threads) - 1;
+    sigset_t all, before; /* signals are for the threads that expect them */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     while (pool.started < helpers) {
         pthread_t thread;
         if (pthread_create(&thread, NULL, help, (void *)(intptr_t)pool.started) != 0)
@@ -166,6 +168,7 @@ static void open_pool(int64_t threads) {
         pthread_detach(thread);
         pool.started++;
     }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (helpers != atomic_load(&pool.helpers)) {
         pthread_mutex_lock(&pool.sleep);
         atomic_store(&pool.helpers, helpers);
@@ -377,8 +380,6 @@ FAST INLINE void multiply_rows(const int rows, const Product *product, int64_t p
     for (int r = 0; r < rows; r++)
         sums[r][0] = sums[r][1] = _mm512_setzero_si512();
     for (int64_t at = 0; at < bytes; at += 128, x += GROUP) {
-        _mm_prefetch((const char *)weights + at + AHEAD, _MM_HINT_T0);
-        _mm_prefetch((const char *)weights + at + AHEAD + 64, _MM_HINT_T0);
         const __m512i low = _mm512_load_si512(weights + at);
         const __m512i high = _mm512_load_si512(weights + at + 64);
 #pragma GCC unroll 8
