@@ -21,6 +21,7 @@ EXTRAS = {
 STEP = Extension(
     "mas._step",
     ["mas/step.c"],
+    depends=["mas/step_threads.h", "mas/step_vectors.h"],
     extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-pthread"],
     extra_link_args=["-pthread"],
     optional=True,

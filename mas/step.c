@@ -3,7 +3,7 @@
 In: tensors of a GPT as mas/fast_decoder.py lays them out, tokens, the cache. Out: the state that
 predicts the next token; or, for many rows, one product with a matrix. A step reads every weight
 once, so nothing may come between two reads: one call does all of a step, and threads that are
-awake share each piece of it.
+awake share each piece of it (step_threads.h; step_vectors.h: what is done to a few numbers).
 
 What is computed is what mas/decoder.py computes with mas/quantize.py: inputs of a matrix are
 rounded to 8 bits row by row, sums are exact integers, all else is float32, keys and values are
@@ -19,21 +19,13 @@ Axes: R rows, D width, N heads, H width of a head, T tokens, K inputs, V outputs
 
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__) && !defined(_WIN32)
 
-#include <immintrin.h>
-#include <math.h>
-#include <pthread.h>
-#include <sched.h>
-#include <signal.h>
-#include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 
-#define FAST __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
-#define INLINE static inline __attribute__((always_inline))
+#include "step_threads.h"
+#include "step_vectors.h"
 
 enum {
     VERSION = 1,              /* of the calls below; mas/fast_decoder.py asks for the same */
-    LANES = 16,               /* floats of a vector */
     GROUP = 4,                /* inputs that one instruction multiplies and adds */
     PANEL = 2 * LANES,        /* outputs that are computed together */
     MOST_ROWS = 8,            /* rows that are: with PANEL, what the registers hold */
@@ -44,13 +36,8 @@ enum {
     CHUNK = 2 * LANES,        /* bfloat16 numbers of a vector */
     BLOCK = 512,              /* keys that attention reads before their values */
     MOST_HEAD_WIDTH = 256,    /* H */
-    MOST_THREADS = 256,
-    PAUSES = 2000,            /* that an idle thread spins before it lets others run, ~0.05 ms */
-    YIELDS = 2000,            /* that it then goes on looking before it sleeps, ~1 ms */
 };
-#define LAYER_EPSILON 1e-5f
-#define RMS_EPSILON 1.1920929e-7f /* of float32 */
-#define SMALLEST 1e-30f           /* instead of the largest entry of a row of zeros */
+#define SMALLEST 1e-30f /* instead of the largest entry of a row of zeros */
 
 /* A matrix V K, packed by `step_pack`, and what an output of 1 stands for. */
 typedef struct {
@@ -58,11 +45,6 @@ typedef struct {
     const float *scale_V; /* step of the weights / LARGEST_INT8 */
     int64_t outputs, inputs;
 } Matrix;
-
-/* LayerNorm, or RMSNorm where there is no bias. */
-typedef struct {
-    const float *weight_D, *bias_D;
-} Norm;
 
 typedef struct {
     Norm attention_norm, q_norm, k_norm, feedforward_norm; /* no weight: no norm */
@@ -75,229 +57,6 @@ typedef struct {
     Norm norm;
     const float *cosine_TH, *sine_TH; /* H/2 a token; NULL: no rotation */
 } Model;
-
-/* ---- Threads that wait awake ---- */
-
-typedef void Work(void *about, int64_t item);
-
-/* The threads claim what is to do by counting `left` down. What is claimed is not over before
-   `done` says so, so it does not matter whether a thread comes late, or not at all. */
-static struct {
-    _Alignas(64) _Atomic int64_t left; /* items nobody has claimed */
-    _Alignas(64) _Atomic int64_t done;
-    _Alignas(64) Work *work;
-    void *about;
-    int64_t items;
-    _Alignas(64) _Atomic int helpers; /* threads that may take part beside the caller's */
-    _Atomic int asleep; /* those that a call of `wake` reaches */
-    int started;
-    int watches_forks;
-    pthread_mutex_t turn; /* one caller at a time */
-    pthread_mutex_t sleep;
-    pthread_cond_t wake, more; /* there is work; there are more helpers */
-} pool = {.turn = PTHREAD_MUTEX_INITIALIZER,
-          .sleep = PTHREAD_MUTEX_INITIALIZER,
-          .wake = PTHREAD_COND_INITIALIZER,
-          .more = PTHREAD_COND_INITIALIZER};
-
-/* Does one item, if one is left. */
-static int take_part(void) {
-    int64_t left = atomic_load_explicit(&pool.left, memory_order_relaxed);
-    while (left > 0) {
-        if (atomic_compare_exchange_weak(&pool.left, &left, left - 1)) {
-            pool.work(pool.about, pool.items - left);
-            atomic_fetch_add_explicit(&pool.done, 1, memory_order_release);
-            return 1;
-        }
-    }
-    return 0;
-}
-
-static void sleep_until_needed(int index) {
-    pthread_mutex_lock(&pool.sleep);
-    while (index >= atomic_load(&pool.helpers))
-        pthread_cond_wait(&pool.more, &pool.sleep);
-    atomic_fetch_add(&pool.asleep, 1);
-    while (atomic_load(&pool.left) <= 0 && index < atomic_load(&pool.helpers))
-        pthread_cond_wait(&pool.wake, &pool.sleep);
-    atomic_fetch_sub(&pool.asleep, 1);
-    pthread_mutex_unlock(&pool.sleep);
-}
-
-static void *help(void *argument) {
-    int index = (int)(intptr_t)argument;
-    for (int idle = 0;; idle++) {
-        if (index < atomic_load_explicit(&pool.helpers, memory_order_relaxed) && take_part())
-            idle = 0;
-        else if (idle < PAUSES)
-            _mm_pause();
-        else if (idle < PAUSES + YIELDS)
-            sched_yield();
-        else {
-            sleep_until_needed(index);
-            idle = 0;
-        }
-    }
-    return NULL;
-}
-
-/* In a forked child, which has none of the threads. */
-static void forget_threads(void) {
-    pool.started = 0;
-    atomic_store(&pool.left, 0);
-    atomic_store(&pool.asleep, 0);
-    pthread_mutex_init(&pool.turn, NULL);
-    pthread_mutex_init(&pool.sleep, NULL);
-    pthread_cond_init(&pool.wake, NULL);
-    pthread_cond_init(&pool.more, NULL);
-}
-
-/* Takes the pool for this caller, with as many threads as can be had. */
-static void open_pool(int64_t threads) {
-    pthread_mutex_lock(&pool.turn);
-    if (!pool.watches_forks)
-        pool.watches_forks = pthread_atfork(NULL, NULL, forget_threads) == 0;
-    int helpers = (int)(threads > MOST_THREADS ? MOST_THREADS : threads) - 1;
-    sigset_t all, before; /* signals are for the threads that expect them */
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (pool.started < helpers) {
-        pthread_t thread;
-        if (pthread_create(&thread, NULL, help, (void *)(intptr_t)pool.started) != 0)
-            break;
-        pthread_detach(thread);
-        pool.started++;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (helpers != atomic_load(&pool.helpers)) {
-        pthread_mutex_lock(&pool.sleep);
-        atomic_store(&pool.helpers, helpers);
-        pthread_cond_broadcast(&pool.more);
-        pthread_mutex_unlock(&pool.sleep);
-    }
-}
-
-static void close_pool(void) { pthread_mutex_unlock(&pool.turn); }
-
-/* Runs `work` for the items 0 … items - 1 on all threads of the open pool, and waits for it. */
-static void share(Work *work, void *about, int64_t items) {
-    if (pool.helpers <= 0 || items == 1) {
-        for (int64_t item = 0; item < items; item++)
-            work(about, item);
-        return;
-    }
-    pool.work = work;
-    pool.about = about;
-    pool.items = items;
-    atomic_store(&pool.done, 0);
-    atomic_store(&pool.left, items);
-    if (atomic_load(&pool.asleep) > 0) {
-        pthread_mutex_lock(&pool.sleep);
-        pthread_cond_broadcast(&pool.wake);
-        pthread_mutex_unlock(&pool.sleep);
-    }
-    while (take_part())
-        ;
-    for (int waits = 0; atomic_load_explicit(&pool.done, memory_order_acquire) < items; waits++) {
-        if (waits < PAUSES)
-            _mm_pause();
-        else
-            sched_yield();
-    }
-}
-
-/* ---- Vectors ---- */
-
-/* The lanes of the vector at `i` that lie before `n`. */
-INLINE __mmask16 lanes(int64_t i, int64_t n) {
-    return n - i >= LANES ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
-}
-
-FAST INLINE __m512 load(const float *x, int64_t i, int64_t n) {
-    return _mm512_maskz_loadu_ps(lanes(i, n), x + i);
-}
-
-FAST INLINE void store(float *x, int64_t i, int64_t n, __m512 value) {
-    _mm512_mask_storeu_ps(x + i, lanes(i, n), value);
-}
-
-/* e^x to 2 units of the last place; NaN stays NaN. */
-FAST INLINE __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), _mm512_min_ps(_mm512_set1_ps(89.0f), x));
-    __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(0.693359375f), x);
-    rest = _mm512_fnmadd_ps(power, _mm512_set1_ps(-2.12194440e-4f), rest);
-    __m512 sum = _mm512_set1_ps(1.9875691500e-4f); /* the polynomial of Cephes' expf */
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.3981999507e-3f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(8.3334519073e-3f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(4.1665795894e-2f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.6666665459e-1f));
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(5.0000001201e-1f));
-    sum = _mm512_fmadd_ps(sum, _mm512_mul_ps(rest, rest), rest);
-    return _mm512_scalef_ps(_mm512_add_ps(sum, _mm512_set1_ps(1.0f)), power);
-}
-
-/* x Φ(x), Φ by Abramowitz and Stegun 7.1.26: erf to 1.5e-7. */
-FAST INLINE __m512 gelu(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    __m512 z = _mm512_mul_ps(x, _mm512_set1_ps(0.70710678f));
-    __m512 t = _mm512_fmadd_ps(_mm512_abs_ps(z), _mm512_set1_ps(0.3275911f), one);
-    t = _mm512_div_ps(one, t);
-    __m512 sum = _mm512_set1_ps(1.061405429f);
-    sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(-1.453152027f));
-    sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(1.421413741f));
-    sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(-0.284496736f));
-    sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(0.254829592f));
-    __m512 minus_square = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(z, z));
-    __m512 tail = _mm512_mul_ps(_mm512_mul_ps(sum, t), exponential(minus_square)); /* 1 - |erf| */
-    __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-    __m512 twice = _mm512_mask_mov_ps(_mm512_sub_ps(_mm512_set1_ps(2.0f), tail), negative, tail);
-    return _mm512_mul_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.5f)), twice);
-}
-
-FAST INLINE __m512 silu(__m512 x) {
-    __m512 minus = _mm512_sub_ps(_mm512_setzero_ps(), x);
-    return _mm512_div_ps(x, _mm512_add_ps(exponential(minus), _mm512_set1_ps(1.0f)));
-}
-
-/* Lane i is the sum of all lanes of `parts[i]`. */
-FAST INLINE __m512 sum_each(const __m512 parts[LANES]) {
-    __m512 fours[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        __m512 a = parts[4 * i], b = parts[4 * i + 1], c = parts[4 * i + 2], d = parts[4 * i + 3];
-        __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-        __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-        fours[i] = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-    }
-    __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88),
-                               _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
-    __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88),
-                                _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
-                         _mm512_shuffle_f32x4(low, high, 0xdd));
-}
-
-/* Norm of a vector of `n` numbers; `y` may be `x`. */
-FAST static void normalise(const float *x, const Norm *norm, int64_t n, float *y) {
-    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-    if (norm->bias_D != NULL)
-        for (int64_t i = 0; i < n; i += LANES)
-            sum = _mm512_add_ps(sum, load(x, i, n));
-    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)n);
-    for (int64_t i = 0; i < n; i += LANES) {
-        __m512 away = _mm512_maskz_sub_ps(lanes(i, n), load(x, i, n), mean);
-        squares = _mm512_fmadd_ps(away, away, squares);
-    }
-    const float epsilon = norm->bias_D != NULL ? LAYER_EPSILON : RMS_EPSILON;
-    const float variance = _mm512_reduce_add_ps(squares) / (float)n;
-    const __m512 factor = _mm512_set1_ps(1.0f / sqrtf(variance + epsilon));
-    for (int64_t i = 0; i < n; i += LANES) {
-        __m512 unit = _mm512_mul_ps(_mm512_sub_ps(load(x, i, n), mean), factor);
-        __m512 bias = norm->bias_D != NULL ? load(norm->bias_D, i, n) : _mm512_setzero_ps();
-        store(y, i, n, _mm512_fmadd_ps(unit, load(norm->weight_D, i, n), bias));
-    }
-}
 
 /* ---- Products with a matrix ---- */
 
@@ -351,8 +110,9 @@ FAST static void round_row(const float *x, int64_t n, const Inputs *inputs, int6
             shifted = _mm512_add_ps(shifted, _mm512_set1_ps(128.5f));
             entry = _mm512_sub_epi32(_mm512_cvttps_epi32(shifted), _mm512_set1_epi32(128));
         }
-        sum = _mm512_add_epi32(sum, entry);
-        _mm_storeu_si128((__m128i *)(bytes + i), _mm512_cvtepi32_epi8(entry));
+        const __m128i narrow = _mm512_cvtepi32_epi8(entry);
+        sum = _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(narrow));
+        _mm_storeu_si128((__m128i *)(bytes + i), narrow);
     }
     inputs->largest_R[row] = largest.value;
     inputs->offset_R[row] = ZERO_POINT * _mm512_reduce_add_epi32(sum);
@@ -464,32 +224,6 @@ static int64_t hidden_width(const Model *model) { return model->layer[0].contrac
 static int64_t wide_width(const Model *model) {
     const int64_t qkv = 3 * model->width, hidden = model->layer[0].expand.outputs;
     return qkv > hidden ? qkv : hidden;
-}
-
-FAST INLINE __m512i to_bfloat16(__m512 x) {
-    __m512i bits = _mm512_castps_si512(x);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-    return _mm512_srli_epi32(rounded, 16);
-}
-
-FAST static void put_bfloat16(const float *x, int64_t n, uint16_t *to) {
-    for (int64_t i = 0; i < n; i += LANES) {
-        __m256i halves = _mm512_cvtepi32_epi16(to_bfloat16(load(x, i, n)));
-        _mm256_mask_storeu_epi16(to + i, lanes(i, n), halves);
-    }
-}
-
-/* Turns pairs (i, i + H/2) by their angle. */
-FAST static void turn(float *x, int64_t half, const float *cosine, const float *sine) {
-    for (int64_t i = 0; i < half; i += LANES) {
-        __m512 a = load(x, i, half), b = load(x + half, i, half);
-        __m512 c = load(cosine, i, half), s = load(sine, i, half);
-        store(x, i, half, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
-        store(x + half, i, half, _mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c)));
-    }
 }
 
 /* 32 bfloat16 numbers at `i`, zeros from `n` on: those at even places, and those at odd ones. */
@@ -678,6 +412,7 @@ static void round_item(void *about, int64_t row) {
 
 /* Which version of these calls this is, 0 where the CPU cannot run them. */
 int step_version(void) {
+    __builtin_cpu_init();
     const int able = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                      __builtin_cpu_supports("avx512vnni");
