@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -192,6 +193,20 @@ def test_a_row_is_the_same_alone():
     together = read_all(decoder, sequence)
     for rows in (slice(0, 1), slice(3, 5), slice(2, 11)):
         assert torch.equal(read_all(decoder, sequence[rows]), together[rows])
+
+
+@there
+def test_callers_in_several_threads_take_turns():
+    decoder, sequence = make_fast(build()), draw(4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = pool.map(lambda i: read_all(decoder, sequence[i : i + 1], threads=3), range(4))
+            together = torch.cat(list(found))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(together, read_all(decoder, sequence))
 
 
 @there
