@@ -1,9 +1,9 @@
 /* Threads that wait awake for the next piece of a step.
 
 In: a function and how many items it shall be called for. Out: all of them done, by whichever thread
-came first. A step has a hundred and more pieces of some ten microseconds, which is less than waking
-a thread takes; PyTorch brings an OpenMP of its own, beside which another must not be linked.
-Between steps threads go to sleep, and no thread is started before the first step. */
+came first. A step has a hundred and more pieces, many of them shorter than waking a thread takes.
+(Not OpenMP, of which PyTorch brings a copy that must not meet another.) Threads sleep when nothing
+has come for a while; none is started before the first step. */
 
 #include <immintrin.h>
 #include <pthread.h>

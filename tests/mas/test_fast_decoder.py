@@ -14,7 +14,7 @@ from mas.fast_decoder import FastDecoder, StepLinear, can_step, find_step
 from mas.filter import Sampling
 from mas.generate import generate
 from mas.gpt import GPT, GPTConfig, make_cache
-from mas.heap import Slabs, large_zeros
+from mas.heap import Slabs
 from mas.precision import make_decoder
 from mas.quantize import Int8Linear, make_int8, sums_are_exact
 from mas.rounding import to_int8
@@ -299,13 +299,3 @@ def test_without_the_library_pytorch_computes_the_steps(monkeypatch):
     assert type(make_decoder(build(), "int8")) is CPUDecoder
     with pytest.raises(RuntimeError, match="not built"):
         make_fast(build())
-
-
-def test_large_pages_hold_zeros_and_slabs_pieces_that_do_not_overlap():
-    zeros = large_zeros((3, 5), torch.bfloat16)
-    assert zeros.shape == (3, 5) and (zeros == 0).all() and zeros.data_ptr() % 64 == 0
-    assert large_zeros((0, 5), torch.float32).shape == (0, 5)
-    slabs = Slabs()
-    pieces = [slabs.take(size).fill_(i) for i, size in enumerate((100, 1, 2**26 + 1, 7))]
-    assert all((piece == i).all() for i, piece in enumerate(pieces))
-    assert all(piece.data_ptr() % 64 == 0 for piece in pieces)
