@@ -11,7 +11,7 @@ JOBS ?= 2
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-$(VENV)/installed: setup.py constraints.txt
+$(VENV)/installed: setup.py constraints.txt $(wildcard mas/step*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[preprocess,train,dev]'
 	touch $@

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mas/__init__.py").read_text()).group(1)
@@ -16,6 +16,17 @@ EXTRAS = {
     "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],
 }
 
+# The fast step of int8 sampling: no Python module but a library, which mas/fast_decoder.py loads.
+# Without a compiler the rest is installed, and PyTorch computes the steps.
+STEP = Extension(
+    "mas._step",
+    ["mas/step.c"],
+    depends=["mas/step_threads.h", "mas/step_vectors.h"],
+    extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-pthread"],
+    extra_link_args=["-pthread"],
+    optional=True,
+)
+
 setup(
     name="mini-make-a-scene",
     version=VERSION,
@@ -26,6 +37,7 @@ setup(
     python_requires=">=3.11",
     packages=["mas", "preprocess", "train"],
     package_data={"mas": ["py.typed", "models/*/*", "models/*/*/*"]},
+    ext_modules=[STEP],
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from mas.bench_vqseg import peak_mb, run_apart
 from mas.cuda_decoder import CUDADecoder, Kernels
+from mas.decoder import CPUDecoder
 from mas.filter import Sampling
 from mas.generate import Decoder, generate
 from mas.gpt import GPT, GPTConfig
@@ -222,7 +223,6 @@ def measure(setting: Setting, bandwidth: float) -> dict[str, Any]:
     if isinstance(decoder, CUDADecoder):
         prepared = {
             "mode": setting.mode,
-            "steps": decoder.mode,
             "prepare_seconds": round(first_run - seconds, 2),
         }
     step_bytes = BYTES[setting.precision] * parameters["step"]
@@ -239,6 +239,7 @@ def measure(setting: Setting, bandwidth: float) -> dict[str, Any]:
         "count": setting.count,
         "guidance": setting.guidance,
         **prepared,
+        **({"steps": decoder.mode} if isinstance(decoder, CPUDecoder | CUDADecoder) else {}),
         "tokens_per_second": round(setting.count * sampled / seconds, 1),
         "first_token_seconds": round(runs[0][1], 3),
         "bytes_per_token": step_bytes // setting.count,

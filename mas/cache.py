@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mas.heap import large_zeros
+
 PIECE = 64  # tokens that room is made for at a time
 
 
@@ -21,7 +23,8 @@ class Cache:
     Keys and values of a layer share one tensor, `pairs`, 2 R N T H. On a CPU a cache grows: only
     the start of each half is in use, as R N T H with T a whole number of `PIECE` tokens, so that
     what is read lies in one piece of memory. Pages behind it were never touched and cost nothing,
-    and growing frees no block that is too small for what comes next.
+    and growing frees no block that is too small for what comes next. A cache that does not grow
+    keeps its shape from the beginning; on a CPU it lies in large pages.
     """
 
     def __init__(
@@ -37,10 +40,14 @@ class Cache:
         grows: bool | None = None,
     ) -> None:
         self.length = length
-        self.grows = (device is None or device.type == "cpu") if grows is None else grows
+        on_cpu = device is None or device.type == "cpu"
+        self.grows = on_cpu if grows is None else grows
         shape = (2, rows, heads, length, head_width)
-        allocate = torch.empty if self.grows else torch.zeros
-        self.pairs = [allocate(shape, dtype=dtype, device=device) for _ in range(layers)]
+        if on_cpu and not self.grows:
+            self.pairs = list(large_zeros((layers, *shape), dtype))
+        else:
+            allocate = torch.empty if self.grows else torch.zeros
+            self.pairs = [allocate(shape, dtype=dtype, device=device) for _ in range(layers)]
         used = 0 if self.grows else length
         self.keys = [pair[0, :, :, :used] for pair in self.pairs]
         self.values = [pair[1, :, :, :used] for pair in self.pairs]

@@ -26,7 +26,19 @@ from mas.sequence import Stream
 
 EPSILON = 1e-5  # of LayerNorm
 
-Norm = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm, or RMSNorm where there is no bias."""
+
+    weight_D: Tensor
+    bias_D: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Over the last axis."""
+        if self.bias_D is None:
+            return F.rms_norm(x, self.weight_D.shape, self.weight_D)
+        return torch.layer_norm(x, self.weight_D.shape, self.weight_D, self.bias_D, EPSILON)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +59,7 @@ class CPUDecoder:
     """Computes like `GPT.extend` and `GPT.head`, float32 between the matrices."""
 
     device = torch.device("cpu")
+    mode = "torch"  # what computes a step
     dtype: torch.dtype  # of the cache
 
     def __init__(
@@ -66,25 +79,25 @@ class CPUDecoder:
             stored: number format of embeddings and cache.
         """
         self.config, self.layout = config, config.layout
-        self.norm_of = _rms_norm if config.gated else _layer_norm
-        self.layers = [
-            self._read_layer(tensors, f"blocks.{i}.", make_linear) for i in range(config.layers)
-        ]
-        self.norm = self.norm_of(tensors, "norm")
+        # The largest first: what their conversion takes beside them is least missed now.
         self.embeddings = {
             stream.name: tensors[f"embeddings.{stream.name}.weight"].to(stored)
             for stream in self.layout.streams
         }
-        self.positions_TD = torch.cat(
-            [read_positions(tensors, stream) for stream in self.layout.streams]
-        )
-        self.dtype = stored
-        self.rotation = rotation_table(config, self.positions_TD) if config.rotary else None
         self.heads = {
             stream.name: make_linear(tensors[f"heads.{stream.name}.weight"])
             for stream in self.layout.streams[1:]
         }
         trim_heap()
+        self.layers = [
+            self._read_layer(tensors, f"blocks.{i}.", make_linear) for i in range(config.layers)
+        ]
+        self.norm = _read_norm(tensors, "norm")
+        self.positions_TD = torch.cat(
+            [read_positions(tensors, stream) for stream in self.layout.streams]
+        )
+        self.dtype = stored
+        self.rotation = rotation_table(config, self.positions_TD) if config.rotary else None
 
     def new_cache(self, rows: int, *, length: int | None = None) -> Cache:
         """An empty cache for `rows` sequences of `length` tokens (default: whole ones)."""
@@ -141,12 +154,12 @@ class CPUDecoder:
         attention, feedforward = name + "attention", name + "feedforward"
         normed = self.config.qk_norm
         layer = Layer(
-            attention_norm=self.norm_of(tensors, attention + "_norm"),
+            attention_norm=_read_norm(tensors, attention + "_norm"),
             to_qkv=make_linear(tensors[attention + ".to_qkv.weight"]),
             to_out=make_linear(tensors[attention + ".to_out.weight"]),
-            q_norm=_rms_norm(tensors, attention + ".q_norm") if normed else None,
-            k_norm=_rms_norm(tensors, attention + ".k_norm") if normed else None,
-            feedforward_norm=self.norm_of(tensors, feedforward + "_norm"),
+            q_norm=_read_norm(tensors, attention + ".q_norm") if normed else None,
+            k_norm=_read_norm(tensors, attention + ".k_norm") if normed else None,
+            feedforward_norm=_read_norm(tensors, feedforward + "_norm"),
             expand=make_linear(tensors[feedforward + ".expand.weight"]),
             contract=make_linear(tensors[feedforward + ".contract.weight"]),
         )
@@ -162,13 +175,5 @@ def read_positions(tensors: Mapping[str, Tensor], stream: Stream) -> Tensor:
     return cell_table(tensors[name + "rows"], tensors[name + "columns"])
 
 
-def _layer_norm(tensors: Mapping[str, Tensor], name: str) -> Norm:
-    weight_D, bias_D = tensors[name + ".weight"], tensors[name + ".bias"]
-    shape = (len(weight_D),)
-    return lambda x: torch.layer_norm(x, shape, weight_D, bias_D, EPSILON)
-
-
-def _rms_norm(tensors: Mapping[str, Tensor], name: str) -> Norm:
-    weight_D = tensors[name + ".weight"]
-    shape = (len(weight_D),)
-    return lambda x: F.rms_norm(x, shape, weight_D)
+def _read_norm(tensors: Mapping[str, Tensor], name: str) -> Norm:
+    return Norm(tensors[name + ".weight"], tensors.get(name + ".bias"))

@@ -33,6 +33,7 @@ def doctor(*, as_json: bool = False) -> None:
     print(f"mini-make-a-scene {report['version']}, Python {machine['python']}")
     print(f"{machine['platform']}, {machine['cores']} cores, {machine['memory_gb']} GB memory")
     print(f"accelerator: {machine['accelerator']}")
+    print(f"fast step of int8 sampling: {machine['fast_step']}")
     for extra, packages in report["extras"].items():
         absent = [name for name, version in packages.items() if version is None]
         state = f"missing {', '.join(absent)}" if absent else "complete"
@@ -66,6 +67,8 @@ def examine() -> dict[str, Any]:
 def _machine() -> dict[str, Any]:
     import torch
 
+    from mas.fast_decoder import find_step
+
     accelerator = "none"
     if torch.cuda.is_available():
         accelerator = torch.cuda.get_device_name()
@@ -78,6 +81,7 @@ def _machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gb": round(memory / 2**30),
         "accelerator": accelerator,
+        "fast_step": find_step().state,
     }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mas.cuda_decoder import CUDADecoder
 from mas.decoder import CPUDecoder
+from mas.fast_decoder import FastDecoder, can_step
 from mas.generate import Decoder
 from mas.gpt import GPT, GPTConfig
 from mas.quantize import FloatLinear, make_int8
@@ -107,6 +108,8 @@ def make_decoder(gpt: GPT | StoredGPT, precision: Precision) -> Decoder:
     if precision == "float32":
         make_linear = partial(FloatLinear, dtype=torch.float32)
         return CPUDecoder(gpt.config, tensors, make_linear=make_linear, stored=torch.float32)
+    if precision == "int8" and can_step(gpt.config):
+        return FastDecoder(gpt.config, tensors)
     make_linear = partial(FloatLinear, dtype=torch.bfloat16)
     return CPUDecoder(
         gpt.config,

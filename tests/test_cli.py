@@ -132,7 +132,9 @@ def test_doctor_reports_the_installation(capsys):
     assert report["extras"][""]["torch"] and "ray" in report["extras"]["preprocess"]
     assert {"panoptic", "human", "face"} <= {weights["stage"] for weights in report["weights"]}
     assert cli.main(["doctor"]) == 0
-    assert "plain install: complete" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "plain install: complete" in text
+    assert f"fast step of int8 sampling: {report['machine']['fast_step']}" in text
 
 
 def test_a_benchmark_prints_one_json_object(monkeypatch, capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mas.bench_sample import bench_sample, compare, count_parameters, predict
+from mas.fast_decoder import can_step
 from mas.gpt import GPT, GPTConfig
 from mas.precision import make_decoder
 from mas.token_shards import TOKEN_FORMAT, write_token_shard
@@ -120,6 +121,7 @@ def test_the_figures_have_the_agreed_names_and_fit_together(folder, token_folder
     assert [r["count"] for r in figures["results"]] == [1, 3]
     for result in figures["results"]:
         assert result["precision"] == "int8" and result["guidance"] == 3.0
+        assert result["steps"] == ("fast" if can_step(CONFIG) else "torch")
         steps_per_second = result["tokens_per_second"] / result["count"]
         bytes_per_step = count_parameters(CONFIG)["step"]
         assert result["bytes_per_token"] == bytes_per_step // result["count"]

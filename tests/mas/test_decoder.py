@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import torch
 
+import mas.precision
 from mas.decoder import CPUDecoder
 from mas.generate import generate
 from mas.gpt import GPT, GPTConfig
@@ -31,7 +32,13 @@ OPTIONS = {
     "rotary": {"rotary": True},
     "all": {"qk_norm": True, "gated": True, "rotary": True},
 }
-PRECISIONS = ["float32", "bfloat16", "int8"]
+
+
+@pytest.fixture(params=["float32", "bfloat16", "int8", "int8 in torch"])
+def precision(request, monkeypatch):
+    if request.param.endswith("torch"):
+        monkeypatch.setattr(mas.precision, "can_step", lambda config: False)
+    return request.param.split()[0]
 
 
 def build(**options):
@@ -75,7 +82,6 @@ def test_the_decoder_computes_what_the_uncached_gpt_computes_at_every_position(o
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_stays_near_the_gpt(options, precision):
     gpt, tokens = build(**options), draw(3)
     decoder = make_decoder(gpt, precision)
@@ -93,7 +99,6 @@ def test_every_precision_stays_near_the_gpt(options, precision):
     )
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_picture_of_a_batch_is_the_same_alone(precision):
     decoder = make_decoder(build(), precision)
     text_BT = draw(8)[0]
@@ -103,7 +108,6 @@ def test_a_picture_of_a_batch_is_the_same_alone(precision):
         assert all(torch.equal(b[i : i + 1], a) for b, a in zip(batch, alone, strict=True)), i
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 def test_forcing_what_would_have_been_drawn_changes_nothing(precision):
     decoder = make_decoder(build(), precision)
     free = generate(decoder, draw(2)[0], seeds=[1, 2])
@@ -113,7 +117,6 @@ def test_forcing_what_would_have_been_drawn_changes_nothing(precision):
     assert torch.equal(free.scene, forced.scene) and torch.equal(free.image, forced.image)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("weights", Weights.__args__)
 def test_a_stored_gpt_becomes_the_decoder_of_the_loaded_one(precision, weights, tmp_path):
     save_network(build(gated=True, qk_norm=True), tmp_path, weights=weights)
@@ -141,9 +144,8 @@ def test_what_is_wrong_with_a_stored_gpt_is_named(tmp_path):
         make_decoder(StoredGPT(tmp_path, torch.device("cpu")), "int8")
 
 
-def test_broken_weights_are_named_in_every_precision():
+def test_broken_weights_are_named_in_every_precision(precision):
     broken = build()
     broken.blocks[0].feedforward.expand.weight[3, 3] = float("nan")
-    for precision in PRECISIONS:
-        with pytest.raises(ValueError, match="computes NaN"):
-            generate(make_decoder(broken, precision), draw(1)[0], seeds=[1])
+    with pytest.raises(ValueError, match="computes NaN"):
+        generate(make_decoder(broken, precision), draw(1)[0], seeds=[1])

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system, and a cache that grows leaves none behind."""
+"""Freed memory goes back to the system, a growing cache leaves none behind; large pages."""
 
 import re
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mas.cache import Cache
-from mas.heap import _find_trim, trim_heap
+from mas.heap import Slabs, _find_trim, large_zeros, trim_heap
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
 
@@ -69,3 +69,13 @@ def test_unused_places_of_a_cache_that_grew_are_zero():
     keys = cache.keys[0]
     assert keys.shape == (2, 2, 80, 4) and keys.is_contiguous()
     assert (keys[:, :, :70] == torch.arange(70).view(-1, 1)).all() and (keys[:, :, 70:] == 0).all()
+
+
+def test_large_pages_hold_zeros_and_slabs_pieces_that_do_not_overlap():
+    zeros = large_zeros((3, 5), torch.bfloat16)
+    assert zeros.shape == (3, 5) and (zeros == 0).all() and zeros.data_ptr() % 64 == 0
+    assert large_zeros((0, 5), torch.float32).shape == (0, 5)
+    slabs = Slabs()
+    pieces = [slabs.take(size).fill_(i) for i, size in enumerate((100, 1, 2**26 + 1, 7))]
+    assert all((piece == i).all() for i, piece in enumerate(pieces))
+    assert all(piece.data_ptr() % 64 == 0 for piece in pieces)

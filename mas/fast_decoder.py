@@ -1,0 +1,272 @@
+"""The GPT in 8 bits with steps of our own on x86-64: mas/step.c, one call a token.
+
+In: the config and tensors of a `mas.gpt.GPT`. Out: what the loop in mas/generate.py needs. The
+compiled library reads matrices at about the speed of the memory, where PyTorch takes as long again
+for its kernels and between them. It needs a C compiler at installation and a CPU with AVX-512 VNNI;
+`find_step` says whether both were there. What is computed is what `mas.decoder.CPUDecoder` computes
+with `mas.quantize.Int8Linear`, but that queries and weights of the attention stay float32.
+Axes: R rows, T tokens, D width, N heads, H width of a head, K inputs, V outputs or vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Mapping
+from ctypes import POINTER, c_int, c_int64, c_void_p
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mas.cache import Cache
+from mas.decoder import CPUDecoder, Layer, Norm
+from mas.gpt import GPTConfig, make_cache
+from mas.heap import Slabs
+from mas.quantize import Linear
+from mas.rounding import LARGEST_INT8, to_int8
+
+VERSION = 1  # of the calls of mas/step.c
+MOST_HEAD_WIDTH = 256  # that its attention has room for
+MOST_INPUTS = 2**16  # of a matrix: sums of more products could leave 32 bits
+
+
+class Step(NamedTuple):
+    """The compiled library, or why there is none."""
+
+    library: ctypes.CDLL | None
+    state: str
+
+
+class CMatrix(ctypes.Structure):
+    """`Matrix` of mas/step.c."""
+
+    _fields_ = (
+        ("packed", c_void_p),
+        ("scale_V", c_void_p),
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+    )
+
+
+class CNorm(ctypes.Structure):
+    """`Norm` of mas/step.c."""
+
+    _fields_ = (("weight_D", c_void_p), ("bias_D", c_void_p))
+
+
+class CLayer(ctypes.Structure):
+    """`Layer` of mas/step.c."""
+
+    _fields_ = (
+        *((name, CNorm) for name in ("attention_norm", "q_norm", "k_norm", "feedforward_norm")),
+        *((name, CMatrix) for name in ("to_qkv", "to_out", "expand", "contract")),
+    )
+
+
+class CModel(ctypes.Structure):
+    """`Model` of mas/step.c."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("layers", "width", "heads", "gated")),
+        ("layer", POINTER(CLayer)),
+        ("norm", CNorm),
+        ("cosine_TH", c_void_p),
+        ("sine_TH", c_void_p),
+    )
+
+
+CALLS: dict[str, list[Any]] = {  # of mas/step.c: result, arguments
+    "step_packed_bytes": [c_int64, c_int64, c_int64],
+    "step_pack": [None, c_void_p, c_int64, c_int64, c_void_p],
+    "step_multiply_bytes": [c_int64, c_int64, c_int64],
+    "step_multiply": [None, POINTER(CMatrix), *[c_void_p, c_int64] * 2, c_int64],
+    "step_read_bytes": [c_int64, POINTER(CModel), c_int64],
+    "step_read": [
+        c_int,
+        POINTER(CModel),
+        *[c_void_p, c_int64] * 2,  # tokens of the rows, embeddings of the vocabulary
+        *[c_void_p] * 2,  # vector of the position, cache
+        *[c_int64] * 2,  # position, length of the cache
+        *[c_void_p] * 2,  # state, memory
+        c_int64,  # threads
+    ],
+}
+
+
+@cache
+def find_step() -> Step:
+    """Looks for the library beside this file, and at the CPU."""
+    spec = importlib.util.find_spec("mas._step")
+    if spec is None or spec.origin is None:
+        return Step(None, "not built: install again where there is a C compiler")
+    library = ctypes.CDLL(spec.origin)
+    version = library.step_version()
+    if version == 0:
+        return Step(None, "this CPU has no AVX-512 VNNI")
+    if version != VERSION:
+        return Step(None, "built from other source: install again")
+    for name, (result, *arguments) in CALLS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return Step(library, "there")
+
+
+def can_step(config: GPTConfig) -> bool:
+    """Whether `FastDecoder` runs a GPT of these sizes here."""
+    narrow = config.width // config.heads <= MOST_HEAD_WIDTH and 4 * config.width <= MOST_INPUTS
+    return narrow and find_step().library is not None
+
+
+class StepLinear:
+    """`mas.quantize.Int8Linear` in the layout of mas/step.c; the same numbers."""
+
+    def __init__(self, weight_VK: Tensor, slabs: Slabs) -> None:
+        """Packs a matrix into memory of `slabs`."""
+        integers_VK, scale_V = to_int8(weight_VK)
+        self.outputs, self.inputs = integers_VK.shape
+        self.library = _library()
+        size = self.library.step_packed_bytes(self.outputs, self.inputs)
+        self.packed = slabs.take(size)
+        self.library.step_pack(
+            integers_VK.data_ptr(), self.outputs, self.inputs, self.packed.data_ptr()
+        )
+        self.scale_V = scale_V.float() / LARGEST_INT8
+        self.matrix = CMatrix(
+            self.packed.data_ptr(), self.scale_V.data_ptr(), self.outputs, self.inputs
+        )
+
+    def __call__(self, x_RK: Tensor) -> Tensor:
+        """The product, R V; ValueError for inputs that are not float32 R K."""
+        if x_RK.shape[1:] != (self.inputs,) or x_RK.dtype != torch.float32 or x_RK.is_cuda:
+            raise ValueError(
+                f"inputs are {x_RK.dtype} {tuple(x_RK.shape)}, not float32 R {self.inputs}"
+            )
+        x_RK = x_RK.contiguous()
+        rows = len(x_RK)
+        y_RV = torch.empty(rows, self.outputs)
+        memory = _memory(self.library.step_multiply_bytes(rows, self.inputs))
+        self.library.step_multiply(
+            self.matrix,
+            x_RK.data_ptr(),
+            rows,
+            y_RV.data_ptr(),
+            memory.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y_RV
+
+
+class FastDecoder(CPUDecoder):
+    """`CPUDecoder` in 8 bits that reads single tokens in one call; several as that one does.
+
+    No result depends on the other rows or on the number of threads.
+    """
+
+    mode = "fast"
+
+    def __init__(self, config: GPTConfig, tensors: Mapping[str, Tensor]) -> None:
+        """Converts all tensors, as `CPUDecoder`; RuntimeError where `can_step` is false."""
+        if not can_step(config):
+            raise RuntimeError(f"no fast step for this GPT here ({find_step().state})")
+        make_linear = partial(StepLinear, slabs=Slabs())
+        super().__init__(config, tensors, make_linear=make_linear, stored=torch.bfloat16)
+        self.library = _library()
+        layers = (CLayer * config.layers)(*(_c_layer(layer) for layer in self.layers))
+        _address(self.positions_TD)
+        self.model = CModel(
+            config.layers,
+            config.width,
+            config.heads,
+            config.gated,
+            layers,
+            _c_norm(self.norm),
+            *map(_address, self.rotation or (None, None)),
+        )
+
+    def new_cache(self, rows: int, *, length: int | None = None) -> Cache:
+        """An empty cache for `rows` sequences of `length` tokens (default: whole ones)."""
+        return make_cache(
+            self.config, rows, length=length, dtype=self.dtype, device=self.device, grows=False
+        )
+
+    def extend(self, tokens_RT: Tensor, *, cache: Cache, start: int) -> Tensor:
+        """Reads tokens at positions `start` …, fills the cache, returns the last state, R D.
+
+        Raises:
+            ValueError: a single token whose type, value or place fits neither GPT nor cache.
+        """
+        if tokens_RT.shape[1] != 1:
+            return super().extend(tokens_RT, cache=cache, start=start)
+        rows = len(tokens_RT)
+        self._check(tokens_RT, cache, start)
+        tokens_R = tokens_RT.contiguous()
+        stream = self.layout.stream_at(start)
+        state_RD = torch.empty(rows, self.config.width)
+        memory = _memory(self.library.step_read_bytes(self.model, rows))
+        failed = self.library.step_read(
+            self.model,
+            tokens_R.data_ptr(),
+            rows,
+            self.embeddings[stream.name].data_ptr(),
+            stream.vocabulary,
+            self.positions_TD[start].data_ptr(),
+            (c_void_p * len(cache.pairs))(*(pair.data_ptr() for pair in cache.pairs)),
+            start,
+            cache.length,
+            state_RD.data_ptr(),
+            memory.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise ValueError(f"{stream.name} tokens must be 0 to {stream.vocabulary - 1}")
+        return state_RD
+
+    def _check(self, tokens_R1: Tensor, cache: Cache, start: int) -> None:
+        if tokens_R1.dtype != torch.long or tokens_R1.is_cuda:
+            raise ValueError(f"tokens are {tokens_R1.dtype} on {tokens_R1.device}, not long")
+        if not 0 <= start < min(cache.length, self.layout.length):
+            raise ValueError(f"position {start} is outside of cache or sequence")
+        heads = self.config.heads
+        shape = (2, len(tokens_R1), heads, cache.length, self.config.width // heads)
+        pairs = cache.pairs
+        if cache.grows or len(pairs) != self.config.layers:
+            raise ValueError("use a cache that `new_cache` made")
+        for pair in pairs:
+            if pair.shape != shape or pair.dtype != self.dtype or not pair.is_contiguous():
+                raise ValueError(f"the cache is {pair.dtype} {tuple(pair.shape)}, not {shape}")
+
+
+def _library() -> ctypes.CDLL:
+    library, state = find_step()
+    if library is None:
+        raise RuntimeError(f"no fast step here ({state})")
+    return library
+
+
+def _memory(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)  # begins at a whole vector, as all of PyTorch's
+
+
+def _address(floats: Tensor | None) -> int | None:
+    if floats is None:
+        return None
+    if floats.dtype != torch.float32 or not floats.is_contiguous():
+        raise ValueError(f"the GPT holds {floats.dtype}; int8 is made of float32")
+    return floats.data_ptr()
+
+
+def _c_norm(norm: Norm | None) -> CNorm:
+    return CNorm(*(None, None) if norm is None else map(_address, (norm.weight_D, norm.bias_D)))
+
+
+def _c_matrix(linear: Linear) -> CMatrix:
+    assert isinstance(linear, StepLinear)
+    return linear.matrix
+
+
+def _c_layer(layer: Layer) -> CLayer:
+    norms = (layer.attention_norm, layer.q_norm, layer.k_norm, layer.feedforward_norm)
+    matrices = (layer.to_qkv, layer.to_out, layer.expand, layer.contract)
+    return CLayer(*map(_c_norm, norms), *map(_c_matrix, matrices))
