@@ -18,6 +18,7 @@ from torch import Tensor
 from mas.model_folder import ModelError
 from mas.refiner import Refiner
 from mas.scene import SceneMap
+from mas.sequence import FREE
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 
@@ -64,7 +65,11 @@ class Codec:
 
         Args:
             tokens_BT: long.
-            scenes: one a picture, by which a refiner corrects it; without them none does.
+            scenes: one a picture, square, by which a refiner corrects it; without them none does.
+
+        Raises:
+            ValueError: tokens that the VQ-GAN does not have.
+            SceneError: a scene that is not square.
         """
         images = []
         for index, tokens_1T in enumerate(tokens_BT.to(self.device).split(1)):
@@ -75,10 +80,17 @@ class Codec:
             images.append(Image.fromarray(rearrange(pixels_1CHW, "1 c h w -> h w c").cpu().numpy()))
         return images
 
-    def _decode_both(
-        self, scene_BT: Tensor, image_BT: Tensor, *, refine: bool
+    def decode_preview(
+        self, scene_BT: Tensor, image_BT: Tensor, *, scene: SceneMap | None
     ) -> list[Image.Image]:
-        """Pictures of both streams' tokens."""
-        by_scene = refine and self.refiner is not None
-        scenes = self.decode_scenes(scene_BT) if by_scene else None
+        """Pictures of both streams' tokens, refined once their scenes are complete.
+
+        Args:
+            scene_BT: long, `FREE` where nothing is drawn yet.
+            image_BT: long.
+            scene: that all of them follow; None: the one of their tokens.
+        """
+        if self.refiner is None or (scene is None and (scene_BT == FREE).any()):
+            return self.decode_images(image_BT)
+        scenes = self.decode_scenes(scene_BT) if scene is None else [scene] * len(image_BT)
         return self.decode_images(image_BT, scenes=scenes)

@@ -101,7 +101,10 @@ def find_step() -> Step:
     spec = importlib.util.find_spec("mas._step")
     if spec is None or spec.origin is None:
         return Step(None, "not built: install again where there is a C compiler")
-    library = ctypes.CDLL(spec.origin)
+    try:
+        library = ctypes.CDLL(spec.origin)
+    except OSError as error:
+        return Step(None, f"cannot be loaded, install again ({error})")
     version = library.step_version()
     if version == 0:
         return Step(None, "this CPU has no AVX-512 VNNI")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,9 +48,8 @@ class GPTConfig:
     qk_norm: bool = False  # normalise queries and keys per head
     gated: bool = False  # RMSNorm and SwiGLU instead of LayerNorm and GELU
     rotary: bool = False  # rotate queries and keys by row and column (needs head width % 4 = 0)
-    text_head: bool = (
-        True  # predict captions, too; sampling does not, so a stored model may go without
-    )
+    # Predict captions, too; sampling does not, and a model stored for it goes without.
+    text_head: bool = field(default=True, metadata={"later": True})
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -30,12 +30,19 @@ def trim_heap() -> None:
 
 
 def large_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros on the CPU, in large pages where the system has them; untouched ones cost nothing."""
+    """Zeros on the CPU, in large pages where the system has them; untouched ones cost nothing.
+
+    Raises:
+        MemoryError: there is no room for so many.
+    """
     size = math.prod(shape) * dtype.itemsize
     if not hasattr(mmap, "MADV_HUGEPAGE") or size == 0:
         return torch.zeros(shape, dtype=dtype)
     private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    pages = mmap.mmap(-1, size + LARGE_PAGE, flags=private)
+    try:
+        pages = mmap.mmap(-1, size + LARGE_PAGE, flags=private)
+    except OSError as error:
+        raise MemoryError(f"no room for {size} bytes in large pages") from error
     try:
         pages.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel without them

@@ -266,14 +266,18 @@ class MakeAScene(Codec):
         )
         seeds = [seed + i for _ in captions for i in range(count)]
         tally = Tally(total=self._count_tokens(given, candidates))
+        followed = scene if scene_free is None else None
         decoders = Decoders(
-            scenes=self.decode_scenes, images=partial(self._decode_both, refine=refine)
+            scenes=self.decode_scenes,
+            images=partial(self.decode_preview, scene=followed)
+            if refine
+            else lambda _, image_BT: self.decode_images(image_BT),
         )
         tokens = self._sample(
             given, seeds, settings, batch, candidates, tally, decoders, on_progress
         )
-        if scene is not None and scene_free is None:
-            scenes = [scene] * len(seeds)
+        if followed is not None:
+            scenes = [followed] * len(seeds)
         else:
             scenes = self.decode_scenes(tokens.scene)
         images = self.decode_images(tokens.image, scenes=scenes if refine else None)

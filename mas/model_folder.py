@@ -44,7 +44,7 @@ from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 
 # Of model_index.json: one sampling for both streams, one for each, that and a judge, or that and
-# whatever else it names.
+# whatever else it names, perhaps with a GPT without text head.
 FORMATS = (1, 2, 3, 4)
 INDEX = "model_index.json"
 CARD = "README.md"
@@ -203,13 +203,16 @@ def write_folder(
         new.mkdir()
         tokenizer.save(new / TOKENIZER)
         formats = {name: _choose_format(name, networks[name], weights) for name in networks}
-        for name, network in networks.items():
-            if isinstance(network, GPT) and weights == "int8":  # for sampling alone
-                network = network.without_text_head()
+        stored = dict(networks)
+        gpt = networks["gpt"]
+        assert isinstance(gpt, GPT)
+        if weights == "int8":  # for sampling alone
+            stored["gpt"] = gpt = gpt.without_text_head()
+        for name, network in stored.items():
             save_network(network, new / name, weights=formats[name])
         extras = tuple(name for name in EXTRAS if name in networks)
         hashes = {name: file_hash(new / name) for name in list_files(extras)}
-        sizes = _sizes(tokenizer, networks)
+        sizes = _sizes(tokenizer, stored)
         content = {
             "sizes": sizes,
             "weights": formats,
@@ -218,8 +221,8 @@ def write_folder(
         }
         if extras:
             content |= {"format": 3, "sampling": asdict(sampling)}
-        if extras and extras != (JUDGE,):
-            content |= {"format": 4, "extras": list(extras)}
+        if REFINER in extras or not gpt.config.text_head:
+            content |= {"format": 4, "sampling": asdict(sampling), "extras": list(extras)}
         if JUDGE in extras:
             content["scene_candidates"] = scene_candidates
         write_json(new / INDEX, content)
@@ -240,7 +243,7 @@ def _read_extras(content: dict[str, Any], source: Path) -> tuple[str, ...]:
     if content["format"] < 4:
         return (JUDGE,) if content["format"] == 3 else ()
     found = content.get("extras")
-    if not isinstance(found, list) or not set(found) <= set(EXTRAS):
+    if not isinstance(found, list) or not all(name in EXTRAS for name in found):
         raise ModelError(f"{source}: names no extras that this version knows; install a newer one")
     return tuple(name for name in EXTRAS if name in found)
 

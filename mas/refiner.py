@@ -94,7 +94,16 @@ class Refiner(UNet):
         return image_BCHW + self.correction(self.features_of(seen_BCHW).pixels_BDHW)
 
     def refine(self, image_1CHW: Tensor, scene: SceneMap) -> Tensor:
-        """A picture corrected by its scene (square, of any size), clamped to [0, 1]."""
+        """A picture corrected by its scene, clamped to [0, 1].
+
+        Args:
+            image_1CHW: RGB in [0, 1], `config.size` pixels a side.
+            scene: square, of any size.
+
+        Raises:
+            ValueError: a picture of another size.
+            SceneError: a scene that is not square.
+        """
         scene = scene.resized(self.config.size)
         planes = (
             torch.from_numpy(plane_HW)[None].to(image_1CHW.device)

@@ -194,7 +194,8 @@ static void multiply_item(void *about, int64_t item) {
 }
 
 /* y = x Wᵀ, or y += x Wᵀ. */
-static void multiply(const Matrix *matrix, const Inputs *inputs, int64_t rows, float *y_RV, int add) {
+static void multiply(const Matrix *matrix, const Inputs *inputs, int64_t rows, float *y_RV,
+                     int add) {
     const int64_t panels = round_up(matrix->outputs, PANEL) / PANEL;
     int64_t each = PIECE_BYTES / panel_bytes(matrix->inputs);
     const int64_t fair = panels / (PIECES * (atomic_load(&pool.helpers) + 1));
@@ -313,7 +314,8 @@ FAST INLINE void attend(const float *query, const uint16_t *keys_TH, const uint1
         const __m512 factor = exponential(_mm512_set1_ps(before - largest));
         total = _mm512_mul_ps(total, factor);
         for (int64_t t = 0; t < count; t += LANES) {
-            const __m512 away = _mm512_sub_ps(_mm512_loadu_ps(weights + t), _mm512_set1_ps(largest));
+            __m512 away = _mm512_loadu_ps(weights + t);
+            away = _mm512_sub_ps(away, _mm512_set1_ps(largest));
             const __m512 weight = exponential(away);
             _mm512_storeu_ps(weights + t, weight);
             total = _mm512_add_ps(total, weight);

@@ -5,6 +5,9 @@ came first. A step has a hundred and more pieces, many of them shorter than waki
 (Not OpenMP, of which PyTorch brings a copy that must not meet another.) Threads sleep when nothing
 has come for a while; none is started before the first step. */
 
+#ifndef MAS_STEP_THREADS_H
+#define MAS_STEP_THREADS_H
+
 #include <immintrin.h>
 #include <pthread.h>
 #include <sched.h>
@@ -146,3 +149,5 @@ static void share(Work *work, void *about, int64_t items) {
             sched_yield();
     }
 }
+
+#endif

@@ -1,5 +1,8 @@
 /* What a step does to a few numbers at a time, in vectors of 16 floats. */
 
+#ifndef MAS_STEP_VECTORS_H
+#define MAS_STEP_VECTORS_H
+
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
@@ -134,3 +137,5 @@ FAST static void turn(float *x, int64_t half, const float *cosine, const float *
         store(x + half, i, half, _mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c)));
     }
 }
+
+#endif

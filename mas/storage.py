@@ -72,7 +72,13 @@ def save_network(network: nn.Module, folder: str | Path, *, weights: Weights = "
         except SafetensorError as error:
             raise OSError(f"{folder / WEIGHTS_FILE}: cannot be written ({error})") from error
         os.chmod(temporary, 0o644)  # safetensors lets only its owner read it
-    write_json(folder / CONFIG_FILE, dataclasses.asdict(config))
+    # A key that came later is not written while it says what was so before: older versions read on.
+    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
+    values = dataclasses.asdict(config)
+    write_json(
+        folder / CONFIG_FILE,
+        {k: v for k, v in values.items() if k not in defaults or v != defaults[k]},
+    )
 
 
 def load_network(

@@ -203,7 +203,8 @@ def candidates(model: MakeAScene, given: Given) -> Image.Image:
 
 def refined(model: MakeAScene, given: Given) -> Image.Image:
     """The pictures of six captions as the VQ-GAN decodes them, and by their scenes."""
-    assert model.refiner is not None
+    if model.refiner is None:
+        raise ValueError("the model has no refiner: give one that was assembled with --refiner")
     out = model.generate(OVERVIEW, seed=2)
     decoded = model.decode_images(out.tokens.image)
     rows = [list(map(colours, out.scenes)), decoded, out.images]

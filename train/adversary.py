@@ -1,4 +1,4 @@
-"""The other player of the VQ-GAN's training: a discriminator that judges patches of a picture.
+"""The other player of VQ-GAN and refiner: a discriminator that judges patches of a picture.
 
 In: pictures in [-1, 1], real or reconstructed. Out: one score a patch, and the losses of both
 players. Isola et al. (arXiv 1611.07004) for the network; hinge losses and the adaptive weight as

@@ -85,7 +85,7 @@ class FaceFeatures(nn.Module):
 
 
 class Judges:
-    """The frozen networks of a VQ-GAN's training.
+    """The frozen networks of a training that ends in pictures.
 
     No nn.Module, so that they are in no checkpoint and no moving average.
     """

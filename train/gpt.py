@@ -147,6 +147,11 @@ class GPTTraining(Stage):
         init_from: str | None = None,
         seed: int = 0,
     ) -> None:
+        if not network.text_head:
+            raise ValueError(
+                "model.network.text_head is false: only stored models go without; to learn nothing "
+                "of captions set model.weights.text 0"
+            )
         super().__init__(GPT(network), optimiser, seed=seed)
         self.init_from = init_from
         if init_from is not None:

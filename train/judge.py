@@ -12,6 +12,7 @@ Axes: B captions, T text tokens, K scenes of a caption, N entries of a scene, F 
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mas.judge import NOTHING, JudgeConfig, SceneJudge, describe_scenes
-from mas.scene import THINGS, SceneMap
+from mas.scene import CLASS_NAMES, FACE_IDS, HUMAN_IDS, PERSON, THINGS, SceneMap
 from mas.shards import ShardIndex, expand_shards, read_captions
 from mas.text import Tokenizer, mirror_caption
 from train.data import Part, StreamData
@@ -36,7 +37,12 @@ ALIKE = 2048  # pictures among which one of the same things is looked for
 HANDED = 3  # how much more often captions that name a side are drawn than others
 KEPT = 200_000  # pictures whose entries a loader process keeps, about a kilobyte each
 APART = 0.1  # of the picture's width: how far a thing is moved at least, if it has that room
+LOOKS = 20  # at pictures of the same kinds of things, until one has as many of each
 TRIES = 10  # to spoil a scene; a way may leave it as it is, as a class put for itself does
+# Kind of thing of every class that is one, or part of one.
+KINDS = {name: name for name in CLASS_NAMES[:THINGS]} | {
+    name: CLASS_NAMES[PERSON] for name in CLASS_NAMES[HUMAN_IDS.start : FACE_IDS.stop]
+}
 
 
 class JudgeTraining(Stage):
@@ -129,7 +135,7 @@ class JudgeItems:
         self.index, self.part, self.tokenizer = index, part, tokenizer
         self.candidates, self.flip, self.naming = candidates, flip, naming
         self.seen: dict[int, _Seen] = {}
-        self.blocks: dict[int, dict[tuple[float, ...], list[int]]] = {}
+        self.blocks: dict[int, dict[frozenset[str], list[int]]] = {}
 
     def __len__(self) -> int:
         return len(self.part)
@@ -152,10 +158,10 @@ class JudgeItems:
                 alike_NF = alike_NF if alike_NF is None else mirror_entries(alike_NF)
         other_NF = self._describe(self._neighbour(index, rng)).entries_NF
         spoilt = [spoil(true_NF, other_NF, rng) for _ in range(self.candidates - 1)]
-        if names_side(caption):  # only here left and right can be told
-            spoilt[0] = mirror_entries(true_NF)
         if alike_NF is not None and not np.array_equal(alike_NF, true_NF):
             spoilt[-1] = alike_NF
+        if names_side(caption):  # only here left and right can be told
+            spoilt[0] = mirror_entries(true_NF)
         return {
             "key": seen.key,
             "text": self.tokenizer.encode([caption], warn=False)[0],
@@ -169,22 +175,29 @@ class JudgeItems:
 
     def _find_alike(self, index: int, rng: np.random.Generator) -> np.ndarray | None:
         """Entries of another picture of the same things and other captions, if one is nearby."""
-        block = index // ALIKE
-        if block not in self.blocks:
-            by_things = self.blocks[block] = defaultdict(list)
-            for other in range(block * ALIKE, min((block + 1) * ALIKE, len(self.part))):
-                by_things[_list_classes(self._describe(other).entries_NF)].append(other)
         mine = self._describe(index)
         classes = _list_classes(mine.entries_NF)
-        others = [
-            other
-            for other in self.blocks[block][classes]
-            # What is said of both cannot tell them apart; the picture itself is among these.
-            if not set(self._describe(other).captions) & set(mine.captions)
-        ]
-        if not classes or not others:
+        if not classes:
             return None
-        return self._describe(others[rng.integers(len(others))]).entries_NF
+        block = index // ALIKE
+        if block not in self.blocks:
+            by_kinds = self.blocks[block] = defaultdict(list)
+            for other in range(block * ALIKE, min((block + 1) * ALIKE, len(self.part))):
+                by_kinds[self._list_kinds(other)].append(other)
+        alike = self.blocks[block][self._list_kinds(index)]
+        for other in rng.permutation(alike)[:LOOKS].tolist():
+            seen = self._describe(other)
+            # What is said of both cannot tell them apart; the picture itself is among these.
+            said = set(seen.captions) & set(mine.captions)
+            if _list_classes(seen.entries_NF) == classes and not said:
+                return seen.entries_NF
+        return None
+
+    def _list_kinds(self, index: int) -> frozenset[str]:
+        """Names of the kinds of things in a picture, as preprocessing has counted them."""
+        content = json.loads(self.index.read(self.part[index]).files["json"])
+        names = content.get("scene", {}).get("classes", {})
+        return frozenset(KINDS[name] for name in names if name in KINDS)
 
     def _describe(self, index: int) -> _Seen:
         """Key, captions and entries of a picture; kept, since finding things takes longest."""

@@ -88,6 +88,8 @@ class RefinerTraining(PictureTraining):
             accumulate=accumulate,
             seed=seed,
         )
+        if consistency < 0:
+            raise ValueError(f"model.consistency is {consistency}, use 0 or more")
         if not 0 <= exchanged <= 1:
             raise ValueError(f"model.exchanged is {exchanged}, use 0 to 1")
         self.exchanged, self.pixels = exchanged, pixels
@@ -172,7 +174,8 @@ class Before:
     def decode(self, image_BCHW: Tensor, *, exchanged: float) -> Tensor:
         """Pictures through the VQ-GAN and back, in [0, 1]; some tokens exchanged on the way."""
         network = self.network.to(image_BCHW.device)
-        tokens_BT = network.encode(image_BCHW)
+        with torch.autocast(image_BCHW.device.type, enabled=False):  # the tokens of mas tokenize
+            tokens_BT = network.encode(image_BCHW)
         if exchanged:
             chance_B1 = exchanged * torch.rand(len(tokens_BT), 1, device=tokens_BT.device)
             others_BT = torch.randint_like(tokens_BT, network.config.codes)

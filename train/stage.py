@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -140,7 +140,10 @@ class Stage(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError when the checkpoint is of a network of other sizes, naming them."""
-        before, now = checkpoint["network"], asdict(self.network.config)
+        now = asdict(self.network.config)
+        # What a config did not have yet when the checkpoint was written had its default.
+        known = {field.name: field.default for field in fields(self.network.config)}
+        before = known | checkpoint["network"]
         differing = [key for key in now if before.get(key) != now[key]]
         if differing:
             raise ValueError(

@@ -46,8 +46,6 @@ MAY_DIFFER = {
 # May be more, the last two only where there was none: what is new starts as nothing, a text head at
 # random.
 GROWS = {"blocks", "hidden", "text_head"}
-
-
 Network = VQSEG | VQGAN | GPT | Reader | SceneJudge | Refiner
 
 

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -299,3 +300,12 @@ def test_without_the_library_pytorch_computes_the_steps(monkeypatch):
     assert type(make_decoder(build(), "int8")) is CPUDecoder
     with pytest.raises(RuntimeError, match="not built"):
         make_fast(build())
+
+
+def test_a_library_that_cannot_be_loaded_is_none(monkeypatch, tmp_path):
+    damaged = tmp_path / "_step.so"
+    damaged.write_bytes(b"half a library")
+    spec = SimpleNamespace(origin=str(damaged))
+    monkeypatch.setattr(mas.fast_decoder.importlib.util, "find_spec", lambda name: spec)
+    found = find_step.__wrapped__()
+    assert found.library is None and "cannot be loaded, install again" in found.state

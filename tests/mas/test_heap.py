@@ -79,3 +79,8 @@ def test_large_pages_hold_zeros_and_slabs_pieces_that_do_not_overlap():
     pieces = [slabs.take(size).fill_(i) for i, size in enumerate((100, 1, 2**26 + 1, 7))]
     assert all((piece == i).all() for i, piece in enumerate(pieces))
     assert all(piece.data_ptr() % 64 == 0 for piece in pieces)
+
+
+def test_no_room_for_large_pages_is_out_of_memory():
+    with pytest.raises(MemoryError, match="no room for"):
+        large_zeros((2**62,), torch.uint8)

@@ -275,6 +275,13 @@ def test_int8_leaves_the_text_head_out_and_changes_no_sample(tiny_model, tmp_pat
         weights: GPT.from_pretrained(tmp_path / weights / "gpt") for weights in ("int8", "float32")
     }
     assert [gpt.config.text_head for gpt in stored.values()] == [False, True]
+    index = json.loads((tmp_path / "int8/model_index.json").read_text())
+    assert (index["format"], index["extras"]) == (4, [])  # which older versions refuse by name
+    assert index["sizes"]["parameters"]["gpt"] == sum(
+        p.numel() for p in stored["int8"].parameters()
+    )
+    kept = (tmp_path / "float32/gpt/config.json").read_text()
+    assert "text_head" not in kept  # so that older versions read it
     model = MakeAScene.from_pretrained(tmp_path / "int8", device="cpu")
     model.save_pretrained(tmp_path / "again")  # from what has none
     again = MakeAScene.from_pretrained(tmp_path / "again", device="cpu")

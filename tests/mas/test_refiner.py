@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mas.__main__ import main
 from mas.model import MakeAScene
@@ -165,16 +166,34 @@ def test_a_model_refines_by_the_scene_it_is_given(refined_model):
     assert again.images == one.images != other.images
 
 
+@pytest.mark.parametrize("scene", [None, draw()])
 @pytest.mark.parametrize("refine", [True, False])
-def test_the_last_preview_is_the_picture(refined_model, refine):
+def test_the_last_preview_is_the_picture(refined_model, refine, scene):
     seen = []
 
     def watch(progress):
         if progress.done == progress.total:
             seen.extend(progress.images())
 
-    out = refined_model.generate(CAPTION, count=2, refine=refine, on_progress=watch)
+    out = refined_model.generate(CAPTION, scene=scene, count=2, refine=refine, on_progress=watch)
     assert seen == out.images
+
+
+def test_a_preview_before_its_scene_is_as_decoded(refined_model, tiny_model):
+    half = np.zeros((SIZE, SIZE), np.bool_)
+    half[SIZE // 2 :] = True
+    given = Image.fromarray(np.full((SIZE, SIZE, 3), 90, np.uint8))
+    shown = []
+    for model in (refined_model, tiny_model):
+        seen = []
+
+        def watch(progress, seen=seen):
+            if progress.scenes() is None:
+                seen.append(progress.images()[0])
+
+        model.generate(CAPTION, image=given, image_free=half, on_progress=watch)
+        shown.append(seen)
+    assert shown[0] == shown[1] and len(shown[0]) == 15  # all but the last of 16 scene tokens
 
 
 def test_a_refiner_of_another_size_is_refused(parts):
@@ -199,7 +218,7 @@ def test_a_folder_keeps_the_refiner(refined_model, refined_folder, tmp_path):
         assert MakeAScene.from_pretrained(tmp_path / name, device="cpu").refiner is None
 
 
-@pytest.mark.parametrize("extras", [["refiner", "upscaler"], "refiner", None])
+@pytest.mark.parametrize("extras", [["refiner", "upscaler"], "refiner", None, [{}]])
 def test_parts_that_nobody_knows_are_refused(refined_folder, tmp_path, extras):
     copied = shutil.copytree(refined_folder, tmp_path / "copy")
     index = json.loads((copied / "model_index.json").read_text())

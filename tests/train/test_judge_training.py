@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mas.judge import ENTRIES, NOTHING, NUMBERS, SceneJudge, describe_scenes
-from mas.scene import THINGS, SceneMap
+from mas.scene import CLASS_NAMES, THINGS, SceneMap
 from mas.shards import Sample, ShardIndex, ShardWriter
 from mas.text import Tokenizer
 from tests.train.conftest import COMMON, DOG, GRASS, SKY, encoded
@@ -33,6 +33,10 @@ def draw_pets(rng):
     return SceneMap.from_labels(labels), " ".join(words)
 
 
+def describe(scene):
+    return {"classes": {CLASS_NAMES[k]: 1 for k in np.unique(scene.labels).tolist()}}
+
+
 @pytest.fixture(scope="module")
 def pets(tmp_path_factory):
     """Scene shards and their tokenizer."""
@@ -46,7 +50,7 @@ def pets(tmp_path_factory):
             files = {
                 "scene.png": encoded(scene.to_png),
                 "txt": caption.encode(),
-                "json": json.dumps({"captions": [caption]}).encode(),
+                "json": json.dumps({"captions": [caption], "scene": describe(scene)}).encode(),
             }
             writer.write(Sample(f"{number:05}", files))
     Tokenizer.fit(captions, vocab_size=270, length=12).save(folder / "tokenizer.json")
@@ -260,17 +264,18 @@ def test_one_spoilt_scene_is_of_the_same_things_where_there_is_one(pets):
     every = [items.item(index, None) for index in range(PICTURES)]
     trues = [item["scenes"][0].numpy() for item in every]
     said = [item["text"].tolist() for item in every]
-    found = 0
+    there, found = 0, 0
     for index, item in enumerate(every):
-        true_NF, last_NF = trues[index], item["scenes"][-1].numpy()
         alike = [
             other_NF
             for other_NF, words in zip(trues, said, strict=True)
-            if find_classes(other_NF) == find_classes(true_NF) and words != said[index]
+            if find_classes(other_NF) == find_classes(trues[index]) and words != said[index]
         ]
-        found += bool(alike)
-        assert not alike or any(np.array_equal(last_NF, other_NF) for other_NF in alike)
-    assert found > PICTURES / 2  # those of the other side
+        last_NF = item["scenes"][-1].numpy()
+        there += bool(alike)
+        found += any(np.array_equal(last_NF, other_NF) for other_NF in alike)
+    assert there > PICTURES / 2  # those of the other side
+    assert found > 0.9 * there  # it gives up after some looks
 
 
 def find_classes(entries_NF):

@@ -5,8 +5,10 @@ import csv
 import pytest
 import torch
 
+from mas.reader import Reader, ReaderConfig
 from mas.refiner import Refiner
 from mas.vqgan import VQGAN
+from tests.train.conftest import COMMON
 from train.cli import train
 from train.refiner import Before
 
@@ -38,6 +40,51 @@ def test_all_terms_and_the_discriminator_go_with_it(words, tmp_path):
     assert [bool(row["train/adversarial"]) for row in steps] == [False, False, True, True]
     checkpoint = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert not [name for name in checkpoint["state_dict"] if "before" in name or "vqgan" in name]
+
+
+def test_a_reader_reads_the_scene_from_what_was_refined(words, scene_shards, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"size": 32, "width": 16, "multipliers": (1, 2), "groups": 4, "features": 16}
+    Reader(ReaderConfig(**sizes)).save_pretrained(tmp_path / "start")
+    settings = {
+        "trainer.max_steps": 60,
+        "trainer.default_root_dir": tmp_path / "reader",
+        "model.optimiser.learning_rate": 0.01,
+        "model.init_from": tmp_path / "start",
+        "data.input": scene_shards,
+        "ema_decay": 0,
+        **{
+            f"model.network.{key}": list(v) if key == "multipliers" else v
+            for key, v in sizes.items()
+        },
+    }
+    common = {**COMMON, **settings}
+    assert train(["reader", *(f"--{key}={value}" for key, value in common.items())]) == 0
+    settings = {
+        "trainer.max_steps": 60,
+        "model.adversary.weight": 0,
+        "model.perceptual.reader": tmp_path / "reader",
+        "model.perceptual.weight": 0.1,
+        "model.consistency": 1.0,
+        "model.optimiser.learning_rate": 0.01,
+        "data.batch_size": 8,
+        "ema_decay": 0,
+    }
+    assert train(words("refiner", **settings)) == 0
+    steps = [row for row in read(tmp_path / "run") if row["train/loss"]]
+    names = ("reconstruction", "perceptual", "consistency")
+    values = [[float(row[f"train/{name}"]) for name in names] for row in steps]
+    for (pixels, perceptual, consistency), row in zip(values, steps, strict=True):
+        total = pixels + 0.1 * perceptual + consistency
+        assert float(row["train/loss"]) == pytest.approx(total, rel=1e-4)
+    first, last = (sum(value[2] for value in part) for part in (values[:5], values[-5:]))
+    assert last < 0.6 * first
+
+
+def test_consistency_without_a_reader_or_below_nothing_is_refused(words):
+    for weight, message in ((0.1, "model.consistency needs a reader"), (-1, "use 0 or more")):
+        with pytest.raises(ValueError, match=message):
+            train(words("refiner", **{"trainer.max_steps": 1, "model.consistency": weight}))
 
 
 def test_exchanged_tokens_are_as_many_as_is_said(vqgan_folder, monkeypatch):
