@@ -59,13 +59,18 @@ class Codec:
 
     @torch.inference_mode()
     def decode_images(
-        self, tokens_BT: Tensor, *, scenes: Sequence[SceneMap] | None = None
+        self,
+        tokens_BT: Tensor,
+        *,
+        scenes: Sequence[SceneMap] | None = None,
+        kept_T: Tensor | None = None,
     ) -> list[Image.Image]:
         """Pictures of image tokens, one at a time; rounded where the CPU gains by it.
 
         Args:
             tokens_BT: long.
             scenes: one a picture, square, by which a refiner corrects it; without them none does.
+            kept_T: bool, the cells of all pictures that stay as they are decoded.
 
         Raises:
             ValueError: tokens that the VQ-GAN does not have.
@@ -75,13 +80,22 @@ class Codec:
         for index, tokens_1T in enumerate(tokens_BT.to(self.device).split(1)):
             image_1CHW = self.vqgan.decode(tokens_1T, precision="auto")
             if self.refiner is not None and scenes is not None:
-                image_1CHW = self.refiner.refine(image_1CHW, scenes[index])
+                refined_1CHW = self.refiner.refine(image_1CHW, scenes[index])
+                if kept_T is not None:
+                    kept_HW = self._enlarge(kept_T.to(self.device))
+                    refined_1CHW = torch.where(kept_HW, image_1CHW, refined_1CHW)
+                image_1CHW = refined_1CHW
             pixels_1CHW = (image_1CHW * 255).round().to(torch.uint8)
             images.append(Image.fromarray(rearrange(pixels_1CHW, "1 c h w -> h w c").cpu().numpy()))
         return images
 
     def decode_preview(
-        self, scene_BT: Tensor, image_BT: Tensor, *, scene: SceneMap | None
+        self,
+        scene_BT: Tensor,
+        image_BT: Tensor,
+        *,
+        scene: SceneMap | None,
+        kept_T: Tensor | None,
     ) -> list[Image.Image]:
         """Pictures of both streams' tokens, refined once their scenes are complete.
 
@@ -89,8 +103,15 @@ class Codec:
             scene_BT: long, `FREE` where nothing is drawn yet.
             image_BT: long.
             scene: that all of them follow; None: the one of their tokens.
+            kept_T: as for `decode_images`.
         """
         if self.refiner is None or (scene is None and (scene_BT == FREE).any()):
             return self.decode_images(image_BT)
         scenes = self.decode_scenes(scene_BT) if scene is None else [scene] * len(image_BT)
-        return self.decode_images(image_BT, scenes=scenes)
+        return self.decode_images(image_BT, scenes=scenes, kept_T=kept_T)
+
+    def _enlarge(self, cells_T: Tensor) -> Tensor:
+        """One number a cell to one a pixel, H W."""
+        cells_hw = rearrange(cells_T, "(h w) -> h w", h=self.vqgan.config.grid)
+        side = self.vqgan.config.size // self.vqgan.config.grid
+        return cells_hw.repeat_interleave(side, 0).repeat_interleave(side, 1)

@@ -232,7 +232,8 @@ class MakeAScene(Codec):
             image_sampling: settings for image tokens only.
             scene_candidates: scenes that are drawn for a picture, of which the judge keeps the one
                 that fits the caption best; 1 = no choice (None: the model's default).
-            refine: correct the pictures by their scenes where the model has a refiner.
+            refine: correct the pictures by their scenes where the model has a refiner; what is
+                given of a picture stays as it is.
             seed: of the first picture.
             batch: pictures sampled at a time.
             on_progress: called after every step.
@@ -267,9 +268,11 @@ class MakeAScene(Codec):
         seeds = [seed + i for _ in captions for i in range(count)]
         tally = Tally(total=self._count_tokens(given, candidates))
         followed = scene if scene_free is None else None
+        # What is given of a picture knows nothing of a scene that the model invents.
+        kept_T = given.image[0] != FREE if image is not None else None
         decoders = Decoders(
             scenes=self.decode_scenes,
-            images=partial(self.decode_preview, scene=followed)
+            images=partial(self.decode_preview, scene=followed, kept_T=kept_T)
             if refine
             else lambda _, image_BT: self.decode_images(image_BT),
         )
@@ -280,7 +283,7 @@ class MakeAScene(Codec):
             scenes = [followed] * len(seeds)
         else:
             scenes = self.decode_scenes(tokens.scene)
-        images = self.decode_images(tokens.image, scenes=scenes if refine else None)
+        images = self.decode_images(tokens.image, scenes=scenes if refine else None, kept_T=kept_T)
         seconds = time.perf_counter() - start
         described = asdict(settings)
         if candidates > 1:

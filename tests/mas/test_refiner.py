@@ -179,6 +179,25 @@ def test_the_last_preview_is_the_picture(refined_model, refine, scene):
     assert seen == out.images
 
 
+@pytest.mark.parametrize("scene", [None, draw()])
+def test_what_is_given_of_a_picture_is_not_refined(refined_model, scene):
+    half = np.zeros((SIZE, SIZE), np.bool_)
+    half[:, SIZE // 2 :] = True
+    given = Image.fromarray(np.full((SIZE, SIZE, 3), 90, np.uint8))
+    seen = []
+
+    def watch(progress):
+        if progress.done == progress.total:
+            seen.extend(progress.images())
+
+    options = {"scene": scene, "image": given, "image_free": half, "seed": 2}
+    refined = refined_model.generate(CAPTION, **options, on_progress=watch)
+    plain = refined_model.generate(CAPTION, **options, refine=False)
+    differs = (np.asarray(refined.images[0]) != np.asarray(plain.images[0])).any(-1)
+    assert not differs[~half].any() and differs[half].mean() > 0.5
+    assert seen == refined.images
+
+
 def test_a_preview_before_its_scene_is_as_decoded(refined_model, tiny_model):
     half = np.zeros((SIZE, SIZE), np.bool_)
     half[SIZE // 2 :] = True
