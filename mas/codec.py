@@ -77,12 +77,12 @@ class Codec:
             SceneError: a scene that is not square.
         """
         images = []
+        kept_HW = None if kept_T is None else self._enlarge(kept_T.to(self.device))
         for index, tokens_1T in enumerate(tokens_BT.to(self.device).split(1)):
             image_1CHW = self.vqgan.decode(tokens_1T, precision="auto")
             if self.refiner is not None and scenes is not None:
                 refined_1CHW = self.refiner.refine(image_1CHW, scenes[index])
-                if kept_T is not None:
-                    kept_HW = self._enlarge(kept_T.to(self.device))
+                if kept_HW is not None:
                     refined_1CHW = torch.where(kept_HW, image_1CHW, refined_1CHW)
                 image_1CHW = refined_1CHW
             pixels_1CHW = (image_1CHW * 255).round().to(torch.uint8)

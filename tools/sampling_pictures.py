@@ -72,8 +72,8 @@ def main() -> None:
     given = bring_along(model.vqseg.config.size)
     options.output.mkdir(parents=True, exist_ok=True)
     names = [options.only] if options.only else list(FIGURES)
-    if model.judge is None and "candidates" in names:
-        names.remove("candidates")  # nobody chooses
+    needed = {"candidates": model.judge, "refined": model.refiner}  # what a figure needs
+    names = [name for name in names if needed.get(name, model) is not None]
     for name in tqdm(names, desc="figures"):
         save(FIGURES[name](model, given), options.output / f"{name}.jpg")
 
@@ -204,8 +204,6 @@ def candidates(model: MakeAScene, given: Given) -> Image.Image:
 
 def refined(model: MakeAScene, given: Given) -> Image.Image:
     """The pictures of six captions as the VQ-GAN decodes them, and by their scenes."""
-    if model.refiner is None:
-        raise ValueError("the model has no refiner: give one that was assembled with --refiner")
     out = model.generate(OVERVIEW, seed=SHOWN)
     decoded = model.decode_images(out.tokens.image)
     rows = [list(map(colours, out.scenes)), decoded, out.images]

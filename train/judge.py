@@ -136,6 +136,7 @@ class JudgeItems:
         self.candidates, self.flip, self.naming = candidates, flip, naming
         self.seen: dict[int, _Seen] = {}
         self.blocks: dict[int, dict[frozenset[str], list[int]]] = {}
+        self.kinds: dict[int, frozenset[str]] = {}  # of the pictures in these
 
     def __len__(self) -> int:
         return len(self.part)
@@ -183,8 +184,9 @@ class JudgeItems:
         if block not in self.blocks:
             by_kinds = self.blocks[block] = defaultdict(list)
             for other in range(block * ALIKE, min((block + 1) * ALIKE, len(self.part))):
-                by_kinds[self._list_kinds(other)].append(other)
-        alike = self.blocks[block][self._list_kinds(index)]
+                self.kinds[other] = self._list_kinds(other)
+                by_kinds[self.kinds[other]].append(other)
+        alike = self.blocks[block][self.kinds[index]]
         for other in rng.permutation(alike)[:LOOKS].tolist():
             seen = self._describe(other)
             # What is said of both cannot tell them apart; the picture itself is among these.
