@@ -9,9 +9,11 @@ Axes: B batch, C channels, H W grid.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,12 @@ from torch import Tensor, nn
 
 from mas.storage import StorageError
 
+TOKEN_PARTS = (
+    "stem",
+    "encoder",
+    "pre_quant",
+    "quantizer",
+)  # of a VQSEG or VQGAN: these decide the tokens
 NORM_EPS = 1e-6  # of every published VQGAN; PyTorch's default of 1e-5 shows on flat pictures
 
 
@@ -243,6 +251,27 @@ class ConvDecoder(nn.Module):
         for level in self.levels:
             hidden = level(hidden)
         return self.head(F.silu(self.norm(hidden)))
+
+
+def token_parts(network: nn.Module) -> list[nn.Module]:
+    """The parts of a VQSEG or VQGAN that decide the tokens, and the codes they stand for."""
+    return [part for name, part in network.named_children() if name in TOKEN_PARTS]
+
+
+def hash_tokens(network: nn.Module) -> str:
+    """Sha256 of the weights that decide the tokens: equal where only the decoders differ.
+
+    Args:
+        network: a VQSEG or VQGAN. In which number format it was stored does not matter, as long as
+            that rounded nothing.
+    """
+    config: Any = network.config
+    digest = hashlib.sha256(config.quantizer.encode())
+    for name, parameter in network.named_parameters():
+        if name.split(".")[0] in TOKEN_PARTS:
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(parameter.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_tokens(tokens_BT: Tensor, *, grid: int, codes: int) -> None:

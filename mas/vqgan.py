@@ -22,6 +22,7 @@ from mas.vq import (
     ConvEncoder,
     check_finite,
     check_tokens,
+    hash_tokens,
     shape_text,
     start_weights,
 )
@@ -133,6 +134,10 @@ class VQGAN(nn.Module):
     def last_layer(self) -> Tensor:
         """Weight of the last convolution, where the adaptive GAN weight compares gradients."""
         return self.decoder.head.weight
+
+    def token_hash(self) -> str:
+        """Sha256 of what decides the tokens: equal where only the decoders differ."""
+        return hash_tokens(self)
 
     def encode(self, image_BCHW: Tensor) -> Tensor:
         """Tokens of pictures.

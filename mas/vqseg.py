@@ -29,6 +29,7 @@ from mas.vq import (
     ConvEncoder,
     check_finite,
     check_tokens,
+    hash_tokens,
     shape_text,
     start_weights,
 )
@@ -227,6 +228,10 @@ class VQSEG(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json + model.safetensors."""
         save_network(self, folder)
+
+    def token_hash(self) -> str:
+        """Sha256 of what decides the tokens: equal where only the decoders differ."""
+        return hash_tokens(self)
 
     def encode(self, labels_BHW: Tensor, edges_BHW: Tensor) -> Tensor:
         """Tokens of scene maps.

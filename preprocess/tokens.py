@@ -237,7 +237,8 @@ def tokenize(
     if local_path(output) is None:
         raise ValueError(f"{output}: training maps token shards into memory; name a local folder")
     paths = TokenizerPaths(tokenizer, vqseg, vqgan)
-    hashes, described = paths.hashes(), Tokenizers.load(paths).describe()
+    hashes, loaded = paths.hashes(), Tokenizers.load(paths)
+    described = loaded.describe()
     streams = {name: {**described[name], "sha256": hashes[name]} for name in hashes}
     jobs = find_jobs(input)
     summary = execute(
@@ -271,6 +272,8 @@ def tokenize(
             "then run the same command with --retry-failed"
         )
         return summary.status
+    for stream, network in (("scene", loaded.scene), ("image", loaded.image)):
+        streams[stream] = {**streams[stream], "tokens_sha256": network.token_hash()}
     shards = _write_manifest(RunFolder(output), streams, jobs, mirror=mirror)
     pictures, captions = (sum(shard[k] for shard in shards) for k in ("pictures", "captions"))
     print(

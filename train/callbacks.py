@@ -20,7 +20,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
 from torch import Tensor
 
-from mas.rounding import Weights
+from mas.rounding import Weights, is_rounded
 from mas.shard_files import remove_temporary, replacing, write_file
 from mas.sheet import contact_sheet
 from mas.storage import CONFIG_FILE, WEIGHTS_FILE, save_network
@@ -143,6 +143,11 @@ class Checkpoints(Checkpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         # Data and settings have passed all checks by now: a run refused leaves nothing behind.
+        if not all(is_rounded(part.state_dict(), self.weights) for part in pl_module.held):
+            raise ValueError(
+                f"checkpoints.weights {self.weights} would round what model.keep_tokens keeps: "
+                "set it to what the network in model.init_from was saved with"
+            )
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)

@@ -320,6 +320,7 @@ def _quieten() -> None:
         "(?s).*JsonargparseDeprecationWarning per type.*",
         ".*LeafSpec.*",  # in Lightning's own code
         ".*WeightAveraging callback with a model that overrides.*",  # it shards with fsdp only
+        ".*module\\(s\\) in eval mode at the start of training.*",  # model.keep_tokens; judges
         "Mismatch dtype between input and weight.*",  # norms under mixed precision
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 from PIL import Image
@@ -133,7 +133,20 @@ class Stage(LightningModule):
         self.network = network
         self.optimiser = optimiser
         self.seed = seed
+        self.held: list[nn.Module] = []  # parts of the network that the training leaves as they are
         self._batch: dict[str, Any] = {}  # the one at hand, to be saved should it break the run
+
+    def hold(self, parts: list[nn.Module]) -> None:
+        """Leaves these parts of the network as they are; codebooks move no code, either."""
+        self.held = parts
+        for part in parts:
+            part.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for part in self.held:
+            part.eval()
+        return self
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["network"] = asdict(self.network.config)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from einops import repeat
-from torch import Tensor
+from torch import Tensor, nn
 
 from mas.gpt import GPT
 from mas.judge import SceneJudge
@@ -24,6 +24,7 @@ from mas.reader import Reader
 from mas.refiner import Refiner
 from mas.sequence import Streams
 from mas.storage import CONFIG_FILE, StoredTensors, build_unfilled, parse_config, read_json
+from mas.vq import token_parts
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 from train.assemble import MANIFEST
@@ -92,6 +93,22 @@ def start_from(network: Network, folder: str | Path) -> None:
         logger.info("%s was %s in %s, is now %s", key, before[key], folder, now[key])
 
 
+def find_token_parts(network: VQSEG | VQGAN, folder: str | None) -> list[nn.Module]:
+    """What a training of the decoder alone must leave as it is.
+
+    Raises:
+        ValueError: no `folder` to start from, or the tokens are others than those of its network.
+    """
+    if folder is None:
+        raise ValueError("model.keep_tokens keeps the tokens of model.init_from: name its folder")
+    if network.token_hash() != type(network).from_pretrained(folder).token_hash():
+        raise ValueError(
+            f"model.keep_tokens: with these sizes the tokens are others than those of {folder}; "
+            "set model.network to what it has"
+        )
+    return token_parts(network)
+
+
 def check_tokens(manifest: Mapping[str, Any], folder: str | Path) -> None:
     """Checks that the GPT in `folder` was trained on tokens of the tokenizers behind `manifest`.
 
@@ -110,8 +127,8 @@ def check_tokens(manifest: Mapping[str, Any], folder: str | Path) -> None:
         return
     before = read_json(source)
     try:
-        other = [s for s in Streams._fields if before[s]["sha256"] != manifest[s]["sha256"]]
-    except (KeyError, TypeError, IndexError):
+        other = [s for s in Streams._fields if not _same_tokens(before[s], manifest[s])]
+    except (KeyError, TypeError, IndexError, AttributeError):
         raise ValueError(
             f"{source} does not name the tokenizers: it is damaged; copy manifest.json of that "
             "training's tokens in its place"
@@ -122,6 +139,13 @@ def check_tokens(manifest: Mapping[str, Any], folder: str | Path) -> None:
             f"{' and '.join(other)} is another one; tokenize with the tokenizers of that run, or "
             "leave out model.init_from"
         )
+
+
+def _same_tokens(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two records are of one file, or of networks that only decode differently."""
+    tokens = before.get("tokens_sha256")
+    same = tokens is not None and tokens == now.get("tokens_sha256")
+    return before["sha256"] == now["sha256"] or same
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from train.focus import EVEN, FocusConfig
 from train.perceptual import PerceptualConfig
 from train.pictures import Drawn, PictureTraining, to_picture
 from train.stage import Optimiser, Rows
-from train.start import start_from
+from train.start import find_token_parts, start_from
 from train.totals import log_totals
 
 
@@ -42,6 +42,8 @@ class VQGANTraining(PictureTraining):
         accumulate: batches whose gradients are added up for one step.
         compile: fuse operations on a GPU (torch.compile; the first steps take a minute).
         init_from: folder of a trained VQ-GAN to fine-tune: a run, or what mas import-vqgan wrote.
+        keep_tokens: train the decoder only, so that tokens stay what they are: with those of the
+            network in init_from, and a GPT that was trained on them, the result goes together.
         seed: of the random numbers of a step; linked to seed_everything.
     """
 
@@ -62,6 +64,7 @@ class VQGANTraining(PictureTraining):
         accumulate: int = 1,
         compile: bool = False,
         init_from: str | None = None,
+        keep_tokens: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -78,6 +81,8 @@ class VQGANTraining(PictureTraining):
         self.codebook_weight = codebook_weight
         if init_from is not None:
             start_from(self.network, init_from)
+        if keep_tokens:
+            self.hold(find_token_parts(self.network, init_from))
         if compile:
             self._fuse()
 

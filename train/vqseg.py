@@ -17,7 +17,7 @@ from mas.scene import SceneMap
 from mas.vq_codebook import perplexity
 from mas.vqseg import VQSEG, VQSEGConfig
 from train.stage import Optimiser, Rows, Stage
-from train.start import start_from
+from train.start import find_token_parts, start_from
 from train.totals import log_totals
 
 
@@ -29,6 +29,8 @@ class VQSEGTraining(Stage):
         optimiser: how it is trained.
         compile: fuse operations on a GPU (torch.compile; the first steps take a minute).
         init_from: folder of a trained VQ-SEG to fine-tune; its picture size may be another.
+        keep_tokens: train the decoder only, so that tokens stay what they are: with those of the
+            network in init_from, and a GPT that was trained on them, the result goes together.
         seed: of the random numbers of a step; linked to seed_everything.
     """
 
@@ -42,11 +44,14 @@ class VQSEGTraining(Stage):
         optimiser: Optimiser,
         compile: bool = False,
         init_from: str | None = None,
+        keep_tokens: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(VQSEG(network), optimiser, seed=seed)
         if init_from is not None:
             start_from(self.network, init_from)
+        if keep_tokens:
+            self.hold(find_token_parts(self.network, init_from))
         if compile:
             self.network.encoder.compile()
             self.network.decoder.compile()

@@ -107,6 +107,11 @@ def test_the_manifest_tells_sizes_counts_and_hashes(world, tmp_path):
     assert manifest["text"].keys() == {"vocabulary", "length", "sha256"}
     assert (manifest["scene"]["vocabulary"], manifest["scene"]["grid"]) == (16, 4)
     assert (manifest["image"]["vocabulary"], manifest["image"]["grid"]) == (300, 8)
+    for stream, network in (
+        ("scene", VQSEG.from_pretrained(world / "vqseg")),
+        ("image", VQGAN.from_pretrained(world / "vqgan")),
+    ):
+        assert manifest[stream]["tokens_sha256"] == network.token_hash()
     assert manifest["shards"] == [
         {"name": "00000", "pictures": 3, "captions": 3},
         {"name": "00001", "pictures": 3, "captions": 5},

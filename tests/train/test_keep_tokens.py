@@ -1,0 +1,132 @@
+"""A decoder trained alone: tokens, codes, and every GPT that knows them stay as they are."""
+
+import json
+
+import pytest
+import torch
+
+from mas.rounding import narrow
+from mas.storage import WEIGHTS_FILE, file_hash
+from mas.vq import TOKEN_PARTS
+from mas.vqgan import VQGAN
+from mas.vqseg import VQSEG
+from train.assemble import check_hashes
+from train.cli import train
+from train.start import check_tokens
+
+NETWORKS = {"vqseg": VQSEG, "vqgan": VQGAN}
+STREAMS = {"vqseg": "scene", "vqgan": "image"}
+QUICK = dict(pictures__count=0, trainer__max_steps=4, ema_decay=0.5)
+
+
+def load(stage, folder):
+    return NETWORKS[stage].from_pretrained(folder)
+
+
+def differing(before, after):
+    """Names of the parts with a tensor, buffers included, that is not the same bit for bit."""
+    now = after.state_dict()
+    changed = [name for name, x in before.state_dict().items() if not torch.equal(x, now[name])]
+    return {name.split(".")[0] for name in changed}
+
+
+@pytest.fixture(params=["vqseg", "vqgan"])
+def stage(request):
+    return request.param
+
+
+def run(words, stage, name, **settings):
+    assert train(words(stage, name, **QUICK, **settings)) == 0
+
+
+def test_only_what_decodes_is_trained(stage, words, tmp_path):
+    run(words, stage, "first")
+    start = {"model__init_from": tmp_path / "first"}
+    # All codes would be moved at once, and the averages follow every batch.
+    restless = {"model__network.restart": 1.0}
+    run(words, stage, "kept", **start, **restless, model__keep_tokens=True)
+    run(words, stage, "free", **start, **restless)
+    first, kept, free = (load(stage, tmp_path / name) for name in ("first", "kept", "free"))
+    parts = {name for name, _ in first.named_children()}
+    assert differing(first, kept) == parts - set(TOKEN_PARTS)
+    assert differing(first, free) == parts
+    assert kept.token_hash() == first.token_hash() != free.token_hash()
+
+
+def test_a_resumed_run_repeats_an_uninterrupted_one(stage, words, tmp_path):
+    run(words, stage, "first")
+    settings = {"model__init_from": tmp_path / "first", "model__keep_tokens": True}
+    settings["trainer__val_check_interval"] = 2
+    run(words, stage, "whole", **settings)
+    # The first two of four steps, then the rest: the rate must know of all four.
+    half = words(stage, "cut", **{**QUICK, "trainer__max_steps": 2}, **settings)
+    assert train(half) == 0
+    assert train(words(stage, "cut", **QUICK, **settings, ckpt_path="auto")) == 0
+    whole, cut = (load(stage, tmp_path / name) for name in ("whole", "cut"))
+    assert whole.token_hash() == cut.token_hash()
+
+
+def test_whose_tokens_must_be_said(stage, words, tmp_path):
+    with pytest.raises(ValueError, match=r"keep_tokens keeps the tokens of model\.init_from"):
+        train(words(stage, "alone", **QUICK, model__keep_tokens=True))
+    assert not (tmp_path / "alone").exists()
+
+
+def test_another_quantizer_means_other_tokens(words, tmp_path):
+    """The paper's loss weights may differ from the first run's; what tokens mean may not."""
+    run(words, "vqseg", "first")
+    start = {"model__init_from": tmp_path / "first", "model__keep_tokens": True}
+    with pytest.raises(ValueError, match="the tokens are others than those of"):
+        train(words("vqseg", "grown", **QUICK, **start, **{"model__network.hidden": 4}))
+
+
+def test_a_number_format_that_would_round_the_codes_is_refused(stage, words, tmp_path):
+    run(words, stage, "exact")
+    run(words, stage, "rounded", checkpoints__weights="int8")
+    start = {"model__keep_tokens": True, "checkpoints__weights": "int8"}
+    with pytest.raises(ValueError, match=r"weights int8 would round what model\.keep_tokens keeps"):
+        train(words(stage, "no", **QUICK, **start, model__init_from=tmp_path / "exact"))
+    assert not (tmp_path / "no" / WEIGHTS_FILE).exists()
+    run(words, stage, "yes", **start, model__init_from=tmp_path / "rounded")
+    rounded, kept = (load(stage, tmp_path / name) for name in ("rounded", "yes"))
+    assert rounded.token_hash() == kept.token_hash()
+    assert set(narrow(kept.state_dict(), "int8")) > set(kept.state_dict())  # it was int8 indeed
+
+
+def test_a_gpt_goes_together_with_every_decoder_of_its_tokens(words, tmp_path):
+    manifest = {"text": {"sha256": "t"}}
+    for stage, stream in STREAMS.items():
+        run(words, stage, stage)
+        start = {"model__init_from": tmp_path / stage}
+        run(words, stage, f"kept-{stage}", **start, model__keep_tokens=True)
+        run(words, stage, f"free-{stage}", **start)
+        digest = load(stage, tmp_path / stage).token_hash()
+        manifest[stream] = {"sha256": "of a file", "tokens_sha256": digest}
+    (tmp_path / "tokenizer.json").write_text("{}")
+    manifest["text"]["sha256"] = file_hash(tmp_path / "tokenizer.json")
+
+    def check(**changed):
+        folders = {name: str(tmp_path / changed.get(name, name)) for name in STREAMS}
+        check_hashes(manifest, tokenizer=str(tmp_path / "tokenizer.json"), **folders)
+
+    check()
+    check(vqseg="kept-vqseg", vqgan="kept-vqgan")
+    for stage, stream in STREAMS.items():
+        with pytest.raises(ValueError, match=rf"free-{stage}.*is not what the {stream} tokens"):
+            check(**{stage: f"free-{stage}"})
+    # What older versions wrote down is the file alone.
+    del manifest["scene"]["tokens_sha256"]
+    with pytest.raises(ValueError, match="is not what the scene tokens"):
+        check()
+
+
+def test_tokens_of_a_new_decoder_go_on_training_a_gpt(tmp_path):
+    def record(**scene):
+        return {"text": {"sha256": "t"}, "image": {"sha256": "i"}, "scene": scene}
+
+    before = record(sha256="old file", tokens_sha256="same")
+    (tmp_path / "tokens.json").write_text(json.dumps(before))
+    check_tokens(record(sha256="new file", tokens_sha256="same"), tmp_path)
+    for other in ({"tokens_sha256": "other"}, {}):
+        with pytest.raises(ValueError, match="the tokenizer of scene is another one"):
+            check_tokens(record(sha256="new file", **other), tmp_path)
