@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help install demo demo-train demo-model smoke-photos test check smoke clean
+.PHONY: help install studio demo demo-train demo-model smoke-photos test check smoke clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -13,13 +13,16 @@ help:  ## list the targets
 
 $(VENV)/installed: setup.py constraints.txt $(wildcard mas/step*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[preprocess,train,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[preprocess,train,studio,dev]'
 	touch $@
 
 install: $(VENV)/installed  ## install everything into .venv
 
 demo: $(VENV)/installed  ## the main job: park world → scenes → tokens → the shipped model paints, in demo/index.html
 	$(BIN)/python tools/demo.py --output demo
+
+studio: $(VENV)/installed  ## draw scenes in the browser: the shipped model at http://127.0.0.1:7860
+	$(BIN)/mas studio
 
 demo-train: $(VENV)/installed  ## train a tiny model from nothing: … → tokens → VQ-SEG, VQ-GAN, GPT → pictures, in demo/train/index.html
 	$(BIN)/python tools/demo_train.py --output demo/train

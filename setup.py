@@ -13,7 +13,14 @@ EXTRAS = {
     "train": ["pytorch-lightning>=2.6.6", "tensorboard>=2.18", "scipy>=1.13"],
     "eval": ["torchmetrics>=1.6", "scipy>=1.13", "transformers>=5"],
     "studio": ["gradio>=6"],
-    "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "mypy>=1.18", "types-tqdm"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "playwright>=1.50",
+        "ruff>=0.14",
+        "mypy>=1.18",
+        "types-tqdm",
+    ],
 }
 
 # The fast step of int8 sampling: no Python module but a library, which mas/fast_decoder.py loads.

@@ -53,6 +53,9 @@ COMMANDS = {
     ),
     "assemble": Command("train.assemble:assemble", "tokenizers + GPT → one model folder"),
     "sample": Command("mas.sample:sample", "caption (+ scene) → pictures"),
+    "studio": Command(
+        "mas.studio:studio", "draw scenes in the browser, watch them become pictures", "studio"
+    ),
     "evaluate": Command(
         "mas.evaluate:evaluate", "obedience to captions and scenes, picture quality", "eval"
     ),

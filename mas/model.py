@@ -83,6 +83,7 @@ class MakeAScene(Codec):
         refiner: Refiner | None = None,
         sampling: Sampling | StreamSampling | None = None,
         scene_candidates: int = 1,
+        classes: tuple[str, ...] = (),
         device: str = "cpu",
         precision: Precision = "float32",
     ) -> None:
@@ -105,6 +106,7 @@ class MakeAScene(Codec):
         self.refiner = refiner and refiner.eval().requires_grad_(False).to(self.device)
         check_candidates(scene_candidates, judge)
         self.scene_candidates = scene_candidates
+        self.classes = classes  # that its scenes were learned from; empty = not known
         if isinstance(sampling, Sampling):
             sampling = StreamSampling(scene=sampling, image=sampling)
         self.sampling = sampling or StreamSampling()
@@ -149,6 +151,7 @@ class MakeAScene(Codec):
             refiner=Refiner.from_pretrained(folder / REFINER) if REFINER in index.extras else None,
             sampling=index.sampling,
             scene_candidates=index.scene_candidates,
+            classes=index.classes,
             device=device,
             precision=precision,
         )
@@ -180,6 +183,7 @@ class MakeAScene(Codec):
             networks=networks | {name: part for name, part in extras.items() if part is not None},
             sampling=self.sampling,
             scene_candidates=self.scene_candidates,
+            classes=self.classes,
             card=card or self.card,
             weights=weights,
         )

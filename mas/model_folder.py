@@ -30,6 +30,7 @@ from mas.judge import SceneJudge
 from mas.precision import StoredGPT
 from mas.refiner import Refiner
 from mas.rounding import Weights, is_rounded
+from mas.scene import CLASS_NAMES
 from mas.storage import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -67,6 +68,7 @@ class Index:
     sampling: StreamSampling
     extras: tuple[str, ...]  # of `EXTRAS`, those that are there
     scene_candidates: int  # scenes drawn for a picture unless a request says otherwise
+    classes: tuple[str, ...]  # that its scenes were learned from; empty = not known
     sha256: str  # of the list of hashes: one name for the whole model
 
 
@@ -175,6 +177,7 @@ def read_index(folder: Path) -> Index:
         sampling=_read_sampling(content, folder / INDEX),
         extras=extras,
         scene_candidates=candidates,
+        classes=_read_classes(content, folder / INDEX),
         sha256=_hash(hashes),
     )
 
@@ -187,6 +190,7 @@ def write_folder(
     sampling: StreamSampling,
     card: str | None,
     scene_candidates: int = 1,
+    classes: tuple[str, ...] = (),
     weights: Weights = "float32",
 ) -> None:
     """Writes a model folder beside its place and moves it there when it is complete.
@@ -225,6 +229,8 @@ def write_folder(
             content |= {"format": 4, "sampling": asdict(sampling), "extras": list(extras)}
         if JUDGE in extras:
             content["scene_candidates"] = scene_candidates
+        if classes:
+            content["classes"] = list(classes)
         write_json(new / INDEX, content)
         (new / CARD).write_text(card or _write_card(sizes, sampling), "utf-8")
         if folder.exists():
@@ -246,6 +252,13 @@ def _read_extras(content: dict[str, Any], source: Path) -> tuple[str, ...]:
     if not isinstance(found, list) or not all(name in EXTRAS for name in found):
         raise ModelError(f"{source}: names no extras that this version knows; install a newer one")
     return tuple(name for name in EXTRAS if name in found)
+
+
+def _read_classes(content: dict[str, Any], source: Path) -> tuple[str, ...]:
+    found = content.get("classes", [])
+    if not isinstance(found, list) or not set(map(str, found)) <= set(CLASS_NAMES):
+        raise ModelError(f"{source}: names classes that there are none of; assemble again")
+    return tuple(found)
 
 
 def _describe_sampling(sampling: StreamSampling) -> dict[str, Any]:

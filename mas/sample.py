@@ -137,11 +137,7 @@ def sample(
                 batch=batch,
                 on_progress=lambda progress: advance(bar, progress),
             )
-        about: dict[str, Any] = {
-            "model": {"name": model, "sha256": network.sha256},
-            "device": str(network.device),
-            "precision": network.precision,
-        }
+        about = describe_model(network, model)
         dropped = None
         if judge is not None:
             result, dropped = rerank_pictures(result, judge, keep=keep)
@@ -294,6 +290,15 @@ def write_result(
     if dropped is not None:
         content["dropped"] = [describe(dropped, i) for i in range(len(dropped.images))]
     write_json(folder / SAMPLES, content)
+
+
+def describe_model(network: MakeAScene, name: str) -> dict[str, Any]:
+    """What samples.json says of model and machine."""
+    return {
+        "model": {"name": name, "sha256": network.sha256},
+        "device": str(network.device),
+        "precision": network.precision,
+    }
 
 
 def describe(result: Generation, i: int) -> dict[str, Any]:

@@ -333,15 +333,20 @@ def read_scene(path: str | Path, *, segments: str | Path | None = None) -> Scene
         with _naming(str(path)):
             return SceneMap.from_labels(np.array(image))
     if image.mode in ("P", "RGB", "RGBA"):
-        return SceneMap.from_labels(_snap(np.asarray(image.convert("RGBA")), path))
+        return SceneMap.from_labels(snap_colours(np.asarray(image.convert("RGBA")), path))
     raise SceneError(
         f"{path}: mode {image.mode} is no scene; use LA (label, edge), L (ids), or P, RGB or RGBA "
         "in palette colours"
     )
 
 
-def _snap(rgba: np.ndarray, path: Path) -> np.ndarray:
-    """Ids of the nearest palette colours (void's black included), uint8 H W."""
+def snap_colours(rgba: np.ndarray, source: str | Path = "drawing") -> np.ndarray:
+    """Ids of the nearest palette colours (void's black included), uint8 H W.
+
+    Args:
+        rgba: uint8 H W 4; what is less than half opaque is void.
+        source: for the warning when colours are far from the palette's.
+    """
     opaque = rgba[..., 3] >= 128
     packed = rgba[..., :3].astype(np.int32) @ np.array([65536, 256, 1], np.int32)
     packed, inverse = np.unique(packed, return_inverse=True)  # much quicker than rows of three
@@ -359,7 +364,7 @@ def _snap(rgba: np.ndarray, path: Path) -> np.ndarray:
     if far.any():
         logger.warning(
             "%s: %.1f %% of the pixels are not in palette colours and were snapped to the nearest",
-            path,
+            source,
             100 * far.mean(),
         )
     return np.where(opaque, nearest[inverse], VOID).astype(np.uint8)

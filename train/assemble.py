@@ -21,7 +21,7 @@ from mas.judge import SceneJudge
 from mas.model import MakeAScene
 from mas.refiner import Refiner
 from mas.rounding import Weights
-from mas.scene import SceneMap
+from mas.scene import CLASS_NAMES, SceneMap
 from mas.shards import ShardIndex, expand_shards
 from mas.storage import WEIGHTS_FILE, file_hash, read_json
 from mas.text import Tokenizer
@@ -77,7 +77,8 @@ def assemble(
         card: text of the model card, README.md: data, licences, numbers, limits (default: one that
             knows the sizes only).
         tune: scene shards of the training, on which VQ-SEG's decisions are tuned for the mean IoU
-            of all classes; tokens stay the same.
+            of all classes; tokens stay the same. The model also remembers which classes there are,
+            for mas studio.
         tune_count: how many of these scenes, spread evenly.
     """
     sampling = by_stream(
@@ -101,7 +102,10 @@ def assemble(
         scene_candidates=scene_candidates if judge else 1,
     )
     if tune is not None:
-        tuned = tune_decisions(model.vqseg, *read_scenes(tune, tune_count, model.vqseg.config.size))
+        labels_BHW, edges_BHW = read_scenes(tune, tune_count, model.vqseg.config.size)
+        found = labels_BHW.unique().tolist()
+        model.classes = tuple(name for i, name in enumerate(CLASS_NAMES) if i in found)
+        tuned = tune_decisions(model.vqseg, labels_BHW, edges_BHW)
         print(f"VQ-SEG tuned: mean IoU {tuned.before:.3f}, now {tuned.after:.3f} on these scenes")
     model.save_pretrained(output, card=text, weights=weights)
     millions = sum(p.numel() for p in model.gpt.parameters()) / 1e6

@@ -287,3 +287,18 @@ def test_int8_leaves_the_text_head_out_and_changes_no_sample(tiny_model, tmp_pat
     again = MakeAScene.from_pretrained(tmp_path / "again", device="cpu")
     a, b = (one.generate("a giraffe in the park", seed=2) for one in (model, again))
     assert a.images == b.images and not again.gpt.config.text_head
+
+
+def test_a_model_remembers_which_classes_it_learned(parts, tiny_model, tmp_path):
+    MakeAScene(**parts, classes=("dog", "sea")).save_pretrained(tmp_path / "model")
+    index = tmp_path / "model/model_index.json"
+    content = json.loads(index.read_text())
+    assert content["classes"] == ["dog", "sea"]
+    assert MakeAScene.from_pretrained(tmp_path / "model").classes == ("dog", "sea")
+    tiny_model.save_pretrained(tmp_path / "unknown")  # says nothing, as older models do
+    assert "classes" not in json.loads((tmp_path / "unknown/model_index.json").read_text())
+    assert MakeAScene.from_pretrained(tmp_path / "unknown").classes == ()
+    for wrong in (["dragon"], "dog", [3]):
+        index.write_text(json.dumps(content | {"classes": wrong}))
+        with pytest.raises(ModelError, match="names classes that there are none of"):
+            MakeAScene.from_pretrained(tmp_path / "model")

@@ -99,6 +99,20 @@ def test_a_judge_goes_with_the_model_and_chooses(parts, tmp_path):
     assert MakeAScene.from_pretrained(output, device="cpu").scene_candidates == 1
 
 
+def test_tuning_leaves_tokens_alone_and_remembers_the_classes(
+    parts, scene_shards, tmp_path, capsys
+):
+    output = str(tmp_path / "model")
+    assemble(**arguments(parts), output=output, tune=str(scene_shards), tune_count=6)
+    assert "VQ-SEG tuned: mean IoU" in capsys.readouterr().out
+    model = MakeAScene.from_pretrained(output, device="cpu")
+    assert model.classes == ("dog", "sky-other-merged", "grass-merged")
+    assert model.vqseg.token_hash() == VQSEG.from_pretrained(parts / "vqseg").token_hash()
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match=f"--tune-count must be at least 1, got {wrong}"):
+            assemble(**arguments(parts), output=output, tune=str(scene_shards), tune_count=wrong)
+
+
 def test_what_is_not_said_of_one_stream_is_as_for_both(parts, tmp_path):
     output = str(tmp_path / "model")
     words = ["assemble", "--output", output, "--guidance", "4", "--scene-sampling.guidance", "2"]
