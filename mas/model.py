@@ -30,6 +30,7 @@ from mas.model_folder import (
     JUDGE,
     REFINER,
     ModelError,
+    check_classes,
     check_fit,
     find_folder,
     push_folder,
@@ -42,6 +43,7 @@ from mas.precision import (
     choose_device,
     choose_precision,
     make_decoder,
+    pictures_that_fit,
 )
 from mas.progress import Decoders, Progress, Reporter, Tally, hide
 from mas.refiner import Refiner
@@ -90,7 +92,8 @@ class MakeAScene(Codec):
         """Takes the parts and the defaults of `generate`; one sampling alone is for both streams.
 
         Raises:
-            ModelError: two parts do not fit together, both named; or several scenes and no judge.
+            ModelError: two parts do not fit together, both named; several scenes and no judge; a
+                class that there is none of.
         """
         check_fit(
             tokenizer=tokenizer, vqseg=vqseg, vqgan=vqgan, gpt=gpt, judge=judge, refiner=refiner
@@ -106,6 +109,7 @@ class MakeAScene(Codec):
         self.refiner = refiner and refiner.eval().requires_grad_(False).to(self.device)
         check_candidates(scene_candidates, judge)
         self.scene_candidates = scene_candidates
+        check_classes(classes)
         self.classes = classes  # that its scenes were learned from; empty = not known
         if isinstance(sampling, Sampling):
             sampling = StreamSampling(scene=sampling, image=sampling)
@@ -304,6 +308,10 @@ class MakeAScene(Codec):
             seconds=seconds,
             tokens_per_second=tally.total / seconds,
         )
+
+    def pictures_that_fit(self) -> int:
+        """How many pictures at a time fit into the memory that is free now; 0 = not one."""
+        return pictures_that_fit(self.decoder, self._gpt.config)
 
     def choose_scenes(
         self,

@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from mas.storage import (
     write_json,
 )
 from mas.text import Tokenizer
+from mas.vq import token_parts
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 
@@ -206,7 +207,7 @@ def write_folder(
         new = temporary / "new"
         new.mkdir()
         tokenizer.save(new / TOKENIZER)
-        formats = {name: _choose_format(name, networks[name], weights) for name in networks}
+        formats = {name: choose_format(name, networks[name], weights) for name in networks}
         stored = dict(networks)
         gpt = networks["gpt"]
         assert isinstance(gpt, GPT)
@@ -254,10 +255,25 @@ def _read_extras(content: dict[str, Any], source: Path) -> tuple[str, ...]:
     return tuple(name for name in EXTRAS if name in found)
 
 
+def check_classes(names: Iterable[object]) -> None:
+    """Refuses names that are of no class.
+
+    Raises:
+        ModelError: names the first of them.
+    """
+    for name in names:
+        if name not in CLASS_NAMES:
+            raise ModelError(f"{name!r} is no class: mas.scene.CLASS_NAMES lists them")
+
+
 def _read_classes(content: dict[str, Any], source: Path) -> tuple[str, ...]:
     found = content.get("classes", [])
-    if not isinstance(found, list) or not set(map(str, found)) <= set(CLASS_NAMES):
-        raise ModelError(f"{source}: names classes that there are none of; assemble again")
+    if not isinstance(found, list):
+        raise ModelError(f"{source}: its list of classes is damaged; assemble again")
+    try:
+        check_classes(found)
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}; assemble again") from None
     return tuple(found)
 
 
@@ -279,13 +295,15 @@ def _read_sampling(content: dict[str, Any], source: Path) -> StreamSampling:
     return StreamSampling(scene=scene, image=image)
 
 
-def _choose_format(name: str, network: nn.Module, weights: Weights) -> Weights:
+def choose_format(name: str, network: nn.Module, weights: Weights) -> Weights:
     """A tokenizer must find the code it found in training: only one that had int8 weights when it
-    made the tokens keeps them.
+    made the tokens keeps them, though its decoder may have been trained since.
     """
-    if weights != "int8" or name == "gpt" or is_rounded(network.state_dict(), "int8"):
+    deciding = token_parts(network) if name in ("vqseg", "vqgan") else [network]
+    if weights != "int8" or name == "gpt":
         return weights
-    return "float16"
+    rounded = all(is_rounded(part.state_dict(), "int8") for part in deciding)
+    return "int8" if rounded else "float16"
 
 
 def push_folder(save: Callable[[Path], None], repo_id: str, *, private: bool) -> str:

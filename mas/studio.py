@@ -1,47 +1,26 @@
 """`mas studio`: a page in the browser where a scene is drawn and becomes a picture.
 
-In: a caption, strokes in palette colours, a scene file; each may be missing, what is not drawn the
-model invents. Out: scenes and pictures, shown while they are sampled, and the files that
-`mas sample` writes. Needs the extra studio: nothing else imports gradio.
+In: a model. Out: the page of mas/studio_page.py, served until somebody ends it. Needs the extra
+studio (gradio).
 """
 
 from __future__ import annotations
 
-import html
-import shutil
+import os
+import signal
+import socket
 import tempfile
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+import threading
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
-from PIL import Image
 
-from mas.filter import Sampling
-from mas.model import Generation, MakeAScene
-from mas.painter import CANVAS, MOST_PICTURES, Painter, Wish, draw_scene, read_drawing
+from mas.model import MakeAScene
+from mas.painter import Painter
 from mas.precision import Precision
-from mas.sample import describe_model, read_square_scene, write_result
-from mas.scene import CLASS_NAMES, PALETTE, VOID, SceneMap
+from mas.studio_page import Page
 
-BRUSH = 28  # pixels across
-SHOWN = 256  # pixels a side that pictures are shown with at least
-NOTHING = "nothing: the model decides"  # the brush that empties
-READY = "Write a caption, or draw a scene, or both. Then paint."
-KEPT = (
-    3600,
-    24 * 3600,
-)  # seconds: how often files that were shown are looked over, how old they get
-FOLDERS = 20  # of finished pictures that stay on the disk
-EXAMPLES = {  # captions, by the name of the model
-    "park": (
-        "the elephant is walking around in the park",
-        "two brown dogs and a woman with a red umbrella on the beach at sunset",
-        "a yellow bus on the street at night",
-        "three sheep in the mountains",
-    )
-}
+LARGEST_FILE = "20mb"  # that is opened
 CSS = """
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px }
 .legend i { display: inline-block; width: 12px; height: 12px; margin-right: 5px }
@@ -68,13 +47,15 @@ def studio(
 
     Raises:
         ModelError: no such model, or not all of it.
-        ValueError: the port is no port, or taken.
+        ValueError: as `check_address`.
     """
-    if not 0 < port < 2**16:
-        raise ValueError(f"--port is {port}, use a number from 1 to {2**16 - 1}")
+    check_address(host, port)
     network = MakeAScene.from_pretrained(model, device=device, precision=precision)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as by Ctrl-C: nothing behind
     with tempfile.TemporaryDirectory(prefix="mas-studio-") as folder:
-        page = Page(Painter(network), model, Path(folder)).build()
+        os.environ["GRADIO_TEMP_DIR"] = folder  # what is uploaded and shown goes with the rest
+        painter = Painter(network)
+        page = Page(painter, model, Path(folder)).build()
         try:
             page.launch(
                 server_name=host,
@@ -85,318 +66,34 @@ def studio(
                 prevent_thread_lock=True,
                 allowed_paths=[folder],
                 footer_links=[],
+                run_history=False,
+                max_file_size=LARGEST_FILE,
                 css=CSS,
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             )
-        except OSError as error:
-            raise ValueError(
-                f"{host}:{port} is taken or not of this machine: use another --port, or --host"
-            ) from error
-        print(f"http://{host}:{port} (Ctrl-C ends it)", flush=True)
-        page.block_thread()
+            print(f"http://{host}:{port} (Ctrl-C ends it)", flush=True)
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("The studio is closed.")
+        finally:
+            painter.close()
+            page.close(verbose=False)
 
 
-class Page:
-    """The page: what stands where, and what happens when something is pressed."""
+def check_address(host: str, port: int) -> None:
+    """Tries whether the page can be served there, before a model is loaded for it.
 
-    def __init__(self, painter: Painter, name: str, folder: Path) -> None:
-        """`name` is that of the model, `folder` is for files that are shown."""
-        self.painter, self.model = painter, painter.model
-        self.name, self.folder = name, folder
-        self.size = self.model.vqseg.config.size
-        self.written: deque[Path] = deque()  # folders of finished pictures
-
-    def build(self) -> gr.Blocks:
-        """Puts the page together."""
-        with gr.Blocks(
-            title="mini Make-A-Scene", analytics_enabled=False, fill_width=True, delete_cache=KEPT
-        ) as page:
-            # Of each visitor: the scene put on the canvas last, what was painted last, which of it.
-            self.loaded, self.finished, self.chosen = gr.State(), gr.State(), gr.State(0)
-            gr.Markdown(f"## mini Make-A-Scene\n`{self.name}` on {self.model.device}")
-            with gr.Row():
-                with gr.Column(scale=5):
-                    self._put_drawing()
-                with gr.Column(scale=6):
-                    self._put_results()
-                    self._put_settings()
-            self._connect()
-        return page
-
-    def _put_drawing(self) -> None:
-        self.caption = gr.Textbox(
-            label="Caption", placeholder="What is to be seen?", autofocus=True
-        )
-        if self.name in EXAMPLES:
-            gr.Examples(
-                [[text] for text in EXAMPLES[self.name]], self.caption, label="For instance"
-            )
-        names = sorted(self.model.classes or CLASS_NAMES)
-        self.brush = gr.Dropdown([NOTHING, *names], value=names[0], label="Brush: what is drawn")
-        self.canvas = gr.ImageEditor(
-            label="Scene",
-            type="numpy",
-            image_mode="RGBA",
-            format="png",
-            sources=(),
-            transforms=(),
-            canvas_size=(CANVAS, CANVAS),
-            fixed_canvas=True,
-            brush=_brush(names[0]),
-            height=CANVAS + 120,
-        )
-        with gr.Row():
-            self.opened = gr.UploadButton("Open a scene", file_types=[".png"], size="sm")
-            self.emptied = gr.Button("Empty the canvas", size="sm")
-        self.keep_void = gr.Radio(
-            [("is for the model to invent", False), ("stays empty", True)],
-            value=False,
-            label="What is not drawn",
-        )
-
-    def _put_results(self) -> None:
-        with gr.Row():
-            self.start = gr.Button("Paint", variant="primary", scale=3)
-            self.stop = gr.Button("Stop", scale=1)
-        self.status = gr.Markdown(READY)
-        self.pictures, self.scenes = (
-            gr.Gallery(
-                label=label,
-                columns=columns,
-                object_fit="contain",
-                format="png",
-                interactive=False,
-                buttons=["download", "fullscreen"],
-                elem_classes="shown",
-            )
-            for label, columns in (("Pictures", 2), ("Scenes", 4))
-        )
-        self.colours = gr.HTML()
-        with gr.Row():
-            self.edited = gr.Button("Draw on the chosen scene", size="sm")
-            self.files = gr.DownloadButton("Download all", size="sm", interactive=False)
-
-    def _put_settings(self) -> None:
-        with gr.Row():
-            self.count = gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures")
-            self.seed = gr.Number(0, precision=0, minimum=0, label="Seed of the first")
-            self.advance = gr.Checkbox(True, label="Take new seeds next time")
-        with gr.Accordion("More settings", open=False):
-            self.sampling = {
-                "scene": _put_sampling("scene", self.model.sampling.scene),
-                "image": _put_sampling("picture", self.model.sampling.image),
-            }
-            with gr.Row():
-                self.candidates = gr.Slider(
-                    1,
-                    max(8, self.model.scene_candidates),
-                    self.model.scene_candidates,
-                    step=1,
-                    label="Scenes drawn for a picture; the judge takes one",
-                    visible=self.model.judge is not None,
-                )
-                self.refine = gr.Checkbox(
-                    True,
-                    label="Correct pictures by their scenes",
-                    visible=self.model.refiner is not None,
-                )
-
-    def _connect(self) -> None:
-        # Nothing of this is for programs: they have `mas sample` and MakeAScene.generate.
-        private: Any = {"api_visibility": "private"}
-        asked = {
-            *(self.caption, self.canvas, self.loaded, self.keep_void, self.count, self.seed),
-            *(self.advance, self.candidates, self.refine),
-            *(part for parts in self.sampling.values() for part in parts.values()),
-        }
-        told = [self.pictures, self.scenes, self.colours, self.status, self.files]
-        told += [self.finished, self.chosen, self.seed]
-        gr.on(
-            [self.start.click, self.caption.submit],
-            self.paint,
-            asked,
-            told,
-            show_progress="hidden",
-            concurrency_limit=1,
-            **private,
-        )
-        self.stop.click(self.end, queue=False, **private)
-        for gallery in (self.pictures, self.scenes):
-            gallery.select(choose, None, self.chosen, queue=False, **private)
-        board = [self.canvas, self.loaded]
-        self.edited.click(edit, [self.finished, self.chosen], board, **private)
-        self.opened.upload(open_scene, self.opened, board, **private)
-        self.emptied.click(lambda: (None, None), None, board, **private)
-        self.brush.change(
-            lambda name: gr.ImageEditor(brush=_brush(name)),
-            self.brush,
-            self.canvas,
-            show_progress="hidden",
-            **private,
-        )
-
-    def paint(self, asked: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
-        """Shows scenes and pictures as they come.
-
-        Args:
-            asked: by component, what it holds.
-            request: tells visitors apart.
-        """
-        wish = self._read_wish(asked)
-        yield {self.status: "Waiting …"}
-        result = None
-        try:
-            for shown in self.painter.paint(wish, request.session_hash or ""):
-                result = shown.result
-                news: dict[Any, Any] = {self.status: f"{shown.share:.0%} …"}
-                if shown.images is not None and result is None:
-                    news[self.pictures] = [enlarge(image) for image in shown.images]
-                if shown.scenes is not None and result is None:
-                    news |= self._show_scenes(shown.scenes, wish.seed)
-                yield news
-        except ValueError as error:
-            yield {self.status: f"⚠ {error}"}
-            return
-        if result is None:
-            yield {self.status: "Stopped."}
-            return
-        yield self._show_result(result) | {
-            self.seed: wish.seed + wish.count if asked[self.advance] else wish.seed
-        }
-
-    def end(self, request: gr.Request) -> None:
-        """Ends what this visitor waits for."""
-        self.painter.stop(request.session_hash or "")
-
-    def _read_wish(self, asked: dict[Any, Any]) -> Wish:
-        sampling = {
-            stream: {name: asked[part] for name, part in parts.items()}
-            for stream, parts in self.sampling.items()
-        }
-        scene = read_drawing(asked[self.canvas], asked[self.loaded], self.size)
-        return Wish(
-            caption=" ".join((asked[self.caption] or "").split()),
-            scene=scene,
-            keep_void=asked[self.keep_void],
-            count=int(asked[self.count]),
-            seed=int(asked[self.seed] or 0),
-            scene_sampling=sampling["scene"],
-            image_sampling=sampling["image"],
-            candidates=int(asked[self.candidates]),
-            refine=asked[self.refine],
-        )
-
-    def _show_scenes(self, scenes: Sequence[SceneMap], seed: int) -> dict[Any, Any]:
-        shown = [
-            (enlarge(scene.to_rgb(edges=True), smooth=False), f"seed {seed + i}")
-            for i, scene in enumerate(scenes)
-        ]
-        return {
-            self.scenes: shown,
-            self.colours: legend(scenes),
-            self.finished: list(scenes),
-            self.chosen: 0,
-        }
-
-    def _show_result(self, result: Generation) -> dict[Any, Any]:
-        """The finished pictures, and all files that `mas sample` would have written."""
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
-        self.written.append(folder)
-        if len(self.written) > FOLDERS:  # gradio has copied what it shows
-            shutil.rmtree(self.written.popleft())
-        (folder / "samples").mkdir()
-        write_result(folder / "samples", result, about=describe_model(self.model, self.name))
-        packed = shutil.make_archive(str(folder / "samples"), "zip", folder / "samples")
-        pictures = [
-            (str(folder / "samples" / f"{i:04}.png"), f"seed {seed}")
-            for i, seed in enumerate(result.seeds)
-        ]
-        seeds = " to ".join(
-            str(seed) for seed in dict.fromkeys((result.seeds[0], result.seeds[-1]))
-        )
-        about = f"“{result.captions[0]}”" if result.captions[0] else "the scene alone"
-        speed = f"{result.seconds:.1f} s, {result.tokens_per_second:.0f} tokens/s"
-        return self._show_scenes(result.scenes, result.seeds[0]) | {
-            self.pictures: pictures,
-            self.status: f"{about}, seed {seeds}: {speed}",
-            self.files: gr.DownloadButton(value=packed, interactive=True),
-        }
-
-
-def _put_sampling(name: str, sampling: Sampling) -> dict[str, gr.Slider]:
-    """Sliders for one stream, by the names of the settings."""
-    with gr.Row():
-        return {
-            "guidance": gr.Slider(
-                0,
-                max(10, sampling.guidance),
-                sampling.guidance,
-                step=0.5,
-                label=f"Guidance, {name}",
-                min_width=120,
-            ),
-            "temperature": gr.Slider(
-                0,
-                max(2, sampling.temperature),
-                sampling.temperature,
-                step=0.05,
-                label=f"Temperature, {name}",
-                min_width=120,
-            ),
-            "top_p": gr.Slider(
-                0.05, 1, sampling.top_p or 1.0, step=0.05, label=f"Top-p, {name}", min_width=120
-            ),
-        }
-
-
-def _brush(name: str) -> gr.Brush:
-    colour = colour_of(name)
-    return gr.Brush(BRUSH, colors=[colour], default_color=colour, color_mode="fixed")
-
-
-def choose(event: gr.SelectData) -> int:
-    """Which of the pictures or scenes was clicked."""
-    return int(event.index)
-
-
-def edit(finished: list[SceneMap] | None, chosen: int) -> tuple[dict[str, Any], SceneMap]:
-    """Puts the scene of a finished picture on the canvas."""
-    if not finished:
-        raise gr.Error("There is no scene yet: paint first.", print_exception=False)
-    scene = finished[min(chosen, len(finished) - 1)]
-    return draw_scene(scene), scene
-
-
-def open_scene(path: str) -> tuple[dict[str, Any], SceneMap]:
-    """Puts a scene file on the canvas, in any form that `mas sample --scene` reads."""
+    Raises:
+        ValueError: no port, one that is taken, or no address of this machine.
+    """
+    if not 0 < port < 2**16:
+        raise ValueError(f"--port is {port}, use a number from 1 to {2**16 - 1}")
     try:
-        scene = read_square_scene(Path(path))
-    except ValueError as error:
-        message = str(error).replace(str(path), Path(path).name)
-        raise gr.Error(message, print_exception=False) from error
-    return draw_scene(scene), scene
-
-
-def legend(scenes: Sequence[SceneMap]) -> str:
-    """HTML: which colour is what, of the classes in these scenes, the largest first."""
-    pixels: Counter[str] = Counter()
-    for scene in scenes:
-        pixels.update(scene.histogram())
-    entries = (
-        f"<span><i style='background:{colour_of(name)}'></i>{html.escape(name)}</span>"
-        for name, _ in pixels.most_common()
-    )
-    return f"<div class='legend'>{''.join(entries)}</div>"
-
-
-def colour_of(name: str) -> str:
-    """#rrggbb of a class; black for `NOTHING`."""
-    index = VOID if name == NOTHING else CLASS_NAMES.index(name)
-    return "#" + bytes(PALETTE[index]).hex()
-
-
-def enlarge(picture: Image.Image, *, smooth: bool = True) -> Image.Image:
-    """A small picture a whole number of times larger, for looking at."""
-    times = max(1, -(-SHOWN // picture.width))
-    filter_ = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
-    return picture.resize((picture.width * times, picture.height * times), filter_)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise ValueError(
+            f"{host}:{port} cannot be served at ({error.strerror}): use another --port, or as "
+            "--host an IPv4 address of this machine"
+        ) from error

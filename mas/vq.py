@@ -266,7 +266,8 @@ def hash_tokens(network: nn.Module) -> str:
             that rounded nothing.
     """
     config: Any = network.config
-    digest = hashlib.sha256(config.quantizer.encode())
+    meaning = (config.quantizer, config.size, config.grid)
+    digest = hashlib.sha256(repr(meaning).encode())
     for name, parameter in network.named_parameters():
         if name.split(".")[0] in TOKEN_PARTS:
             digest.update(f"{name} {tuple(parameter.shape)}".encode())

@@ -67,7 +67,7 @@ def main() -> None:
             shoot(page, arguments.output / "drawn-on.jpg")
             browser.close()
     finally:
-        server.terminate()
+        server.terminate()  # leaves as by Ctrl-C
         server.wait()
 
 

@@ -104,7 +104,7 @@ def find_token_parts(network: VQSEG | VQGAN, folder: str | None) -> list[nn.Modu
     if network.token_hash() != type(network).from_pretrained(folder).token_hash():
         raise ValueError(
             f"model.keep_tokens: with these sizes the tokens are others than those of {folder}; "
-            "set model.network to what it has"
+            "set model.network to what it has, size and grid too"
         )
     return token_parts(network)
 

@@ -298,7 +298,13 @@ def test_a_model_remembers_which_classes_it_learned(parts, tiny_model, tmp_path)
     tiny_model.save_pretrained(tmp_path / "unknown")  # says nothing, as older models do
     assert "classes" not in json.loads((tmp_path / "unknown/model_index.json").read_text())
     assert MakeAScene.from_pretrained(tmp_path / "unknown").classes == ()
-    for wrong in (["dragon"], "dog", [3]):
+    for wrong, message in (
+        (["dog", "dragon"], "'dragon' is no class"),
+        ([3], "3 is no class"),
+        ("dog", "its list of classes is damaged"),
+    ):
         index.write_text(json.dumps(content | {"classes": wrong}))
-        with pytest.raises(ModelError, match="names classes that there are none of"):
+        with pytest.raises(ModelError, match=rf"model_index\.json: {message}.*assemble again"):
             MakeAScene.from_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match="'dragon' is no class"):
+        MakeAScene(**parts, classes=("dragon",))

@@ -1,11 +1,17 @@
 """Strokes become scenes; wishes become pictures, can be stopped, and get in nobody's way."""
 
+import itertools
+import threading
+import time
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from einops import repeat
 
-from mas.painter import CANVAS, Painter, Wish, draw_scene, find_free, read_drawing
+from mas.drawing import CANVAS, canvas_side, draw_scene, free_cells, read_drawing, widen
+from mas.painter import Painter, Wish
 from mas.scene import CLASS_NAMES, PALETTE, VOID, SceneMap, find_edges
 
 SIZE, GRID = 32, 4
@@ -44,7 +50,7 @@ ALL = slice(None)
     ],
 )
 def test_a_canvas_on_which_nothing_is_drawn_is_no_scene(nothing):
-    assert read_drawing(nothing, None, SIZE) is None
+    assert read_drawing(nothing, None, SIZE).scene is None
 
 
 def test_no_class_is_as_white_as_the_canvas():
@@ -54,7 +60,7 @@ def test_no_class_is_as_white_as_the_canvas():
 def test_strokes_become_their_classes_at_the_size_of_the_model():
     scene = read_drawing(
         drawing(layer((BOTTOM, ALL, GRASS, 255), (TOP, LEFT, DOG, 255))), None, SIZE
-    )
+    ).scene
     assert (scene.labels[16:] == GRASS).all()
     assert (scene.labels[:16, :8] == DOG).all()
     assert (scene.labels[:16, 8:] == VOID).all()
@@ -64,13 +70,13 @@ def test_strokes_become_their_classes_at_the_size_of_the_model():
 def test_blurred_rims_are_snapped_to_the_nearest_class():
     rgba = layer((ALL, ALL, DOG, 255))
     rgba[:, LEFT, :3] ^= np.array([3, 1, 2], np.uint8)
-    assert (read_drawing(drawing(rgba), None, SIZE).labels == DOG).all()
+    assert (read_drawing(drawing(rgba), None, SIZE).scene.labels == DOG).all()
 
 
 def test_things_of_one_class_on_two_layers_are_two_things():
     together = drawing(layer((TOP, LEFT, DOG, 255), (TOP, MIDDLE, DOG, 255)))
     apart = drawing(layer((TOP, LEFT, DOG, 255)), layer((TOP, MIDDLE, DOG, 255)))
-    one, two = (read_drawing(x, None, SIZE) for x in (together, apart))
+    one, two = (read_drawing(x, None, SIZE).scene for x in (together, apart))
     assert np.array_equal(one.labels, two.labels)
     assert not one.edges[:15, 7].any()
     assert two.edges[:15, 7].all()
@@ -89,21 +95,27 @@ def two_dogs():
 
 def test_a_scene_on_the_canvas_is_read_as_it_was(two_dogs):
     assert two_dogs.edges[5, 11] and not find_edges(two_dogs.labels)[5, 11]
-    assert read_drawing(draw_scene(two_dogs), two_dogs, SIZE) == two_dogs
+    assert read_drawing(draw_scene(two_dogs), two_dogs, SIZE).scene == two_dogs
 
 
 def test_strokes_cover_the_scene_and_its_edges(two_dogs):
     shown = draw_scene(two_dogs)
     shown["layers"] = [layer((slice(4 * 16, 8 * 16), ALL, GRASS, 255))]
-    scene = read_drawing(shown, two_dogs, SIZE)
+    scene = read_drawing(shown, two_dogs, SIZE).scene
     assert (scene.labels[4:8] == GRASS).all()
     assert not scene.edges[4:7, 11].any()  # where there is no dog any more
     assert scene.edges[8:12, 11].all()  # where there are two still
+    assert not scene.edges[4:7, :3].any()  # grass on grass is grass
+
+
+def test_stuff_has_no_instances():
+    meadow = drawing(layer((TOP, ALL, GRASS, 255)), layer((BOTTOM, ALL, GRASS, 255)))
+    assert not read_drawing(meadow, None, SIZE).scene.edges.any()
 
 
 def test_edges_of_another_scene_than_the_shown_one_are_of_no_use(two_dogs):
     other = SceneMap(two_dogs.labels[::-1].copy(), two_dogs.edges)
-    scene = read_drawing(draw_scene(two_dogs), other, SIZE)
+    scene = read_drawing(draw_scene(two_dogs), other, SIZE).scene
     assert np.array_equal(scene.edges, find_edges(two_dogs.labels))
 
 
@@ -111,24 +123,41 @@ def test_cells_are_free_where_most_of_them_is_void():
     labels = np.full((SIZE, SIZE), VOID, np.uint8)
     labels[: CELL + 5] = GRASS  # the first row of cells, and five eighths of the second
     labels[2 * CELL : 2 * CELL + 3] = DOG  # three eighths of the third
-    scene, free = find_free(SceneMap.from_labels(labels), GRID)
-    expected = repeat(np.array([False, False, True, True]), "h -> (h p) w", p=CELL, w=SIZE)
-    assert np.array_equal(free, expected)
+    scene = free_cells(SceneMap.from_labels(labels), GRID)
     assert (scene.labels[: CELL + 6] == GRASS).all()
-    assert (scene.labels[2 * CELL - 1] == DOG).all()  # the nearest may lie in a free cell
     assert (scene.labels[CELL + 6] != VOID).all()
-    assert np.array_equal(scene.labels[2 * CELL :], labels[2 * CELL :])
+    assert (scene.labels[2 * CELL - 1] == DOG).all()  # the nearest may lie in a free cell
+    assert (scene.labels[2 * CELL :] == VOID).all()
+    assert np.array_equal(scene.edges, find_edges(scene.labels))
+    assert free_cells(scene, GRID) == scene
 
 
 def test_specks_take_what_is_around_them_and_edges_stay(two_dogs):
-    scene, free = find_free(two_dogs, GRID)
-    assert free is None
+    scene = free_cells(two_dogs, GRID)
     assert (scene.labels != VOID).all()
     drawn = two_dogs.labels != VOID
     assert np.array_equal(scene.labels[drawn], two_dogs.labels[drawn])
     assert scene.edges[4:12, 11].all()
-    whole, _ = find_free(scene, GRID)
-    assert whole is scene
+
+
+@pytest.mark.parametrize("size", [32, 96, 128, 256, 300, 640])
+def test_a_canvas_of_any_size_gives_back_its_scene(size):
+    rng = np.random.default_rng(size)
+    labels = rng.choice(np.array([DOG, GRASS, VOID], np.uint8), (size, size))
+    scene = SceneMap(labels, find_edges(labels, rng.integers(0, 3, (size, size))))
+    shown = draw_scene(scene)
+    assert len(shown["background"]) == canvas_side(size) >= min(size, CANVAS // 2)
+    read = read_drawing(shown, scene, size)
+    assert read.scene == scene and read.on_loaded and not read.drawn.any()
+
+
+def test_cells_near_a_stroke_are_painted_anew():
+    drawn = np.zeros((SIZE, SIZE), np.bool_)
+    assert not widen(drawn, GRID, 64).any()
+    drawn[3, 20] = True  # more than half a cell from the row below, less from the left column
+    cells = np.zeros((GRID, GRID), np.bool_)
+    cells[0, 2:4] = True
+    assert np.array_equal(widen(drawn, GRID, 64), repeat(cells, "h w -> (h 16) (w 16)"))
 
 
 @pytest.fixture(scope="module")
@@ -174,13 +203,37 @@ def test_what_is_drawn_stays_and_the_rest_is_invented(painter, two_dogs):
     labels = two_dogs.labels.copy()
     labels[2 * CELL :] = VOID
     half = SceneMap.from_labels(labels)
-    kept = painter.model.vqseg.encode(*batch(find_free(half, GRID)[0])).reshape(GRID, GRID)
+    kept = painter.model.vqseg.encode(*batch(free_cells(half, GRID))).reshape(GRID, GRID)
     results = [list(painter.paint(wish(scene=half, seed=s, count=1)))[-1].result for s in range(4)]
     tokens = [r.tokens.scene.reshape(GRID, GRID) for r in results]
     assert all(np.array_equal(t[:2], kept[:2]) for t in tokens)
     assert len({t[2:].numpy().tobytes() for t in tokens}) > 1
     whole = list(painter.paint(wish(scene=half, keep_void=True, count=1)))[-1].result
     assert whole.scenes == [half]
+
+
+def test_a_picture_is_kept_where_nothing_is_drawn_on_its_scene(painter):
+    first = list(painter.paint(wish(count=1)))[-1].result
+    shown = draw_scene(first.scenes[0])
+    shown["layers"] = [layer((slice(16, 48), slice(16, 48), DOG, 255))]  # in the first cell
+    drawing = read_drawing(shown, first.scenes[0], SIZE)
+    assert drawing.on_loaded and drawing.drawn.sum() == 4
+    again = wish(
+        scene=drawing.scene, picture=first.images[0], drawn=drawing.drawn, count=4, seed=10
+    )
+    seen = list(painter.paint(again))
+    anew = widen(drawing.drawn, GRID, SIZE)
+    assert 0 < anew.sum() < anew.size / 2
+    before = np.asarray(first.images[0])
+    for images in (shown.images for shown in seen if shown.images):
+        assert all(np.array_equal(np.asarray(x)[~anew], before[~anew]) for x in images)
+    assert len({np.asarray(x)[anew].tobytes() for x in seen[-1].images}) > 1
+
+
+def test_a_canvas_that_was_emptied_keeps_no_picture(two_dogs):
+    emptied = drawing(layer((TOP, LEFT, DOG, 255)))
+    assert not read_drawing(emptied, two_dogs, SIZE).on_loaded
+    assert not read_drawing(draw_scene(two_dogs), None, SIZE).on_loaded
 
 
 def batch(scene):
@@ -195,18 +248,91 @@ def test_a_wish_that_cannot_be_is_said_and_the_next_one_is_served(painter):
     assert list(painter.paint(wish()))[-1].result is not None
 
 
-def test_a_stopped_wish_ends_without_a_result_and_stops_nobody_else(painter):
-    painter.stop("nobody")  # has not asked for anything
-    running = painter.paint(wish(), "me")
+def test_the_drawing_comes_with_the_result_as_sample_takes_it(painter, two_dogs):
+    labels = two_dogs.labels.copy()
+    labels[2 * CELL - 3 :] = VOID  # into the second row of cells
+    shown = list(painter.paint(wish(scene=SceneMap.from_labels(labels), count=1)))[-1]
+    again = painter.model.generate(
+        wish().caption,
+        scene=shown.held,
+        scene_free=shown.held.labels == VOID,  # --fill-void
+        seed=3,
+        scene_sampling=SETTINGS,
+        image_sampling=SETTINGS,
+    )
+    assert torch.equal(again.tokens.scene, shown.result.tokens.scene)
+    assert pixels(again.images) == pixels(shown.images)
+    assert list(painter.paint(wish(count=1)))[-1].held is None
+
+
+def test_strokes_that_hold_no_cell_are_said(painter):
+    thin = np.full((SIZE, SIZE), VOID, np.uint8)
+    thin[5] = DOG
+    with pytest.raises(ValueError, match="too thin to hold a cell"):
+        list(painter.paint(wish(scene=SceneMap.from_labels(thin))))
+
+
+class Slow:
+    """Stands for a model whose generations last until they are stopped."""
+
+    def __init__(self):
+        self.begun = threading.Event()
+        self.count = 0
+
+    def pictures_that_fit(self):
+        return 1
+
+    def generate(self, caption, *, on_progress, **_):
+        self.count += 1
+        self.begun.set()
+        for done in itertools.count():
+            on_progress(SimpleNamespace(done=done, total=10**9, rows=0, new_scene=0, new_rows=0))
+            time.sleep(0.001)
+
+
+@pytest.fixture
+def slow():
+    painter = Painter(Slow())
+    yield painter
+    painter.close()
+
+
+def test_a_stopped_wish_ends_without_a_result_and_stops_nobody_else(slow):
+    slow.stop("nobody")  # has not asked for anything
+    running = slow.paint(wish(), "me")
     next(running)
-    painter.stop("somebody else")
-    painter.stop("me")
+    slow.stop("somebody else")
+    assert next(running).result is None
+    slow.stop("me")
     assert all(shown.result is None for shown in running)
-    assert list(painter.paint(wish(), "me"))[-1].result is not None
 
 
-def test_who_leaves_lets_the_others_paint(painter):
-    running = painter.paint(wish(), "left")
+def test_who_waits_is_told_and_may_stop_too(slow):
+    first, second = slow.paint(wish(), "first"), slow.paint(wish(), "second")
+    next(first)
+    assert next(second).ahead == 1
+    slow.stop("second")
+    assert all(shown.ahead == 1 for shown in second)
+    assert slow.model.count == 1
+    third = slow.paint(wish(), "third")
+    assert next(third).ahead == 1
+    slow.stop("first")
+    assert next(shown for shown in third if not shown.ahead).share == 0
+    assert slow.model.count == 2
+
+
+def test_who_leaves_holds_nobody_up(slow):
+    running = slow.paint(wish(), "left")
     next(running)
     running.close()
-    assert list(painter.paint(wish(), "stays"))[-1].result is not None
+    other = slow.paint(wish(), "stays")
+    assert next(shown for shown in other if not shown.ahead).share == 0
+
+
+def test_closing_ends_all_that_runs_and_all_that_waits(slow):
+    running = [slow.paint(wish(), str(i)) for i in range(3)]
+    for generator in running:
+        next(generator)
+    slow.close()
+    assert all(shown.result is None for generator in running for shown in generator)
+    assert slow.model.count == 1
