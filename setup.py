@@ -12,7 +12,7 @@ EXTRAS = {
     "preprocess": ["ray[data]>=2.50", "transformers>=5", "face-alignment>=1.5"],
     "train": ["pytorch-lightning>=2.6.6", "tensorboard>=2.18", "scipy>=1.13"],
     "eval": ["torchmetrics>=1.6", "scipy>=1.13", "transformers>=5"],
-    "studio": ["gradio>=6"],
+    "studio": ["gradio>=6.31"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.6",

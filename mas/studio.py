@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import tempfile
-import threading
+import time
 from pathlib import Path
 
 import gradio as gr
@@ -20,6 +20,7 @@ from mas.painter import Painter
 from mas.precision import Precision
 from mas.studio_page import Page
 
+LOOK_UP = 0.2  # seconds until a signal is noticed, at most
 LARGEST_FILE = "20mb"  # that is opened
 CSS = """
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px }
@@ -72,7 +73,8 @@ def studio(
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             )
             print(f"http://{host}:{port} (Ctrl-C ends it)", flush=True)
-            threading.Event().wait()
+            while True:  # not for ever at once: a signal may reach another thread than this one
+                time.sleep(LOOK_UP)
         except KeyboardInterrupt:
             print("The studio is closed.")
         finally:

@@ -47,7 +47,12 @@ class Studio:
                 [*command, "--port", str(self.port)],
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)},
+                env=os.environ
+                | {
+                    "OMP_NUM_THREADS": "1",
+                    "TMPDIR": str(self.temporary),
+                    "PYTHONFAULTHANDLER": "1",
+                },
             )
         for _ in range(600):
             if f"{self.address} (Ctrl-C ends it)\n" in self.log.read_text():
@@ -59,6 +64,10 @@ class Studio:
     def end(self, number):
         """Sends a signal; the studio must end in order and leave nothing behind."""
         self.process.send_signal(number)
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # says where each thread is
         assert self.process.wait(timeout=60) == 0, self.log.read_text()
         assert self.log.read_text().endswith("The studio is closed.\n")
         assert not list(self.temporary.glob("mas-studio-*"))
