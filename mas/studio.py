@@ -18,15 +18,10 @@ import gradio as gr
 from mas.model import MakeAScene
 from mas.painter import Painter
 from mas.precision import Precision
-from mas.studio_page import Page
+from mas.studio_page import CSS, Page
 
 LOOK_UP = 0.2  # seconds until a signal is noticed, at most
 LARGEST_FILE = "20mb"  # that is opened
-CSS = """
-.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px }
-.legend i { display: inline-block; width: 12px; height: 12px; margin-right: 5px }
-.shown .grid-wrap { min-height: 0; max-height: none }
-"""
 
 
 def studio(

@@ -40,6 +40,11 @@ EXAMPLES = {  # captions, by the name of the model
         "three sheep in the mountains",
     )
 }
+CSS = """
+.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px }
+.legend i { display: inline-block; width: 12px; height: 12px; margin-right: 5px }
+.shown .grid-wrap { min-height: 0; max-height: none }
+"""
 Loaded = tuple[SceneMap, Image.Image | None]  # a scene on the canvas, and its picture if any
 Finished = list[Loaded]
 
@@ -320,27 +325,22 @@ class Page:
 
 def _put_sampling(name: str, sampling: Sampling) -> dict[str, gr.Slider]:
     """Sliders for one stream, by the names of the settings."""
+    ranges = {  # lowest, highest, value, step
+        "guidance": (0, max(10, sampling.guidance), sampling.guidance, 0.5),
+        "temperature": (0, max(2, sampling.temperature), sampling.temperature, 0.05),
+        "top_p": (0.05, 1, sampling.top_p or 1.0, 0.05),
+    }
     with gr.Row():
         return {
-            "guidance": gr.Slider(
-                0,
-                max(10, sampling.guidance),
-                sampling.guidance,
-                step=0.5,
-                label=f"Guidance, {name}",
+            key: gr.Slider(
+                low,
+                high,
+                value,
+                step=step,
+                label=f"{key.capitalize().replace('_', '-')}, {name}",
                 min_width=120,
-            ),
-            "temperature": gr.Slider(
-                0,
-                max(2, sampling.temperature),
-                sampling.temperature,
-                step=0.05,
-                label=f"Temperature, {name}",
-                min_width=120,
-            ),
-            "top_p": gr.Slider(
-                0.05, 1, sampling.top_p or 1.0, step=0.05, label=f"Top-p, {name}", min_width=120
-            ),
+            )
+            for key, (low, high, value, step) in ranges.items()
         }
 
 

@@ -22,12 +22,8 @@ from torch import Tensor, nn
 
 from mas.storage import StorageError
 
-TOKEN_PARTS = (
-    "stem",
-    "encoder",
-    "pre_quant",
-    "quantizer",
-)  # of a VQSEG or VQGAN: these decide the tokens
+# Of a VQSEG or VQGAN: these parts decide the tokens.
+TOKEN_PARTS = ("stem", "encoder", "pre_quant", "quantizer")
 NORM_EPS = 1e-6  # of every published VQGAN; PyTorch's default of 1e-5 shows on flat pictures
 
 

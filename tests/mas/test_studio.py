@@ -243,11 +243,6 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def park_folder():
-    return "park"  # slow enough to be interrupted
-
-
 @pytest.fixture
 def visitor(chromium, address):
     page = chromium.new_page(viewport={"width": 1400, "height": 1300})
@@ -338,8 +333,8 @@ def test_a_file_that_is_no_scene_is_named(visitor, tmp_path):
     visitor.page.get_by_text("wide.png: a scene must be square, this one is 40x20").wait_for()
 
 
-def test_who_waits_is_told_and_may_stop(chromium, tmp_path, park_folder):
-    studio = Studio(park_folder, tmp_path)
+def test_who_waits_is_told_and_may_stop(chromium, tmp_path):
+    studio = Studio("park", tmp_path)  # which is slow enough to be interrupted
     pages = [chromium.new_page(viewport={"width": 1400, "height": 1300}) for _ in range(2)]
     first, second = (Visitor(page, studio.address) for page in pages)
     for visitor in (first, second):
