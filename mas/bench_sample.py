@@ -37,8 +37,8 @@ from mas.sequence import Streams
 from mas.storage import build_unfilled
 from mas.token_shards import TokenShards
 
-# How steps run on a GPU: kernel by kernel, or as CUDA graphs of these or of fused kernels.
-Mode = Literal["eager", "graph", "compiled", "triton"]
+# How steps run on a GPU: kernel by kernel, or as CUDA graphs of these, of fused kernels or of one.
+Mode = Literal["eager", "graph", "compiled", "triton", "persistent"]
 
 NETWORK = GPTConfig()
 PRECISIONS: list[Precision] = ["float32", "bfloat16", "int8"]
@@ -47,6 +47,7 @@ MODES: dict[Mode, Kernels] = {
     "eager": "torch",
     "graph": "torch",
     "triton": "triton",
+    "persistent": "persistent",
     "compiled": "compiled",
 }
 READ = 2**29  # bytes of the read test: more than any cache holds
@@ -90,7 +91,7 @@ def bench_sample(
         network: sizes of the network with random weights.
         precisions: number formats; default: float32, bfloat16 and int8; on a GPU bfloat16.
         counts: pictures at once; default: 1 and 4; on a GPU 1 and 64.
-        modes: how steps run on a GPU; default: eager, graph, triton and compiled.
+        modes: how steps run on a GPU; default: eager, graph, triton, persistent and compiled.
         guidance: 1 runs one stream a picture, everything else two.
         repeats: runs of each setting, the best of which counts; the first token's time is that of
             the first run, on a GPU of the first one that has nothing to prepare.

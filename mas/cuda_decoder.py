@@ -4,8 +4,9 @@ In: a `mas.gpt.GPT` on its device. Out: what the loop in mas/generate.py needs, 
 choose a token and read it without a word from the CPU: launching the hundreds of small kernels of a
 step takes longer than running them. Position and tokens are therefore tensors at fixed addresses,
 and attention reads a fixed number of keys, a whole number of `BUCKET`, with those to come masked.
-What lies between the matrices is computed by PyTorch, by what torch.compile makes of it, or in the
-kernels of mas/cuda_kernels.py. Everything but recording and the last also runs on a CPU.
+What lies between the matrices is computed by PyTorch, by what torch.compile makes of it, in the
+kernels of mas/cuda_kernels.py, or all of it in the one of mas/step.cu. Everything but
+recording and the last two also runs on a CPU.
 Axes: B pictures, R rows, T tokens, D width, N heads, H width of a head, V vocabulary.
 """
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,19 +24,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mas.cache import Cache
 from mas.decoder import EPSILON, read_positions
+from mas.filter import Sampling, count_kept
 from mas.generate import Choice
 from mas.gpt import GPT, Rotation, make_cache, rotate, rotation_table
 from mas.sequence import Stream
+
+if TYPE_CHECKING:
+    from mas.cuda_step import Step
 
 BUCKET = 128  # keys by which the part of the cache that is read grows
 MOST_GRAPHS = 32  # kept at a time: one per bucket and way of choosing
 RMS_EPSILON = torch.finfo(torch.float32).eps  # what RMSNorm takes in float32 and bfloat16
 FEW_ROWS = 4  # up to which a product with a matrix takes as long as reading it
+MOST_CODES = 2**15  # that one program draws from
 MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # that take a mask
 
 # What computes a step: PyTorch's kernels; those and what torch.compile makes of the rest, in half a
-# minute for every number of rows; or own kernels, for head widths that are powers of 2.
-Kernels = Literal["torch", "compiled", "triton"]
+# minute for every number of rows; own kernels, for head widths that are powers of 2; or, for few
+# rows of a network that fits, one own kernel for all blocks.
+Kernels = Literal["torch", "compiled", "triton", "persistent"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +83,17 @@ class CUDADecoder:
             stream.name: tensors[f"embeddings.{stream.name}.weight"]
             for stream in self.layout.streams
         }
+        self.heads = {
+            stream.name: tensors[f"heads.{stream.name}.weight"]
+            for stream in self.layout.streams
+            if f"heads.{stream.name}.weight" in tensors
+        }
         self.positions_TD = torch.cat([read_positions(tensors, s) for s in self.layout.streams])
         self.rotation = rotation_table(self.config, self.positions_TD)
         self.kernels = kernels
-        if kernels == "triton" and (self.config.width // self.config.heads).bit_count() != 1:
+        if self.own_kernels and (self.config.width // self.config.heads).bit_count() != 1:
             self.kernels = "torch"
+        self.own_steps: WeakKeyDictionary[Cache, Step | None] = WeakKeyDictionary()
         self.cross: Callable[..., tuple[Tensor, Tensor]] = cross
         if kernels == "compiled":
             self.cross = torch.compile(cross, dynamic=False, fullgraph=True)
@@ -97,11 +111,20 @@ class CUDADecoder:
 
     def head(self, x_BD: Tensor, stream: Stream) -> Tensor:
         """Logits of one stream, B V."""
+        if self.own_kernels and x_BD.is_cuda and len(x_BD) <= FEW_ROWS:
+            from mas import cuda_kernels  # here, because Triton is not on every machine
+
+            return cuda_kernels.linear(x_BD.contiguous(), self.heads[stream.name])
         return self.gpt.head(x_BD, stream)
 
     @property
+    def own_kernels(self) -> bool:
+        """Whether Triton computes."""
+        return self.kernels in ("triton", "persistent")
+
+    @property
     def mode(self) -> str:
-        """How steps really run: torch, compiled or triton, with or without graphs."""
+        """How steps really run: by which kernels, with or without graphs."""
         return f"{self.kernels} graph" if self.graphs else self.kernels
 
     @property
@@ -130,9 +153,12 @@ class CUDADecoder:
             cache: of whole sequences; filled up to the position.
             keys: how many places of the cache attention reads, more than the position.
         """
+        step = self._find_step(cache) if self.kernels == "persistent" else None
+        if step is not None:
+            return step.read(tokens_R, position_1, self.embeddings[stream.name])
         x_RD = F.embedding(tokens_R, self.embeddings[stream.name])
         x_RD = x_RD + self.positions_TD.index_select(0, position_1)
-        if self.kernels == "triton":
+        if self.own_kernels:
             x_RD = self._read_fused(x_RD, position_1, cache)
         else:
             x_RD = self._read_masked(x_RD, position_1, cache, keys)
@@ -182,6 +208,22 @@ class CUDADecoder:
             x_RD = leave(x_RD, attended_RD, layer, linear)
         return x_RD
 
+    def _find_step(self, cache: Cache) -> Step | None:
+        """What reads tokens into a cache in one kernel; None where that is not possible."""
+        if cache not in self.own_steps:
+            from mas import cuda_step  # here, because cuda-bindings are not on every machine
+
+            self.own_steps[cache] = cuda_step.make_step(
+                self.config,
+                self.layers,
+                cache,
+                norm=self.norm,
+                positions_TD=self.positions_TD,
+                rotation=self.rotation,
+                epsilons=(_epsilon(self.norm), RMS_EPSILON),
+            )
+        return self.own_steps[cache]
+
 
 class CUDASteps:
     """Everything a step of one batch reads and writes, at addresses that stay, and its graphs."""
@@ -219,7 +261,7 @@ class CUDASteps:
             self.position_1.fill_(position)
         self.position = position + 1
         keys = self.decoder.layout.length
-        if self.decoder.kernels != "triton":
+        if not self.decoder.own_kernels:
             keys = min(-(-(position + 1) // BUCKET) * BUCKET, keys)
         graph = self.graphs.get((choice, keys))
         if graph is not None:
@@ -239,19 +281,37 @@ class CUDASteps:
 
         Run again before that, it does the same again: what is drawn stays as if it were given.
         """
-        given_B = self.tokens_BT.index_select(1, self.position_1)[:, 0]
-        tokens_B = choice.tokens(
-            self.decoder.head(self.state_RD, choice.stream),
-            uniform_B=self.uniforms_BT.index_select(1, self.position_1)[:, 0],
-            given_B=given_B,
-        )
-        self.tokens_BT.index_copy_(1, self.position_1, tokens_B[:, None])
-        tokens_R = tokens_B.repeat(len(choice.branches))
+        tokens_R = self._choose(choice)
         state_RD = self.decoder.read(
             tokens_R, self.position_1, choice.stream, cache=self.cache, keys=keys
         )
         self.state_RD.copy_(state_RD)
         self.position_1.add_(1)
+
+    def _choose(self, choice: Choice) -> Tensor:
+        """Fills the position, and returns its tokens, one a row."""
+        logits_RV = self.decoder.head(self.state_RD, choice.stream)
+        sampling = choice.sampling
+        if self.decoder.own_kernels and can_choose(sampling, logits_RV.shape[-1]):
+            from mas import cuda_kernels  # here, because Triton is not on every machine
+
+            return cuda_kernels.choose(
+                logits_RV,
+                self.uniforms_BT,
+                self.tokens_BT,
+                self.position_1,
+                taken=choice.taken,
+                guidance=sampling.guidance,
+                temperature=sampling.temperature,
+            )
+        given_B = self.tokens_BT.index_select(1, self.position_1)[:, 0]
+        tokens_B = choice.tokens(
+            logits_RV,
+            uniform_B=self.uniforms_BT.index_select(1, self.position_1)[:, 0],
+            given_B=given_B,
+        )
+        self.tokens_BT.index_copy_(1, self.position_1, tokens_B[:, None])
+        return tokens_B.repeat(len(choice.branches))
 
     def _run_safely(self, choice: Choice, keys: int) -> None:
         """`_run`, by PyTorch alone where the other kernels do not work."""
@@ -287,6 +347,12 @@ class CUDASteps:
         if len(self.graphs) == MOST_GRAPHS:
             self.graphs.clear()
         self.graphs[choice, keys] = graph
+
+
+def can_choose(sampling: Sampling, vocabulary: int) -> bool:
+    """Whether the kernel that draws knows these settings."""
+    all_kept = count_kept(sampling.top_k, vocabulary) == vocabulary
+    return all_kept and sampling.top_p is None and vocabulary <= MOST_CODES
 
 
 def plain_linear(

@@ -2,9 +2,11 @@
 
 In: the state of few rows and the matrices of a block. Out: the next state. A product of a few rows
 with a matrix takes as long as reading the matrix, so norm, activation and residual cost nothing
-where they happen in the same kernel; attention reads the keys up to the position and no more.
-Everything is computed in float32 and rounded once, where it is stored.
-Axes: R rows, K and N numbers in and out of a matrix, D width, T tokens, H width of a head.
+where they happen in the same kernel; attention reads the keys up to the position and no more; a
+token is drawn in one kernel instead of twenty. Everything is computed in float32, what concerns
+probabilities in float64, and rounded once, where it is stored.
+Axes: B pictures, R rows, K and N numbers in and out of a matrix, D width, T tokens, H width of a
+head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -240,3 +242,98 @@ def attend(
         num_warps=4 if rows * heads > PROGRAMS else 8,
     )
     return y_RD
+
+
+@triton.jit
+def _choose_kernel(
+    logits_ptr,
+    uniforms_ptr,
+    tokens_ptr,
+    position_ptr,
+    chosen_ptr,
+    length,
+    vocabulary,
+    guidance,
+    temperature,
+    COUNT: tl.constexpr,
+    BRANCHES: tl.constexpr,
+    TAKEN: tl.constexpr,
+    GREEDY: tl.constexpr,
+    FREE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    picture = tl.program_id(0)
+    position = tl.load(position_ptr)
+    v = tl.arange(0, BLOCK)
+    inside = v < vocabulary
+    first_ptr = logits_ptr + picture.to(tl.int64) * vocabulary
+    second_ptr = first_ptr + tl.full((), COUNT, tl.int64) * vocabulary
+    if TAKEN == "second":
+        first_ptr = second_ptr
+    x = tl.load(first_ptr + v, mask=inside, other=0.0).to(tl.float32)
+    if TAKEN == "both":
+        away = tl.load(second_ptr + v, mask=inside, other=0.0).to(tl.float32)
+        x = away + guidance * (x - away)
+    x = tl.where(inside, x, float("-inf"))
+    if GREEDY:
+        drawn = tl.argmax(x, axis=0, tie_break_left=True)
+    else:
+        exact = x.to(tl.float64)
+        shares = tl.exp((exact - tl.max(exact, axis=0)) / temperature)
+        cumulative = tl.cumsum(shares, axis=0)
+        place = picture.to(tl.int64) * length + position
+        target = tl.load(uniforms_ptr + place) * tl.sum(shares, axis=0)
+        drawn = tl.sum((cumulative <= target).to(tl.int32), axis=0)
+    here_ptr = tokens_ptr + picture.to(tl.int64) * length + position
+    given = tl.load(here_ptr)
+    token = tl.where(given == FREE, tl.minimum(drawn, vocabulary - 1).to(tl.int64), given)
+    tl.store(here_ptr, token)
+    for branch in tl.static_range(BRANCHES):
+        tl.store(chosen_ptr + branch * COUNT + picture, token)
+
+
+def choose(
+    logits_RV: Tensor,
+    uniforms_BT: Tensor,
+    tokens_BT: Tensor,
+    position_1: Tensor,
+    *,
+    taken: str,
+    guidance: float,
+    temperature: float,
+) -> Tensor:
+    """Draws a token a picture where none is given, writes it to `tokens_BT`; one a row, long R.
+
+    The same as `mas.generate.Choice.tokens` without top-k and top-p.
+
+    Args:
+        logits_RV: contiguous; the rows of the first branch of all pictures, then the second's.
+        uniforms_BT: float64, of which that at the position is used.
+        tokens_BT: long; `FREE` (-1) where none is given.
+        position_1: long.
+        taken: which branch is drawn from: first, second, or both, guided.
+        guidance: of both.
+        temperature: 0 takes the likeliest.
+    """
+    rows, vocabulary = logits_RV.shape
+    count, length = tokens_BT.shape
+    chosen_R = tokens_BT.new_empty(rows)
+    _choose_kernel[(count,)](
+        logits_RV,
+        uniforms_BT,
+        tokens_BT,
+        position_1,
+        chosen_R,
+        length,
+        vocabulary,
+        guidance,
+        temperature or 1.0,
+        COUNT=count,
+        BRANCHES=rows // count,
+        TAKEN=taken,
+        GREEDY=temperature == 0,
+        FREE=-1,
+        BLOCK=triton.next_power_of_2(vocabulary),
+        num_warps=16,
+    )
+    return chosen_R

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -57,14 +57,21 @@ class Choice:
         drawn_B = draw(probabilities(self._guided(logits_RV.float()), self.sampling), uniform_B)
         return torch.where(given_B == FREE, drawn_B, given_B)
 
+    @property
+    def taken(self) -> Literal["first", "second", "both"]:
+        """The branch of the rows that tokens are drawn from, or both of them, guided."""
+        if len(self.branches) == 1 or self.sampling.guidance == 1:
+            return "first"
+        return "both" if self.sampling.guidance else "second"
+
     def _guided(self, logits_RV: Tensor) -> Tensor:
-        guidance = self.sampling.guidance
-        by_branch = dict(zip(self.branches, logits_RV.chunk(len(self.branches)), strict=True))
-        if len(by_branch) == 1:
+        """The logits to draw from; of two branches the conditional one is the first."""
+        if len(self.branches) == 1:
             return logits_RV
-        if guidance in (0, 1):
-            return by_branch["conditional" if guidance else "unconditional"]
-        return guide(by_branch["conditional"], by_branch["unconditional"], guidance)
+        first, second = logits_RV.chunk(2)
+        if self.taken == "both":
+            return guide(first, second, self.sampling.guidance)
+        return first if self.taken == "first" else second
 
 
 class Steps(Protocol):
@@ -188,7 +195,6 @@ class _Loop:
         self.position = self._given_until(first + 1)
         if self.steps is not None and self.position == first + 1 and not self.finished:
             self.state_RD = self.steps.step(choice, first, self.state_RD)
-            self.tokens_BT[:, first] = self.steps.tokens_BT[:, first]
             return
         self.tokens_BT[:, first] = choice.tokens(
             self.decoder.head(self.state_RD, stream),
@@ -203,6 +209,7 @@ class _Loop:
     def close(self) -> None:
         """Lets go of what the decoder has lent."""
         if self.steps is not None:
+            self.tokens_BT = self.tokens_BT.clone()
             self.steps.close()
 
     def _choose_branches(self) -> list[str]:
@@ -237,7 +244,7 @@ class _Loop:
         if isinstance(self.decoder, SteppingDecoder):
             rows = len(sources)
             self.steps = self.decoder.start_steps(self.tokens_BT, self.uniforms_BT, rows=rows)
-            self.cache = self.steps.cache
+            self.cache, self.tokens_BT = self.steps.cache, self.steps.tokens_BT
         else:
             self.cache = self.decoder.new_cache(len(sources))
         self.cache.copy_rows(shared, sources, length=self.position)

@@ -155,9 +155,7 @@ class Feedforward(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.gated = config.gated
-        hidden = 4 * config.width
-        if config.gated:
-            hidden = math.ceil(hidden * 2 / 3 / 64) * 64
+        hidden = hidden_width(config)
         self.expand = nn.Linear(config.width, hidden * (2 if config.gated else 1), bias=False)
         self.contract = nn.Linear(hidden, config.width, bias=False)
 
@@ -379,6 +377,12 @@ def make_cache(
         device=device,
         grows=grows,
     )
+
+
+def hidden_width(config: GPTConfig) -> int:
+    """Numbers between the two halves of a feedforward."""
+    hidden = 4 * config.width
+    return math.ceil(hidden * 2 / 3 / 64) * 64 if config.gated else hidden
 
 
 def make_norm(config: GPTConfig) -> nn.Module:

@@ -103,7 +103,9 @@ def make_decoder(gpt: GPT | StoredGPT, precision: Precision) -> Decoder:
             network = GPT.from_pretrained(gpt.folder).to(dtype).to(gpt.device)
         else:
             network = gpt if gpt.dtype == dtype else copy.deepcopy(gpt).to(dtype)
-        return CUDADecoder(network, kernels="triton") if network.device.type == "cuda" else network
+        return (
+            CUDADecoder(network, kernels="persistent") if network.device.type == "cuda" else network
+        )
     tensors = tensors_of(gpt)
     if precision == "float32":
         make_linear = partial(FloatLinear, dtype=torch.float32)

@@ -307,7 +307,7 @@ def test_broken_weights_are_named():
 
 
 @needs_cuda
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", ["torch", "triton", "persistent"])
 @pytest.mark.parametrize("options", [{}, OPTIONS["all"]], ids=["default", "all"])
 @pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
 def test_recorded_steps_give_the_tokens_of_the_same_steps_run_one_by_one(given, options, kernels):
@@ -330,7 +330,7 @@ def test_recorded_steps_give_the_tokens_of_the_same_steps_run_one_by_one(given, 
 
 
 @needs_cuda
-@pytest.mark.parametrize("kernels", ["torch", "compiled", "triton"])
+@pytest.mark.parametrize("kernels", ["torch", "compiled", "triton", "persistent"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("count", [2, 6])
 @torch.inference_mode()
