@@ -388,7 +388,7 @@ def _open_png(path: str | Path | IO[bytes]) -> Image.Image:
 def _from_bands(bands: np.ndarray, path: str | Path | IO[bytes]) -> SceneMap:
     alpha = bands[..., 1]
     with _naming(_name(path)):
-        if not np.isin(alpha, (0, 255)).all():
+        if not ((alpha == 0) | (alpha == 255)).all():
             raise SceneError("alpha marks edges and must be 0 or 255 everywhere")
         return SceneMap(bands[..., 0].copy(), alpha == 255)
 

@@ -233,12 +233,17 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def read(self, index: int) -> Sample:
-        """Sample `index`, in the order of the shards and of the samples in them."""
+    def read(self, index: int, *, only: Sequence[str] | None = None) -> Sample:
+        """Sample `index`, in the order of the shards and of the samples in them.
+
+        With `only`, no more than these of the index's extensions.
+        """
         files = {}
         path = self.paths[self._shards[index]]
         with open(path, "rb", buffering=0) as file:
             for extension, (offset, size) in zip(self.extensions, self._spans[index], strict=True):
+                if only is not None and extension not in only:
+                    continue
                 files[extension] = os.pread(file.fileno(), int(size), int(offset))
                 if len(files[extension]) != size:
                     raise ShardError(f"{path}: became shorter while it was in use")

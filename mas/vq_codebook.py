@@ -111,8 +111,9 @@ class Codebook(nn.Module):
             self.usage.fill_(1 / codes)
         elif (dead_K := self.usage < self.restart / codes).any():
             picks_K = torch.randint(len(vectors_NC), (codes,), device=vectors_NC.device)
-            self.codebook[dead_K] = vectors_NC[picks_K[dead_K]].to(self.codebook)
-            self.usage[dead_K] = 1 / codes
+            moved_KC = vectors_NC[picks_K].to(self.codebook)
+            self.codebook.copy_(torch.where(dead_K[:, None], moved_KC, self.codebook))
+            self.usage.masked_fill_(dead_K, 1 / codes)
         else:
             return
         if dist.is_available() and dist.is_initialized():

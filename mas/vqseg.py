@@ -297,7 +297,9 @@ class VQSEG(nn.Module):
             edges_P = fold_patches(edges_BHW, self.config.patch).flatten()
             if self.training and self.config.pixels < 1:
                 drawn = draw_pixels(labels_P, self.config.pixels, balance=self.config.balance)
-                features_PD, labels_P, edges_P = features_PD[drawn], labels_P[drawn], edges_P[drawn]
+                # Backwards, indexing would sort all pixels in case some were drawn twice.
+                features_PD = features_PD.index_select(0, drawn)
+                labels_P, edges_P = labels_P[drawn], edges_P[drawn]
             with torch.autocast(features_PD.device.type, enabled=False):
                 reconstruction = scene_loss(
                     features_PD.float(),

@@ -27,6 +27,7 @@ from mas.shards import ShardIndex, TokenShards, expand_shards
 from mas.storage import file_hash
 from mas.text import Tokenizer
 from train.boxes import draw_boxes, face_boxes, thing_boxes
+from train.repeat import Repeated, Repeats, read_presence
 from train.stream import (
     Fixed,
     Items,
@@ -242,6 +243,9 @@ class PictureData(StreamData):
         workers: processes that decode pictures; 0 decodes in the training process.
         holdout: every n-th picture is kept for validation.
         flip: mirror half of the training pictures (left and right body parts swap names).
+        repeat: class name: how many times an epoch a training picture that holds it comes.
+        repeat_below: training pictures with a class that fewer than this share of them hold come
+            more often, by the root of how much rarer it is; 0 = all alike.
         seed: of the order and the flips; linked to seed_everything.
         size: pixels a side; linked to the network.
     """
@@ -258,19 +262,37 @@ class PictureData(StreamData):
         workers: int = 2,
         holdout: int = 50,
         flip: bool = True,
+        repeat: dict[str, float] | None = None,
+        repeat_below: float = 0.0,
         seed: int = 0,
         size: int = 256,
     ) -> None:
         super().__init__(batch_size=batch_size, workers=workers, holdout=holdout, seed=seed)
         self.input, self.flip, self.size = input, flip, size
+        self.repeats = Repeats(below=repeat_below, named=repeat or {})
 
     def open(self) -> int:
-        reads = (("jpg", self.photos), ("scene.png", self.scenes or self.boxes > 0))
+        reads = (
+            ("jpg", self.photos),
+            ("scene.png", self.scenes or self.boxes > 0),
+            ("json", bool(self.repeats)),
+        )
         wanted = [name for name, on in reads if on]
         self.index = ShardIndex(expand_shards(self.input), extensions=tuple(wanted))
         return len(self.index)
 
     def items(self, part: Part) -> Items:
+        items = self.pictures(part)
+        if part.part == "validation" or not self.repeats:
+            return items
+        samples = (self.index.read(part[place], only=("json",)) for place in range(len(part)))
+        factors_N = self.repeats.factors(read_presence(samples, len(part)))
+        repeated = Repeated(items, factors_N, seed=self.seed)
+        logger.info("%d pictures come %d times an epoch", len(items), len(repeated))
+        return repeated
+
+    def pictures(self, part: Part) -> PictureItems:
+        """The pictures of a part, each once."""
         return PictureItems(
             self.index,
             part,

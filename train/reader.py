@@ -25,7 +25,6 @@ from mas.shards import ShardIndex, expand_shards
 from train.data import Part, PictureData, PictureItems
 from train.stage import Optimiser, Rows, Stage
 from train.start import start_from
-from train.stream import Items
 
 UNKNOWN = -100  # cross-entropy passes over this target
 
@@ -204,5 +203,5 @@ class ReaderData(PictureData):
         self.index = ShardIndex(expand_shards(self.input), extensions=wanted)
         return len(self.index)
 
-    def items(self, part: Part) -> Items:
+    def pictures(self, part: Part) -> FactItems:
         return FactItems(self.index, part, size=self.size, flip=self.flip, photos=True, scenes=True)

@@ -12,6 +12,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import struct
 import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -35,7 +36,7 @@ class Items(Protocol):
 
 def mix(*numbers: int) -> int:
     """64 well-mixed bits of some non-negative numbers: seeds for independent random draws."""
-    content = b"".join(number.to_bytes(8, "little") for number in numbers)
+    content = struct.pack(f"<{len(numbers)}Q", *numbers)
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 

@@ -59,17 +59,16 @@ class VQSEGTraining(Stage):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         losses = self.network.loss(batch["labels"], batch["edges"])
         self.check(losses.total, batch)
-        _, used = perplexity(losses.tokens_BT, self.network.config.codes)
-        self.log_losses(
-            "train",
-            {
-                "loss": losses.total,
-                "reconstruction": losses.reconstruction,
-                "codebook": losses.codebook,
-                "perplexity": torch.tensor(used),
-            },
-            count=len(batch["labels"]),
-        )
+        values = {
+            "loss": losses.total,
+            "reconstruction": losses.reconstruction,
+            "codebook": losses.codebook,
+        }
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set untyped
+        if every and (self.global_step + 1) % every == 0:  # counting codes waits for the GPU
+            _, used = perplexity(losses.tokens_BT, self.network.config.codes)
+            values["perplexity"] = torch.tensor(used)
+        self.log_losses("train", values, count=len(batch["labels"]))
         return losses.total
 
     def on_validation_epoch_start(self) -> None:
