@@ -34,6 +34,8 @@ STEP = Extension(
     optional=True,
 )
 
+everything = sorted({p for extra in EXTRAS.values() for p in extra})  # that any machine can use
+
 setup(
     name="mini-make-a-scene",
     version=VERSION,
@@ -43,7 +45,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["mas", "preprocess", "train"],
-    package_data={"mas": ["py.typed", "models/*/*", "models/*/*/*"]},
+    package_data={"mas": ["py.typed", "step.cu", "models/*/*", "models/*/*/*"]},
     ext_modules=[STEP],
     install_requires=[
         "torch>=2.6",
@@ -58,7 +60,7 @@ setup(
         "braceexpand>=0.1.7",
         "tqdm>=4.66",
     ],
-    extras_require={**EXTRAS, "all": sorted({p for extra in EXTRAS.values() for p in extra})},
+    extras_require={**EXTRAS, "all": everything, "cuda": ["cuda-bindings>=12.9"]},
     entry_points={
         "console_scripts": ["mas = mas.__main__:main"],
         "mini_make_a_scene.weights": ["preprocess = preprocess.weights:known_weights"],

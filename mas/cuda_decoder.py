@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,14 +23,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mas.cache import Cache
+from mas.cuda_step import Layer, Step, make_step
 from mas.decoder import EPSILON, read_positions
 from mas.filter import Sampling, count_kept
 from mas.generate import Choice
 from mas.gpt import GPT, Rotation, make_cache, rotate, rotation_table
 from mas.sequence import Stream
-
-if TYPE_CHECKING:
-    from mas.cuda_step import Step
 
 BUCKET = 128  # keys by which the part of the cache that is read grows
 MOST_GRAPHS = 32  # kept at a time: one per bucket and way of choosing
@@ -45,18 +43,6 @@ MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # that take a mask
 Kernels = Literal["torch", "compiled", "triton", "persistent"]
 
 logger = logging.getLogger(__name__)
-
-
-class Layer(NamedTuple):
-    """The tensors of one block; a norm is its weight and, for LayerNorm, its bias."""
-
-    attention_norm: tuple[Tensor, ...]
-    to_qkv: Tensor
-    qk_norm: tuple[Tensor, ...]  # of queries and of keys, or nothing
-    to_out: Tensor
-    feedforward_norm: tuple[Tensor, ...]
-    expand: Tensor
-    contract: Tensor
 
 
 class CUDADecoder:
@@ -211,9 +197,7 @@ class CUDADecoder:
     def _find_step(self, cache: Cache) -> Step | None:
         """What reads tokens into a cache in one kernel; None where that is not possible."""
         if cache not in self.own_steps:
-            from mas import cuda_step  # here, because cuda-bindings are not on every machine
-
-            self.own_steps[cache] = cuda_step.make_step(
+            self.own_steps[cache] = make_step(
                 self.config,
                 self.layers,
                 cache,
@@ -314,16 +298,17 @@ class CUDASteps:
         return tokens_B.repeat(len(choice.branches))
 
     def _run_safely(self, choice: Choice, keys: int) -> None:
-        """`_run`, by PyTorch alone where the other kernels do not work."""
+        """`_run`, by simpler kernels where those that are wanted do not work."""
         try:
             self._run(choice, keys)
         except Exception as error:
-            kernels = self.decoder.kernels
-            if kernels == "torch":
+            failed = self.decoder.kernels
+            if failed == "torch":
                 raise
-            logger.warning("%s kernels failed, PyTorch's are used: %s", kernels, _first_line(error))
-            self.decoder.kernels = "torch"
-            self._run(choice, keys)
+            instead: Kernels = "triton" if failed == "persistent" else "torch"
+            logger.warning("%s kernels failed, %s is used: %s", failed, instead, _first_line(error))
+            self.decoder.kernels = instead
+            self._run_safely(choice, keys)
 
     def _run_and_record(self, choice: Choice, keys: int) -> None:
         """A step on a stream of its own, and the same recorded there for the steps to come."""

@@ -14,7 +14,7 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,15 +22,24 @@ from torch import Tensor
 from mas.cache import Cache
 from mas.gpt import GPTConfig, hidden_width
 
-if TYPE_CHECKING:
-    from mas.cuda_decoder import Layer
-
 SOURCE = Path(__file__).with_name("step.cu")
 THREADS = 512  # a program; what the file says
 MOST_ROWS = 8  # that the tensor cores take at a time
 MOST_LOADS = 12  # of 16 bytes, that a thread holds of the matrix of a stage
 MOST_KEYS = 20  # likewise of keys and values
 OLDEST = (8, 0)  # compute capability with tensor cores for bfloat16
+
+
+class Layer(NamedTuple):
+    """The tensors of one block; a norm is its weight and, for LayerNorm, its bias."""
+
+    attention_norm: tuple[Tensor, ...]
+    to_qkv: Tensor
+    qk_norm: tuple[Tensor, ...]  # of queries and of keys, or nothing
+    to_out: Tensor
+    feedforward_norm: tuple[Tensor, ...]
+    expand: Tensor
+    contract: Tensor
 
 
 class CUDAError(RuntimeError):
@@ -119,17 +128,16 @@ class Step:
         addresses = [_addresses(*both) for both in zip(layers, cache.pairs, strict=True)]
         table = torch.tensor(addresses, dtype=torch.int64, device=device)
         blocks_R = numbers["LAYERS"] * rows
-        exact = partial(torch.empty, dtype=torch.float32, device=device)
-        rounded = partial(torch.empty, dtype=torch.bfloat16, device=device)
+        zeros = partial(torch.zeros, dtype=torch.int64, device=device)  # of no launch
         self.before = (positions_TD, *rotation, norm[0], norm[-1])
         self.table = table
         self.scratch = (
-            exact((2 * blocks_R + rows) * width),  # states
-            exact(3 * blocks_R * width),  # queries, keys and values
-            rounded(blocks_R * width),  # what attention gave
-            rounded(blocks_R * numbers["F"]),  # between halves of the feedforward
+            zeros((2 * blocks_R + rows) * width),  # states
+            zeros(3 * blocks_R * width),  # queries, keys and values
+            zeros(blocks_R * width // 2),  # what attention gave
+            zeros(blocks_R * numbers["F"] // 2),  # between halves of the feedforward
         )
-        self.counters = torch.zeros(1, dtype=torch.int32, device=device)
+        self.launches = torch.ones(1, dtype=torch.int32, device=device)
         self.kernel = _compile(tuple(defines.items()), device.index or 0)
 
     def read(self, tokens_R: Tensor, position_1: Tensor, embedding_VD: Tensor) -> Tensor:
@@ -149,7 +157,7 @@ class Step:
             *self.before,
             *self.scratch,
             state_RD,
-            self.counters,
+            self.launches,
         )
         self.kernel.launch(self.programs, tensors)
         return state_RD

@@ -5,13 +5,14 @@
  * rows, whose sizes it defines (LAYERS ROWS D F HEADS H LENGTH PROGRAMS GATED QK_NORM ROTARY
  * NORM_EPSILON QK_EPSILON), and launches one program of 512 threads a multiprocessor.
  *
- * All programs go through all stages of all blocks; between two stages they wait for each other at
- * a counter. The matrix of the next stage is in registers by then and those behind it are on their
- * way into the L2 cache, so the memory is read without a pause, which kernels of one matrix each
- * cannot do: every one of them begins with an empty pipe. Products are left to the tensor cores,
- * where up to eight rows cost what one costs and the sum over K needs no exchange between threads.
- * Weights, and numbers on their way into a product, are bfloat16, everything else float32.
- * The idea: "Look Ma, No Bubbles!" (Hazy Research, 2025).
+ * All programs go through all stages of all blocks. What one gives to the others it stores together
+ * with the number of this launch, 64 bits at once, and who needs it loads it until that number is
+ * there: no fence and no barrier between programs. Meanwhile the matrix of the stage is on its way
+ * into registers; kernels of one matrix each would begin to load it only then. Products are left to
+ * the tensor cores, where up to eight rows cost what one costs and the sum over K needs no exchange
+ * between threads. Weights, and numbers on their way into a product, are bfloat16, everything else
+ * float32.
+ * After "Look Ma, No Bubbles!" (Hazy Research, 2025); numbers with flags as in NCCL's LL protocol.
  *
  * Axes: R rows, N and K numbers out of and into a matrix, D width, F width of the feedforward,
  * H width of a head.
@@ -39,7 +40,7 @@ constexpr int COLUMNS = H / SHARES;
 constexpr int WIDEST = larger(D, F);
 constexpr int SHARE_QKV = CEIL(3 * D, PROGRAMS);
 constexpr int SHARE_D = CEIL(D, PROGRAMS);
-constexpr int SHARE_F = CEIL(F, PROGRAMS);
+constexpr int SHARE_F = 2 * CEIL(F, 2 * PROGRAMS); /* whole pairs */
 
 /* The tensors of a block; what it does not have is null. */
 struct Block {
@@ -80,45 +81,23 @@ __device__ inline void multiply(float sums[4], u32 a0, u32 a1, u32 a2, u32 a3, u
 /* What does not change while the kernel runs. */
 __device__ inline uint4 load_constant(const void *address) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(address));
   return x;
 }
 
-/* What other programs have just written. */
-__device__ inline uint4 load_new(const void *address) {
-  uint4 x;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(address)
+/* 64 bits for other programs, and twice as many of theirs. */
+__device__ inline void store_shared(u64 *address, u64 x) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(x) : "memory");
+}
+
+__device__ inline void load_shared(const u64 *address, u64 &a, u64 &b) {
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(address)
                : "memory");
-  return x;
 }
 
-__device__ inline float load_new_number(const float *address) {
-  float x;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(address) : "memory");
-  return x;
-}
-
-__device__ inline void count_up(u32 *counter) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-}
-
-__device__ inline void wait_for(u32 *counter, u32 count) {
-  u32 seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-  } while (seen < count);
-}
-
-/* Sends memory on its way into the L2 cache; both a multiple of 16. */
-__device__ inline void fetch(const void *address, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
-#endif
-}
+__device__ inline void pause() {}
 
 #endif
 
@@ -143,14 +122,27 @@ __device__ inline float sum_over(float x, int step, int width) {
   return x;
 }
 
-__device__ inline void arrive(u32 *counter) {
-  __syncthreads();
-  if (threadIdx.x == 0) count_up(counter);
+/* 32 bits for other programs. */
+__device__ inline void give(u64 *address, u32 bits, u32 launch) {
+  store_shared(address, (u64)launch << 32 | bits);
 }
 
-__device__ inline void wait(u32 *counter, u32 programs) {
-  if (threadIdx.x == 0) wait_for(counter, programs * PROGRAMS);
-  __syncthreads();
+/* Waits for COUNT times two numbers `step` apart, which other programs give in this launch. */
+template <int COUNT>
+__device__ inline void take(const u64 *address, int step, u32 launch, u32 (&bits)[2 * COUNT]) {
+  for (;;) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      u64 a, b;
+      load_shared(address + i * step, a, b);
+      bits[2 * i] = (u32)a;
+      bits[2 * i + 1] = (u32)b;
+      all = all && (u32)(a >> 32) == launch && (u32)(b >> 32) == launch;
+    }
+    if (all) return;
+    pause();
+  }
 }
 
 /* The rows of a matrix that belong to this program, in registers, spread so that a thread holds
@@ -211,12 +203,6 @@ template <int N, int K, int SHARE> struct Tile {
       x += sums[(split * GROUPS * 16 + row) * ROWS + r];
     return x;
   }
-
-  __device__ static void fetch_rows(const u16 *matrix) {
-    const int first = blockIdx.x * SHARE;
-    if (threadIdx.x == 0 && first < N)
-      fetch(matrix + (u64)first * K, smaller(SHARE, N - first) * K * 2);
-  }
 };
 
 typedef Tile<3 * D, D, SHARE_QKV> QKVTile;
@@ -259,20 +245,17 @@ struct Norm {
   }
 
   /* RMSNorm or LayerNorm of R rows of D numbers, as bfloat16; rows of the result have D + PAD. */
-  __device__ void apply(const float *x, u16 *result, float *sums) const {
+  __device__ void apply(const u64 *x, u32 launch, u16 *result, float *sums) const {
     const int thread = this_thread(), r = thread / ROW_THREADS, i0 = thread % ROW_THREADS;
     float v[FOURS][4], total = 0, squares = 0;
 #pragma unroll
     for (int i = 0; i < FOURS; i++) {
       const int d = 4 * (i0 + i * ROW_THREADS);
-      uint4 four = {0, 0, 0, 0};
-      if (r < ROWS && d < D) four = load_new(x + r * D + d);
-      v[i][0] = __uint_as_float(four.x);
-      v[i][1] = __uint_as_float(four.y);
-      v[i][2] = __uint_as_float(four.z);
-      v[i][3] = __uint_as_float(four.w);
+      u32 bits[4] = {0, 0, 0, 0};
+      if (r < ROWS && d < D) take<2>(x + r * D + d, 2, launch, bits);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
+        v[i][j] = __uint_as_float(bits[j]);
         total += v[i][j];
         squares += v[i][j] * v[i][j];
       }
@@ -307,11 +290,28 @@ struct Norm {
   }
 };
 
-/* R rows of K bfloat16 numbers; rows of the result have K + PAD. */
-template <int K> __device__ void copy_rows(const u16 *x, u16 *result) {
-  constexpr int EIGHTS = K / 8;
-  for (int i = this_thread(); i < ROWS * EIGHTS; i += THREADS)
-    *(uint4 *)(result + i / EIGHTS * (K + PAD) + i % EIGHTS * 8) = load_new(x + (u64)i * 8);
+/* R rows of K bfloat16 numbers, given in pairs; rows of the result have K + PAD. */
+template <int K> __device__ void copy_rows(const u64 *x, u32 launch, u16 *result) {
+  constexpr int FOURS = ROWS * K / 4, COUNT = smaller(4, CEIL(FOURS, THREADS));
+#pragma unroll 1
+  for (int first = this_thread(); first < FOURS; first += COUNT * THREADS) {
+    u32 bits[2 * COUNT];
+    /* The last ones may be taken twice rather than from behind the end. */
+    const int step = first + (COUNT - 1) * THREADS < FOURS ? THREADS : 0;
+    take<COUNT>(x + 2 * first, 2 * step, launch, bits);
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) {
+      const int i = first + j * step;
+      *(uint2 *)(result + 4 * i / K * (K + PAD) + 4 * i % K) = {bits[2 * j], bits[2 * j + 1]};
+    }
+    if (COUNT > 1 && step == 0)
+      for (int i = first + THREADS; i < FOURS; i += THREADS) {
+        u32 two[2];
+        take<1>(x + 2 * i, 0, launch, two);
+        *(uint2 *)(result + 4 * i / K * (K + PAD) + 4 * i % K) = {two[0], two[1]};
+      }
+    if (step == 0) return;
+  }
 }
 
 /* Eight numbers of a query or key, normed and rotated as the network wants it. */
@@ -370,45 +370,40 @@ struct Attention {
     }
   }
 
-  __device__ void fetch_cache(u16 *cache, int position) const {
-    const int part = CEIL(position, SHARES), first = share * part;
-    const int count = smaller(part, position - first);
-    if (threadIdx.x != 0 || count <= 0) return;
-    fetch(key(cache, first), count * H * 2);
-    fetch(value(cache, first), count * H * 2);
-  }
-
-  __device__ void attend(const Block &block, const float *qkv, u16 *attended, int position,
-                         const u16 *cosine, const u16 *sine, float *shared) const {
-    const int thread = this_thread(), warp = thread / 32, lane = thread % 32, part = lane % KEY_LANES;
+  __device__ void attend(const Block &block, const u64 *qkv, u64 *attended, u32 launch,
+                         int position, const u16 *cosine, const u16 *sine, float *shared) const {
+    const int thread = this_thread(), warp = thread / 32, lane = thread % 32;
+    const int part = lane % KEY_LANES;
     float *weights = shared + warp * (VALUE_STEPS * VALUES_AT_ONCE);
     float *sums = shared + WARPS * (VALUE_STEPS * VALUES_AT_ONCE); /* WARPS x COLUMNS */
     float *highest = sums + WARPS * COLUMNS, *totals = highest + WARPS, *owns = totals + WARPS;
-    const float *here = qkv + pair / HEADS * 3 * D + pair % HEADS * H;
-    float q[8], k[8], v = 0;
+    const u64 *here = qkv + pair / HEADS * 3 * D + pair % HEADS * H;
+    const int column = share * COLUMNS + 2 * thread; /* of two that this thread finishes */
+    u32 bits[8], v[2] = {0, 0};
+    float q[8];
+    take<4>(here + part * 8, 2, launch, bits);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const uint4 a = load_new(here + part * 8 + 4 * i), b = load_new(here + D + part * 8 + 4 * i);
-      q[4 * i] = __uint_as_float(a.x);
-      q[4 * i + 1] = __uint_as_float(a.y);
-      q[4 * i + 2] = __uint_as_float(a.z);
-      q[4 * i + 3] = __uint_as_float(a.w);
-      k[4 * i] = __uint_as_float(b.x);
-      k[4 * i + 1] = __uint_as_float(b.y);
-      k[4 * i + 2] = __uint_as_float(b.z);
-      k[4 * i + 3] = __uint_as_float(b.w);
-    }
-    const int column = share * COLUMNS + threadIdx.x;
-    if (threadIdx.x < COLUMNS) v = load_new_number(here + 2 * D + column);
+    for (int i = 0; i < 8; i++) q[i] = __uint_as_float(bits[i]);
     prepare(q, block.q_norm, cosine + position * (H / 2), sine + position * (H / 2));
-    prepare(k, block.k_norm, cosine + position * (H / 2), sine + position * (H / 2));
-    float own = 0;
-    for (int i = 0; i < 8; i++) {
-      q[i] *= rsqrtf((float)H);
-      own += q[i] * k[i];
+#pragma unroll
+    for (int i = 0; i < 8; i++) q[i] *= rsqrtf((float)H);
+    if (warp == 0) { /* the token itself */
+      float k[8], own = 0;
+      take<4>(here + D + part * 8, 2, launch, bits);
+#pragma unroll
+      for (int i = 0; i < 8; i++) k[i] = __uint_as_float(bits[i]);
+      prepare(k, block.k_norm, cosine + position * (H / 2), sine + position * (H / 2));
+#pragma unroll
+      for (int i = 0; i < 8; i++) own += q[i] * k[i];
+      own = sum_over(own, 1, KEY_LANES);
+      if (lane == 0) *owns = own;
+      if (lane < KEY_LANES && share == 0) {
+        const uint4 eight = {round_pair(k[0], k[1]), round_pair(k[2], k[3]),
+                             round_pair(k[4], k[5]), round_pair(k[6], k[7])};
+        *(uint4 *)(key(block.cache, position) + part * 8) = eight;
+      }
     }
-    own = sum_over(own, 1, KEY_LANES);
-    if (threadIdx.x == 0) *owns = own;
+    if (thread < COLUMNS / 2) take<1>(here + 2 * D + column, 0, launch, v);
 
     float scores[KEY_STEPS], most = NOTHING, total = 0;
 #pragma unroll
@@ -451,25 +446,23 @@ struct Attention {
       highest[warp] = most;
       totals[warp] = total;
     }
-    if (threadIdx.x < KEY_LANES && share == 0) {
-      const uint4 eight = {round_pair(k[0], k[1]), round_pair(k[2], k[3]), round_pair(k[4], k[5]),
-                           round_pair(k[6], k[7])};
-      *(uint4 *)(key(block.cache, position) + part * 8) = eight;
-    }
     __syncthreads();
-    if (threadIdx.x < COLUMNS) {
-      most = own = *owns;
+    if (thread < COLUMNS / 2) {
+      most = *owns;
       for (int i = 0; i < WARPS; i++) most = fmaxf(most, highest[i]);
-      total = fast_exp(own - most);
-      float result = total * v;
+      total = fast_exp(*owns - most);
+      float first = total * __uint_as_float(v[0]), second = total * __uint_as_float(v[1]);
 #pragma unroll
       for (int i = 0; i < WARPS; i++) {
         const float weight = fast_exp(highest[i] - most); /* 0 where a warp saw nothing */
         total += weight * totals[i];
-        result += weight * sums[i * COLUMNS + threadIdx.x];
+        first += weight * sums[i * COLUMNS + 2 * thread];
+        second += weight * sums[i * COLUMNS + 2 * thread + 1];
       }
-      attended[pair / HEADS * D + pair % HEADS * H + column] = to_bfloat16(result / total);
-      value(block.cache, position)[column] = to_bfloat16(v);
+      give(attended + (pair / HEADS * D + pair % HEADS * H + column) / 2,
+           round_pair(first / total, second / total), launch);
+      *(u32 *)(value(block.cache, position) + column) =
+          round_pair(__uint_as_float(v[0]), __uint_as_float(v[1]));
     }
   }
 };
@@ -477,121 +470,110 @@ struct Attention {
 __device__ inline float gelu(float x) { return 0.5f * x * (1 + erff(x * 0.70710678118654752f)); }
 __device__ inline float silu(float x) { return x / (1 + fast_exp(-x)); }
 
-/* Adds what a matrix made of `x` to `before`. */
-template <typename ATile, int SHARE>
-__device__ void add_product(const ATile &tile, const u16 *x, const float *before, float *after,
-                            float *sums) {
-  const int thread = this_thread(), row = thread % SHARE, r = thread / SHARE;
-  const int n = blockIdx.x * SHARE + row;
-  const bool mine = thread < SHARE * ROWS && n < D;
-  static_assert(SHARE * ROWS <= THREADS, "rows");
-  float y = 0;
-  if (mine) y = load_new_number(before + r * D + n);
-  __syncthreads();
-  tile.multiply_by(x, sums);
-  __syncthreads();
-  if (mine) after[r * D + n] = y + ATile::total(sums, row, r);
-}
-
-/* Scratch memory: for each block, states before and between its halves, then the last state; and
- * queries, keys and values; and in bfloat16 what attention and the first half of the feedforward
- * gave. Nothing is written twice in one step, so nothing old can be in a cache. */
+/* Scratch memory: the state before each half of each block and after the last; queries, keys and
+ * values; what attention and the first half of the feedforward gave, in pairs. Each number has a
+ * place of its own in every block, so that what a launch wrote is whole when the next one begins. */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 read_token(const Block *blocks, const long long *tokens, const long long *place,
            const u16 *embedding, const u16 *positions, const u16 *cosine, const u16 *sine,
-           const u16 *norm_weight, const u16 *norm_bias, float *states, float *qkv, u16 *attended,
-           u16 *hidden, u16 *state, u32 *counters) {
+           const u16 *norm_weight, const u16 *norm_bias, u64 *states, u64 *qkv, u64 *attended,
+           u64 *hidden, u16 *state, u32 *launches) {
   SHARED(memory);
   u16 *x = (u16 *)memory;
   float *sums = (float *)(memory + X_BYTES), *norm_sums = sums + SHARED_FLOATS - 2 * WARPS;
   const int position = (int)*place;
-  u32 stage = 0;
+  const u32 launch = *launches;
   Attention attention;
   attention.place();
-  attention.fetch_cache(blocks->cache, position);
-  OutTile::fetch_rows(blocks->to_out);
-  if (threadIdx.x < SHARE_D * ROWS) {
-    const int r = threadIdx.x / SHARE_D, d = blockIdx.x * SHARE_D + threadIdx.x % SHARE_D;
-    if (d < D)
-      states[r * D + d] = to_float(embedding[(u64)tokens[r] * D + d]) +
-                          to_float(positions[(u64)position * D + d]);
+  /* One number of the state stays with the thread that adds to it. */
+  static_assert(SHARE_D * ROWS <= THREADS, "rows");
+  const int own_row = threadIdx.x % SHARE_D, own_r = threadIdx.x / SHARE_D;
+  const int own_d = blockIdx.x * SHARE_D + own_row;
+  const bool owner = own_r < ROWS && own_d < D;
+  float own = 0;
+  if (owner) {
+    own = to_float(embedding[(u64)tokens[own_r] * D + own_d]) +
+          to_float(positions[(u64)position * D + own_d]);
+    give(states + own_r * D + own_d, __float_as_uint(own), launch);
   }
-  arrive(counters);
   Norm norm;
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
-    const Block &block = blocks[layer], &next = blocks[smaller(layer + 1, LAYERS - 1)];
+    const Block &block = blocks[layer];
+    u64 *between = states + ROWS * D, *after = between + ROWS * D;
     {
       QKVTile tile;
       tile.load(block.to_qkv);
       norm.load(block.attention_norm, block.attention_bias);
-      ExpandTile::fetch_rows(block.expand);
-      if (GATED) ExpandTile::fetch_rows(block.expand + (u64)F * D);
-      wait(counters, ++stage);
-      norm.apply(states, x, norm_sums);
+      norm.apply(states, launch, x, norm_sums);
       __syncthreads();
       tile.multiply_by(x, sums);
       __syncthreads();
       for (int i = this_thread(); i < SHARE_QKV * ROWS; i += THREADS) {
         const int row = i % SHARE_QKV, r = i / SHARE_QKV, n = blockIdx.x * SHARE_QKV + row;
-        if (n < 3 * D) qkv[r * 3 * D + n] = QKVTile::total(sums, row, r);
+        if (n < 3 * D)
+          give(qkv + r * 3 * D + n, __float_as_uint(QKVTile::total(sums, row, r)), launch);
       }
-      arrive(counters);
     }
     attention.load(block.cache, position);
-    ContractTile::fetch_rows(block.contract);
-    wait(counters, ++stage);
-    attention.attend(block, qkv, attended, position, cosine, sine, sums);
-    arrive(counters);
+    __syncthreads(); /* the sums have been read */
+    attention.attend(block, qkv, attended, launch, position, cosine, sine, sums);
     {
       OutTile tile;
       tile.load(block.to_out);
-      QKVTile::fetch_rows(next.to_qkv);
-      wait(counters, ++stage);
-      copy_rows<D>(attended, x);
-      add_product<OutTile, SHARE_D>(tile, x, states, states + ROWS * D, sums);
-      arrive(counters);
+      copy_rows<D>(attended, launch, x);
+      __syncthreads();
+      tile.multiply_by(x, sums);
+      __syncthreads();
+      if (owner) {
+        own += OutTile::total(sums, own_row, own_r);
+        give(between + own_r * D + own_d, __float_as_uint(own), launch);
+      }
     }
     {
       ExpandTile tile, values;
       tile.load(block.expand);
       if (GATED) values.load(block.expand + (u64)F * D);
       norm.load(block.feedforward_norm, block.feedforward_bias);
-      attention.fetch_cache(next.cache, position);
-      OutTile::fetch_rows(next.to_out);
-      wait(counters, ++stage);
-      norm.apply(states + ROWS * D, x, norm_sums);
+      norm.apply(between, launch, x, norm_sums);
       __syncthreads();
       tile.multiply_by(x, sums);
       if (GATED) values.multiply_by(x, sums + SUMS / 2);
       __syncthreads();
-      for (int i = this_thread(); i < SHARE_F * ROWS; i += THREADS) {
-        const int row = i % SHARE_F, r = i / SHARE_F, n = blockIdx.x * SHARE_F + row;
-        float y = ExpandTile::total(sums, row, r);
-        y = GATED ? silu(y) * ExpandTile::total(sums + SUMS / 2, row, r) : gelu(y);
-        if (n < F) hidden[r * F + n] = to_bfloat16(y);
+      for (int i = this_thread(); i < SHARE_F / 2 * ROWS; i += THREADS) {
+        const int row = i % (SHARE_F / 2) * 2, r = i / (SHARE_F / 2);
+        const int n = blockIdx.x * SHARE_F + row;
+        float y[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          y[j] = ExpandTile::total(sums, row + j, r);
+          y[j] = GATED ? silu(y[j]) * ExpandTile::total(sums + SUMS / 2, row + j, r) : gelu(y[j]);
+        }
+        if (n < F) give(hidden + (r * F + n) / 2, round_pair(y[0], y[1]), launch);
       }
-      arrive(counters);
     }
     {
       ContractTile tile;
       tile.load(block.contract);
-      wait(counters, ++stage);
-      copy_rows<F>(hidden, x);
-      add_product<ContractTile, SHARE_D>(tile, x, states + ROWS * D, states + 2 * ROWS * D, sums);
-      arrive(counters);
+      copy_rows<F>(hidden, launch, x);
+      __syncthreads();
+      tile.multiply_by(x, sums);
+      __syncthreads();
+      if (owner) {
+        own += ContractTile::total(sums, own_row, own_r);
+        give(after + own_r * D + own_d, __float_as_uint(own), launch);
+      }
     }
-    states += 2 * ROWS * D;
+    states = after;
     qkv += ROWS * 3 * D;
-    attended += ROWS * D;
-    hidden += ROWS * F;
+    attended += ROWS * D / 2;
+    hidden += ROWS * F / 2;
   }
   if (blockIdx.x == 0) {
     norm.load(norm_weight, norm_bias);
-    wait(counters, ++stage);
-    norm.apply(states, x, norm_sums);
+    norm.apply(states, launch, x, norm_sums);
     __syncthreads();
     for (int i = threadIdx.x; i < ROWS * D; i += THREADS) state[i] = x[i / D * (D + PAD) + i % D];
-    if (threadIdx.x == 0) *counters = 0; /* as the next step needs it; everybody has arrived */
+    if (threadIdx.x == 0) *launches = launch + 1; /* every program has given, and read it before */
   }
 }

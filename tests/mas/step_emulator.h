@@ -10,6 +10,8 @@
 #include <ucontext.h>
 #include <vector>
 
+#define pause pause_program /* unistd.h has another */
+
 #define __device__
 #define __global__
 #define __launch_bounds__(...)
@@ -76,14 +78,14 @@ static float __uint_as_float(unsigned bits) {
   return x;
 }
 
-static unsigned bits_of(float x) {
+static unsigned __float_as_uint(float x) {
   unsigned bits;
   memcpy(&bits, &x, 4);
   return bits;
 }
 
 static float __shfl_xor_sync(unsigned, float x, int mask) {
-  return __uint_as_float(exchange({{bits_of(x)}})[threadIdx.x % 32 ^ mask].words[0]);
+  return __uint_as_float(exchange({{__float_as_uint(x)}})[threadIdx.x % 32 ^ mask].words[0]);
 }
 
 static int this_thread() { return threadIdx.x; }
@@ -91,7 +93,7 @@ static float fast_exp(float x) { return std::exp(x); }
 static float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 static unsigned rounded(float x) { /* to the nearest bfloat16, ties to even */
-  const unsigned bits = bits_of(x);
+  const unsigned bits = __float_as_uint(x);
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
@@ -117,16 +119,14 @@ static uint4 load_constant(const void *address) {
   if ((size_t)address % 16) abort();
   return *(const uint4 *)address;
 }
-static uint4 load_new(const void *address) { return load_constant(address); }
-static float load_new_number(const float *address) { return *address; }
-static void count_up(unsigned *counter) { ++*counter; }
-static void wait_for(unsigned *counter, unsigned count) {
-  while (*counter < count) let_others_run();
+static void store_shared(unsigned long long *address, unsigned long long x) { *address = x; }
+static void load_shared(const unsigned long long *address, unsigned long long &a,
+                        unsigned long long &b) {
+  if ((size_t)address % 16) abort();
+  a = address[0];
+  b = address[1];
 }
-static void fetch(const void *address, unsigned bytes) {
-  if ((size_t)address % 16 || bytes % 16) abort();
-}
-
+static void pause() { let_others_run(); }
 template <typename Kernel> static void run_programs(int programs, int threads, int shared, Kernel kernel) {
   static Kernel *entry;
   entry = &kernel;

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import logging
 import os
@@ -234,7 +235,7 @@ def test_steps_that_cannot_be_compiled_run_as_they_are(caplog):
         result = generate(decoder, draw(2)[0], seeds=[1, 2])
     assert same(result, generate(gpt, draw(2)[0], seeds=[1, 2]))
     assert [r.message for r in caplog.records] == [
-        "compiled kernels failed, PyTorch's are used: no compiler"
+        "compiled kernels failed, torch is used: no compiler"
     ]
     assert decoder.mode == "torch"
 
@@ -351,6 +352,53 @@ def test_steps_on_a_gpu_stay_near_the_plain_gpt(count, options, kernels):
         piece = sequence[:, position : position + 1]
         expected = gpt.extend(piece, cache=plain, start=position)
         torch.testing.assert_close(state, expected, rtol=0, atol=1e-4)
+
+
+WIDE = {"width": 64, "heads": 2}  # what mas/step.cu can compute
+
+
+@needs_cuda
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("count", [1, 2, 6])
+@torch.inference_mode()
+def test_a_step_in_one_kernel_stays_near_the_exact_gpt(count, options):
+    rounded = build(**options, **WIDE).bfloat16()
+    exact = copy.deepcopy(rounded).float().cuda()
+    decoder, sequence = CUDADecoder(rounded.cuda(), kernels="persistent"), LAYOUT.pack(*draw(count))
+    sequence = sequence.cuda()
+    cache, plain = decoder.new_cache(count), exact.new_cache(count)
+    decoder.extend(sequence[:, :6], cache=cache, start=0)
+    exact.extend(sequence[:, :6], cache=plain, start=0)
+    for position in range(6, LAYOUT.length):
+        state = decoder.read(
+            sequence[:, position],
+            torch.tensor([position], device="cuda"),
+            LAYOUT.stream_at(position),
+            cache=cache,
+            keys=LAYOUT.length,
+        )
+        piece = sequence[:, position : position + 1]
+        expected = exact.extend(piece, cache=plain, start=position)
+        assert (state.float() - expected).norm() < 0.03 * expected.norm()
+    assert decoder.own_steps[cache] is not None
+
+
+@needs_cuda
+@pytest.mark.parametrize("options", [{}, OPTIONS["all"]], ids=["default", "all"])
+def test_recorded_steps_in_one_kernel_give_the_tokens_of_steps_run_one_by_one(options):
+    gpt = build(**options, **WIDE).bfloat16().cuda()
+    recorded = CUDADecoder(gpt, kernels="persistent")
+    eager = CUDADecoder(gpt, kernels="persistent", graphs=False)
+    for count, guidance in ((1, 3.0), (3, 1.0), (3, 3.0), (3, 3.0)):
+        text_BT = draw(count, seed=count)[0]
+        settings = {
+            "seeds": range(count),
+            "scene": Sampling(guidance=guidance),
+            "image": Sampling(guidance=guidance, temperature=0.0),
+        }
+        expected = generate(eager, text_BT, **settings)
+        assert same(generate(recorded, text_BT, **settings), expected)
+    assert recorded.mode == "persistent graph" and recorded.idle.graphs
 
 
 @needs_cuda

@@ -1,0 +1,121 @@
+"""mas/step.cu on a CPU: step_emulator.h runs every one of its threads."""
+
+import ctypes
+import dataclasses
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from mas.cuda_decoder import CUDADecoder, _epsilon
+from mas.cuda_step import Step, sizes
+from mas.gpt import GPT, GPTConfig
+
+HERE = Path(__file__).parent
+CONFIG = GPTConfig(
+    layers=2,
+    width=64,
+    heads=2,
+    text_vocabulary=40,
+    scene_vocabulary=20,
+    image_vocabulary=30,
+    text_length=6,
+    scene_grid=3,
+    image_grid=4,
+)
+ALL = {"qk_norm": True, "gated": True, "rotary": True}
+FLAGS = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC"]
+EPSILONS = (1e-5, 1.1920928955078125e-07)
+
+
+def test_the_published_size_fits_and_larger_ones_do_not():
+    base = sizes(GPTConfig(), rows=2, processors=132, epsilons=EPSILONS)
+    assert (base["PROGRAMS"], base["LENGTH"], base["NORM_EPSILON"]) == (128, 576, "1e-05f")
+    billion = GPTConfig(layers=24, width=1792, heads=28)
+    for config, rows, processors in (
+        (billion, 2, 132),  # too much of a matrix for a program
+        (GPTConfig(), 9, 132),  # more rows than the tensor cores take at once
+        (GPTConfig(), 2, 31),  # fewer programs than heads
+        (dataclasses.replace(CONFIG, width=48), 2, 132),  # head width 24
+        (dataclasses.replace(CONFIG, image_grid=64), 2, 8),  # too many keys
+    ):
+        assert sizes(config, rows=rows, processors=processors, epsilons=EPSILONS) is None
+
+
+def build(**options):
+    """Random weights in bfloat16 in which norms do something."""
+    torch.manual_seed(0)
+    gpt = GPT(dataclasses.replace(CONFIG, **options)).eval().requires_grad_(False)
+    for parameter in gpt.parameters():
+        if parameter.ndim == 1:
+            parameter += 0.2 * torch.randn_like(parameter)
+    return gpt.bfloat16()
+
+
+class Emulated:
+    """Stands for a kernel on a GPU."""
+
+    def __init__(self, folder, defines):
+        compiler = shutil.which("c++") or pytest.skip("needs a C++ compiler")
+        options = [f"-D{name}={value}" for name, value in defines.items()]
+        library = folder / "step.so"
+        subprocess.run(
+            [compiler, *FLAGS, *options, "-o", library, HERE / "step_emulator.cpp"], check=True
+        )
+        self.run = ctypes.CDLL(library).emulate
+
+    def launch(self, programs, tensors):
+        self.run(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors))
+
+
+def error(a, b):
+    return ((a.float() - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "processors"),
+    [({}, 2, 4), ({}, 1, 9), ({"gated": True}, 3, 8), (ALL, 2, 4), (ALL, 8, 16)],
+    ids=["default", "one row", "gated", "all", "eight rows"],
+)
+@torch.inference_mode()
+def test_a_step_is_nearer_to_the_exact_gpt_than_pytorchs(
+    options, rows, processors, tmp_path, monkeypatch
+):
+    gpt = build(**options)
+    exact, decoder = GPT(gpt.config).eval(), CUDADecoder(gpt)
+    exact.load_state_dict({name: x.float() for name, x in gpt.state_dict().items()})
+    layout = gpt.layout
+    sequence_RT = torch.cat(
+        [torch.randint(1, s.vocabulary, (rows, s.length)) for s in layout.streams], dim=1
+    )
+    epsilons = (_epsilon(decoder.norm), EPSILONS[1])
+    defines = sizes(gpt.config, rows=rows, processors=processors, epsilons=epsilons)
+    kernel = Emulated(tmp_path, defines)
+    monkeypatch.setattr("mas.cuda_step._compile", lambda *_: kernel)
+    caches = [decoder.new_cache(rows), decoder.new_cache(rows)]
+    step = Step(
+        defines,
+        decoder.layers,
+        caches[0],
+        norm=decoder.norm,
+        positions_TD=decoder.positions_TD,
+        rotation=decoder.rotation,
+    )
+    ours, theirs = [], []
+    # A few tokens after the caption, whose keys and values the next one needs; and the last.
+    for position in (6, 7, 8, layout.length - 1):
+        if position not in (7, 8):
+            exact_cache = exact.new_cache(rows)
+            exact.extend(sequence_RT[:, :position], cache=exact_cache, start=0)
+            for cache in caches:
+                cache.copy_rows(exact_cache, list(range(rows)), length=position)
+        stream, place = layout.stream_at(position), torch.tensor([position])
+        tokens_R = sequence_RT[:, position]
+        expected = exact.extend(tokens_R[:, None], cache=exact_cache, start=position)
+        ours.append(error(step.read(tokens_R, place, decoder.embeddings[stream.name]), expected))
+        read = decoder.read(tokens_R, place, stream, cache=caches[1], keys=layout.length)
+        theirs.append(error(read, expected))
+    assert sum(ours) < sum(theirs) and max(ours) < 0.02
+    assert step.launches.item() == 1 + len(ours)
