@@ -12,7 +12,7 @@ in any order, T tokens.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -34,7 +34,7 @@ from mas.vq import (
     start_weights,
 )
 from mas.vq_codebook import Codebook
-from mas.vqseg_loss import choose_pixels, decide, iou_loss, positive_weights, scene_loss
+from mas.vqseg_loss import choose_pixels, decide, positive_weights, scene_loss
 
 Layout = Literal["default", "published"]
 QuantizerName = Literal["nearest", "cosine"]
@@ -70,8 +70,6 @@ class VQSEGConfig:
     face_weight: float = 20.0  # of face parts where they are present
     pixels: float = 1.0  # share of the pixels that a training step computes its loss from
     balance: float = 0.0  # of that draw: 0 = all pixels alike … 1 = all classes of a batch alike
-    # Of one minus the mean soft IoU of a batch, beside the cross-entropy; 0 = without.
-    iou_weight: float = field(default=0.0, metadata={"later": True})
 
     def __post_init__(self) -> None:
         for name, legal in (("layout", Layout), ("quantizer", QuantizerName)):
@@ -93,10 +91,6 @@ class VQSEGConfig:
             )
         if self.pixels < 1 and self.layout == "published":
             raise ValueError("the published layout has a loss of all pixels: set pixels to 1")
-        if self.iou_weight < 0 or (self.iou_weight and self.layout == "published"):
-            raise ValueError(
-                f"iou_weight is {self.iou_weight}: use 0 or more, and 0 in the published layout"
-            )
         if self.balance and self.pixels == 1:
             raise ValueError("balance needs pixels to draw from: set pixels below 1")
         if self.layout == "published" and self.patch != 1:
@@ -301,7 +295,6 @@ class VQSEG(nn.Module):
             features_PD, classifier = self.head(hidden), self.head.classifier
             labels_P = fold_patches(labels_BHW, self.config.patch).flatten()
             edges_P = fold_patches(edges_BHW, self.config.patch).flatten()
-            everything_P = labels_P
             if self.training and self.config.pixels < 1:
                 drawn = draw_pixels(labels_P, self.config.pixels, balance=self.config.balance)
                 # Backwards, indexing would sort all pixels in case some were drawn twice.
@@ -316,14 +309,6 @@ class VQSEG(nn.Module):
                     edges_P=edges_P,
                     face_weight=self.config.face_weight,
                 )
-                if self.config.iou_weight:
-                    reconstruction = reconstruction + self.config.iou_weight * iou_loss(
-                        features_PD.float(),
-                        classifier.weight,
-                        classifier.bias,
-                        labels_P=labels_P,
-                        counts_K=torch.bincount(everything_P.int(), minlength=256),
-                    )
         total = reconstruction + self.config.codebook_weight * quantized.loss
         tokens_BT = rearrange(quantized.tokens_BHW, "b h w -> b (h w)")
         return VQSEGLosses(total, reconstruction, quantized.loss, tokens_BT)

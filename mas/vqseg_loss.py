@@ -63,38 +63,6 @@ def scene_loss(
     )
 
 
-def iou_loss(
-    features_PD: Tensor, weight_CD: Tensor, bias_C: Tensor, *, labels_P: Tensor, counts_K: Tensor
-) -> Tensor:
-    """One minus the mean soft IoU of the classes among some pixels: what is measured in the end.
-
-    Cross-entropy counts pixels, so small parts hardly matter to it; here all classes count alike.
-    A pixel's probabilities are a softmax of its logits and a 0 for "none of them", as nearly as
-    `decide` chooses. Source: Rahman and Wang 2016, "Optimizing Intersection-Over-Union".
-
-    Args:
-        features_PD: float32.
-        weight_CD: 158 rows.
-        bias_C: 158.
-        labels_P: uint8, 0-156 or void (255).
-        counts_K: how many pixels of each id, K = 256, the drawn ones of a class stand for.
-    """
-    drawn_K = torch.bincount(labels_P.int(), minlength=256)
-    present_M = drawn_K[:CLASSES].nonzero()[:, 0]
-    places_K = torch.zeros_like(drawn_K)
-    places_K[present_M] = torch.arange(len(present_M), device=labels_P.device)
-    places_K[VOID] = len(present_M)
-    logits_PM = torch.addmm(bias_C[present_M], features_PD, weight_CD[present_M].T)
-    shares_PM = F.pad(logits_PM, (0, 1)).softmax(1)
-    stands_for_K = (counts_K / drawn_K.clamp(min=1)).to(features_PD)
-    stands_for_P, places_P = stands_for_K[labels_P.int()], places_K[labels_P.int()]
-    right_P = stands_for_P * shares_PM.gather(1, places_P[:, None])[:, 0]
-    right_M = right_P.new_zeros(len(present_M) + 1).index_add(0, places_P, right_P)[:-1]
-    guessed_M = (stands_for_P @ shares_PM)[:-1]
-    iou_M = right_M / (guessed_M + counts_K[present_M] - right_M)
-    return 1 - iou_M.sum() / max(1, len(present_M))
-
-
 def choose_pixels(device: torch.device) -> int:
     """How many pixels should have logits at a time."""
     return CPU_PIXELS if device.type == "cpu" else GPU_PIXELS

@@ -19,7 +19,7 @@ from mas.vqseg import (
     join_edges,
     one_hot,
 )
-from mas.vqseg_loss import choose_pixels, decide, iou_loss, positive_weights, scene_loss
+from mas.vqseg_loss import choose_pixels, decide, positive_weights, scene_loss
 
 TINY = dict(size=16, grid=4, codes=16, code_width=4, patch=2, width=16, groups=4)
 PUBLISHED = dict(layout="published", patch=1, multipliers=(1, 1, 2), middle=True)
@@ -201,50 +201,6 @@ def test_pixels_are_drawn_by_the_rarity_of_their_class(balance):
     rare = (labels[drawn] == 7).sum().item() / len(drawn)
     ratio = 9 ** (balance - 1)  # of rare to frequent pixels drawn
     assert rare == pytest.approx(ratio / (1 + ratio), rel=0.1)
-
-
-def iou_loss_of(logits, labels, counts=None):
-    """Through a classifier whose features are its logits."""
-    counts = torch.bincount(labels.int(), minlength=256) if counts is None else counts
-    eye, zero = torch.eye(CHANNELS), torch.zeros(CHANNELS)
-    return iou_loss(logits, eye, zero, labels_P=labels, counts_K=counts)
-
-
-def test_the_iou_loss_of_sure_decisions_is_one_minus_their_mean_iou():
-    labels = torch.tensor([3] * 6 + [7] * 3 + [VOID], dtype=torch.uint8)
-    guesses = torch.tensor([3] * 4 + [7] * 5 + [3])  # void taken for a 3
-    logits = torch.full((10, CHANNELS), -60.0)
-    logits[range(10), guesses] = 60.0
-    assert iou_loss_of(logits, labels).item() == pytest.approx(1 - (4 / 7 + 3 / 5) / 2)
-    logits[9] = -60.0  # void again: no class is likelier than none
-    assert iou_loss_of(logits, labels).item() == pytest.approx(1 - (4 / 6 + 3 / 5) / 2)
-    assert iou_loss_of(logits[:6], torch.full((6,), VOID, dtype=torch.uint8)).item() == 1
-
-
-def test_the_iou_loss_follows_its_gradient_and_drawn_pixels_stand_for_the_others():
-    torch.manual_seed(0)
-    labels = torch.randint(0, 5, (400,), dtype=torch.uint8)
-    logits = torch.randn(400, CHANNELS, dtype=torch.double, requires_grad=True)
-    eye, zero = torch.eye(CHANNELS).double(), torch.zeros(CHANNELS).double()
-    counts = torch.bincount(labels.int(), minlength=256)
-
-    def loss(x):
-        return iou_loss(x, eye, zero, labels_P=labels[:9], counts_K=counts)
-
-    assert torch.autograd.gradcheck(loss, logits[:9].detach().requires_grad_())
-    # The same pixels twice, or each for two: no difference.
-    twice = iou_loss_of(logits.detach().float().repeat(2, 1), labels.repeat(2))
-    once = iou_loss_of(logits.detach().float(), labels, 2 * counts)
-    torch.testing.assert_close(once, twice)
-
-
-def test_the_iou_loss_is_part_of_the_loss_where_it_has_a_weight():
-    labels, edges = scenes()
-    parts = [network(iou_weight=x).loss(labels, edges).reconstruction for x in (0.0, 1.0, 2.0)]
-    assert 0 < (parts[1] - parts[0]).item() < 1
-    torch.testing.assert_close(parts[2] - parts[1], parts[1] - parts[0])
-    with pytest.raises(ValueError, match="iou_weight is -1"):
-        network(iou_weight=-1)
 
 
 def test_only_training_steps_draw_pixels():
