@@ -202,7 +202,7 @@ def _nearest(vectors_NC: Tensor, rows_KC: Tensor) -> Tensor:
 
 
 def _kmeans(vectors_NC: Tensor, codes: int) -> Tensor:
-    """`codes` centres by Lloyd's iterations from random vectors; an empty centre stays put."""
+    """`codes` centres by Lloyd's iterations from random vectors."""
     count = len(vectors_NC)
     if count >= codes:
         picks = torch.randperm(count, device=vectors_NC.device)[:codes]
@@ -211,6 +211,40 @@ def _kmeans(vectors_NC: Tensor, codes: int) -> Tensor:
     centres_KC = vectors_NC[picks].clone()
     if count < codes:
         centres_KC += 0.01 * vectors_NC.std() * torch.randn_like(centres_KC)
+    return _lloyd(vectors_NC, centres_KC)
+
+
+@torch.no_grad()
+def split_codes(rows_KC: Tensor, vectors_NC: Tensor, codes: int) -> Tensor:
+    """A codebook of `codes` rows for these vectors, grown from a smaller one.
+
+    Rows that round away most are split in two, along a random direction of what they stand for,
+    and Lloyd's iterations follow (LBG: Linde, Buzo and Gray 1980). Drawn from the global generator.
+
+    Args:
+        rows_KC: a codebook; not changed.
+        vectors_NC: features that it shall stand for, more than `codes`.
+        codes: K or more.
+    """
+    assert len(rows_KC) <= codes < len(vectors_NC), (len(rows_KC), codes, len(vectors_NC))
+    while len(rows_KC) < codes:
+        count = len(rows_KC)
+        tokens_N = _nearest(vectors_NC, rows_KC)
+        squares_NC = (vectors_NC - rows_KC[tokens_N]).square()
+        lost_KC = torch.zeros_like(rows_KC).index_add_(0, tokens_N, squares_NC)
+        picks_M = lost_KC.sum(1).topk(min(count, codes - count)).indices
+        sizes_K1 = torch.bincount(tokens_N, minlength=count).clamp(min=1)[:, None]
+        shifts_MC = 0.5 * (lost_KC / sizes_K1).sqrt()[picks_M]
+        shifts_MC *= torch.randn_like(shifts_MC)
+        rows_KC = torch.cat([rows_KC, rows_KC[picks_M] + shifts_MC])
+        rows_KC[picks_M] -= shifts_MC
+        rows_KC = _lloyd(vectors_NC, rows_KC)
+    return rows_KC
+
+
+def _lloyd(vectors_NC: Tensor, centres_KC: Tensor) -> Tensor:
+    """Centres moved to the mean of the vectors nearest to them; an empty one stays put."""
+    codes = len(centres_KC)
     for _ in range(KMEANS_STEPS):
         tokens_N = _nearest(vectors_NC, centres_KC)
         sums_KC = torch.zeros_like(centres_KC).index_add_(0, tokens_N, vectors_NC)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mas.vq import Attention, Backbone, ConvDecoder, ConvEncoder, check_tokens
-from mas.vq_codebook import MEMORY, SEARCH_ROWS, Codebook, GumbelCodebook, perplexity
+from mas.vq_codebook import MEMORY, SEARCH_ROWS, Codebook, GumbelCodebook, perplexity, split_codes
 
 
 def seeded(seed=0):
@@ -78,6 +78,21 @@ def test_more_codes_than_vectors_start_without_nan():
     quantizer = codebook(codes=64)
     quantized = quantizer(torch.randn(1, 6, 4, 4, generator=seeded()))
     assert quantizer.codebook.isfinite().all() and quantized.loss < 1
+
+
+def test_split_codes_go_where_most_is_rounded_away():
+    torch.manual_seed(0)
+    centres = torch.tensor([[0.0, 0.0], [9.0, 0.0], [11.0, 0.0], [9.0, 9.0], [11.0, 9.0]])
+    vectors = (centres.repeat(200, 1) + 0.1 * torch.randn(1000, 2))[torch.randperm(1000)]
+    rows = torch.tensor([[0.0, 0.0], [10.0, 0.0], [10.0, 9.0]])
+    before = rows.clone()
+    grown = split_codes(rows, vectors, 5)
+    assert torch.equal(rows, before)
+    assert torch.cdist(grown, centres).min(0).values.max() < 0.05
+    # More than double: in rounds, each of which rounds less away.
+    errors = [torch.cdist(vectors, split_codes(rows, vectors, n)).min(1).values.mean() for n in
+              (3, 4, 5, 12)]  # fmt: skip
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.85 * errors[-2]
 
 
 def test_restart_brings_a_dead_code_back():
