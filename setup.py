@@ -34,8 +34,6 @@ STEP = Extension(
     optional=True,
 )
 
-everything = sorted({p for extra in EXTRAS.values() for p in extra})  # that any machine can use
-
 setup(
     name="mini-make-a-scene",
     version=VERSION,
@@ -60,7 +58,7 @@ setup(
         "braceexpand>=0.1.7",
         "tqdm>=4.66",
     ],
-    extras_require={**EXTRAS, "all": everything, "cuda": ["cuda-bindings>=12.9"]},
+    extras_require={**EXTRAS, "all": sorted({p for extra in EXTRAS.values() for p in extra})},
     entry_points={
         "console_scripts": ["mas = mas.__main__:main"],
         "mini_make_a_scene.weights": ["preprocess = preprocess.weights:known_weights"],

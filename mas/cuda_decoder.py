@@ -35,6 +35,7 @@ MOST_GRAPHS = 32  # kept at a time: one per bucket and way of choosing
 RMS_EPSILON = torch.finfo(torch.float32).eps  # what RMSNorm takes in float32 and bfloat16
 FEW_ROWS = 4  # up to which a product with a matrix takes as long as reading it
 MOST_CODES = 2**15  # that one program draws from
+COLDEST = 1e-6  # temperature that it knows, as float32
 MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # that take a mask
 
 # What computes a step: PyTorch's kernels; those and what torch.compile makes of the rest, in half a
@@ -54,7 +55,7 @@ class CUDADecoder:
         Args:
             gpt: in evaluation mode, on the device and in the number format to compute in.
             graphs: record steps; without a CUDA device they always run kernel by kernel.
-            kernels: what computes a step; where it cannot, PyTorch does.
+            kernels: what computes a step; where it cannot, simpler ones do.
         """
         self.gpt, self.config, self.layout = gpt, gpt.config, gpt.layout
         self.device, self.dtype = gpt.device, gpt.dtype
@@ -97,20 +98,21 @@ class CUDADecoder:
 
     def head(self, x_BD: Tensor, stream: Stream) -> Tensor:
         """Logits of one stream, B V."""
-        if self.own_kernels and x_BD.is_cuda and len(x_BD) <= FEW_ROWS:
-            from mas import cuda_kernels  # here, because Triton is not on every machine
-
-            return cuda_kernels.linear(x_BD.contiguous(), self.heads[stream.name])
         return self.gpt.head(x_BD, stream)
 
     @property
     def own_kernels(self) -> bool:
-        """Whether Triton computes."""
+        """Whether a step is computed in kernels of this project."""
         return self.kernels in ("triton", "persistent")
 
     @property
     def mode(self) -> str:
-        """How steps really run: by which kernels, with or without graphs."""
+        """How steps really run: by which kernels, with or without graphs.
+
+        Where one kernel cannot compute all blocks, it is those in Triton.
+        """
+        if self.kernels == "persistent" and not any(self.own_steps.values()):
+            return "triton graph" if self.graphs else "triton"
         return f"{self.kernels} graph" if self.graphs else self.kernels
 
     @property
@@ -219,7 +221,7 @@ class CUDASteps:
         self.uniforms_BT = torch.zeros(count, layout.length, dtype=torch.double, device=device)
         self.state_RD = torch.zeros(rows, decoder.config.width, dtype=decoder.dtype, device=device)
         self.position_1 = torch.zeros(1, dtype=torch.long, device=device)
-        self.position = 0  # what position_1 holds
+        self.position = 0  # what position_1 holds; -1: unknown
         self.cache = decoder.new_cache(rows)
         self.graphs: dict[tuple[Choice, int], torch.cuda.CUDAGraph] = {}
         if decoder.graphs:
@@ -228,6 +230,7 @@ class CUDASteps:
 
     def reset(self, tokens_BT: Tensor, uniforms_BT: Tensor) -> None:
         """Begins another batch of the same size."""
+        self.position = -1
         self.tokens_BT.copy_(tokens_BT)
         self.uniforms_BT.copy_(uniforms_BT)
         for pair in self.cache.pairs:
@@ -274,11 +277,15 @@ class CUDASteps:
 
     def _choose(self, choice: Choice) -> Tensor:
         """Fills the position, and returns its tokens, one a row."""
-        logits_RV = self.decoder.head(self.state_RD, choice.stream)
-        sampling = choice.sampling
-        if self.decoder.own_kernels and can_choose(sampling, logits_RV.shape[-1]):
+        sampling, stream = choice.sampling, choice.stream
+        own = self.decoder.own_kernels and self.state_RD.is_cuda
+        if own:
             from mas import cuda_kernels  # here, because Triton is not on every machine
-
+        if own and self.rows <= FEW_ROWS:
+            logits_RV = cuda_kernels.linear(self.state_RD, self.decoder.heads[stream.name])
+        else:
+            logits_RV = self.decoder.head(self.state_RD, stream)
+        if own and can_choose(sampling, stream.vocabulary):
             return cuda_kernels.choose(
                 logits_RV,
                 self.uniforms_BT,
@@ -336,8 +343,9 @@ class CUDASteps:
 
 def can_choose(sampling: Sampling, vocabulary: int) -> bool:
     """Whether the kernel that draws knows these settings."""
-    all_kept = count_kept(sampling.top_k, vocabulary) == vocabulary
-    return all_kept and sampling.top_p is None and vocabulary <= MOST_CODES
+    all_kept = count_kept(sampling.top_k, vocabulary) == vocabulary and sampling.top_p is None
+    plain = sampling.temperature == 0 or COLDEST <= sampling.temperature <= 1 / COLDEST
+    return all_kept and plain and vocabulary <= MOST_CODES
 
 
 def plain_linear(

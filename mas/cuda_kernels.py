@@ -3,8 +3,8 @@
 In: the state of few rows and the matrices of a block. Out: the next state. A product of a few rows
 with a matrix takes as long as reading the matrix, so norm, activation and residual cost nothing
 where they happen in the same kernel; attention reads the keys up to the position and no more; a
-token is drawn in one kernel instead of twenty. Everything is computed in float32, what concerns
-probabilities in float64, and rounded once, where it is stored.
+token is drawn in one kernel instead of twenty. Everything is computed in float32, probabilities in
+float64, and rounded once, where it is stored.
 Axes: B pictures, R rows, K and N numbers in and out of a matrix, D width, T tokens, H width of a
 head, V vocabulary.
 """
@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mas.sequence import FREE
 
 TILE = 8192  # weights that one program reads
 PROGRAMS = 256  # at least so many a matrix: twice the multiprocessors of a large GPU
@@ -313,7 +315,7 @@ def choose(
         position_1: long.
         taken: which branch is drawn from: first, second, or both, guided.
         guidance: of both.
-        temperature: 0 takes the likeliest.
+        temperature: 0 takes the likeliest; rounded to float32.
     """
     rows, vocabulary = logits_RV.shape
     count, length = tokens_BT.shape
@@ -332,7 +334,7 @@ def choose(
         BRANCHES=rows // count,
         TAKEN=taken,
         GREEDY=temperature == 0,
-        FREE=-1,
+        FREE=FREE,
         BLOCK=triton.next_power_of_2(vocabulary),
         num_warps=16,
     )

@@ -1,10 +1,10 @@
 """A whole one-token step on a GPU as one kernel, mas/step.cu: compiled for a network, launched.
 
 In: the tensors of a GPT in bfloat16, its cache, a token a row. Out: the state that predicts the
-next token. NVRTC, which comes with PyTorch for CUDA as cuda-bindings does, compiles the file in a
-second for the sizes of a network and a number of rows; nothing is kept on the disk. Only networks
-whose stages fit into the registers of a multiprocessor run this way, and few rows at a time; the
-others run in the kernels of mas/cuda_kernels.py.
+next token. NVRTC, which comes with PyTorch for CUDA, compiles the file in about a second for the
+sizes of a network and a number of rows; cuda-bindings call it, and nothing is kept on the disk.
+Only networks whose stages fit into the registers of a multiprocessor run this way, and few rows at
+a time; the others run in the kernels of mas/cuda_kernels.py.
 Axes: R rows, D width, T tokens, H width of a head, V vocabulary.
 """
 
@@ -69,6 +69,7 @@ def sizes(
         _loads(width, hidden, programs),
     ]
     shares = min(programs // (rows * config.heads), head_width // 8)
+    shares = 2 ** (shares.bit_length() - 1)
     keys = config.layout.length * head_width * 2 / (16 * THREADS)
     if max(loads) > MOST_LOADS or keys * (1 + 1 / shares) > MOST_KEYS:
         return None
@@ -137,7 +138,7 @@ class Step:
             zeros(blocks_R * width // 2),  # what attention gave
             zeros(blocks_R * numbers["F"] // 2),  # between halves of the feedforward
         )
-        self.launches = torch.ones(1, dtype=torch.int32, device=device)
+        self.launches = torch.zeros(1, dtype=torch.int32, device=device)
         self.kernel = _compile(tuple(defines.items()), device.index or 0)
 
     def read(self, tokens_R: Tensor, position_1: Tensor, embedding_VD: Tensor) -> Tensor:
@@ -159,6 +160,7 @@ class Step:
             state_RD,
             self.launches,
         )
+        self.launches.add_(1)  # not by the kernel: no program knows whether all have read it
         self.kernel.launch(self.programs, tensors)
         return state_RD
 

@@ -78,7 +78,7 @@ class Steps(Protocol):
     """One batch in a decoder that chooses a token and reads it in one go."""
 
     cache: Cache
-    tokens_BT: Tensor
+    tokens_BT: Tensor  # at first a copy of what it was started with; the loop writes to it, too
 
     def step(self, choice: Choice, position: int, state_RD: Tensor) -> Tensor:
         """Fills `position` of `tokens_BT`, reads it, and returns the state that predicts the next.
@@ -146,7 +146,7 @@ def generate(
         while not loop.finished:
             loop.step()
             if on_progress is not None:
-                on_progress(given_BT, loop.tokens_BT)
+                on_progress(given_BT, loop.tokens_BT.clone())
     finally:
         loop.close()
     return layout.unpack(loop.tokens_BT)
@@ -209,8 +209,10 @@ class _Loop:
     def close(self) -> None:
         """Lets go of what the decoder has lent."""
         if self.steps is not None:
-            self.tokens_BT = self.tokens_BT.clone()
-            self.steps.close()
+            try:
+                self.tokens_BT = self.tokens_BT.clone()
+            finally:
+                self.steps.close()
 
     def _choose_branches(self) -> list[str]:
         """Which streams run. A stream that has no weight in any guidance is left out."""

@@ -88,11 +88,11 @@ __device__ inline uint4 load_constant(const void *address) {
 }
 
 /* 64 bits for other programs, and twice as many of theirs. */
-__device__ inline void store_shared(u64 *address, u64 x) {
+__device__ inline void store_relaxed(u64 *address, u64 x) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(x) : "memory");
 }
 
-__device__ inline void load_shared(const u64 *address, u64 &a, u64 &b) {
+__device__ inline void load_relaxed(const u64 *address, u64 &a, u64 &b) {
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(address)
                : "memory");
 }
@@ -124,7 +124,7 @@ __device__ inline float sum_over(float x, int step, int width) {
 
 /* 32 bits for other programs. */
 __device__ inline void give(u64 *address, u32 bits, u32 launch) {
-  store_shared(address, (u64)launch << 32 | bits);
+  store_relaxed(address, (u64)launch << 32 | bits);
 }
 
 /* Waits for COUNT times two numbers `step` apart, which other programs give in this launch. */
@@ -135,7 +135,7 @@ __device__ inline void take(const u64 *address, int step, u32 launch, u32 (&bits
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
       u64 a, b;
-      load_shared(address + i * step, a, b);
+      load_relaxed(address + i * step, a, b);
       bits[2 * i] = (u32)a;
       bits[2 * i + 1] = (u32)b;
       all = all && (u32)(a >> 32) == launch && (u32)(b >> 32) == launch;
@@ -275,7 +275,7 @@ struct Norm {
       squares += sums[2 * (first + i) + 1];
     }
     const float mean = GATED ? 0.0f : total / D;
-    const float scale = rsqrtf(squares / D - mean * mean + NORM_EPSILON);
+    const float scale = rsqrtf(fmaxf(squares / D - mean * mean, 0.0f) + NORM_EPSILON);
 #pragma unroll
     for (int i = 0; i < FOURS; i++) {
       const int d = 4 * (i0 + i * ROW_THREADS);
@@ -472,12 +472,12 @@ __device__ inline float silu(float x) { return x / (1 + fast_exp(-x)); }
 
 /* Scratch memory: the state before each half of each block and after the last; queries, keys and
  * values; what attention and the first half of the feedforward gave, in pairs. Each number has a
- * place of its own in every block, so that what a launch wrote is whole when the next one begins. */
+ * place of its own in every block, so no launch writes a place twice. */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 read_token(const Block *blocks, const long long *tokens, const long long *place,
            const u16 *embedding, const u16 *positions, const u16 *cosine, const u16 *sine,
            const u16 *norm_weight, const u16 *norm_bias, u64 *states, u64 *qkv, u64 *attended,
-           u64 *hidden, u16 *state, u32 *launches) {
+           u64 *hidden, u16 *state, const u32 *launches) {
   SHARED(memory);
   u16 *x = (u16 *)memory;
   float *sums = (float *)(memory + X_BYTES), *norm_sums = sums + SHARED_FLOATS - 2 * WARPS;
@@ -574,6 +574,5 @@ read_token(const Block *blocks, const long long *tokens, const long long *place,
     norm.apply(states, launch, x, norm_sums);
     __syncthreads();
     for (int i = threadIdx.x; i < ROWS * D; i += THREADS) state[i] = x[i / D * (D + PAD) + i % D];
-    if (threadIdx.x == 0) *launches = launch + 1; /* every program has given, and read it before */
   }
 }

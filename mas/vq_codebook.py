@@ -215,18 +215,29 @@ def _kmeans(vectors_NC: Tensor, codes: int) -> Tensor:
 
 
 @torch.no_grad()
-def split_codes(rows_KC: Tensor, vectors_NC: Tensor, codes: int) -> Tensor:
+def split_codes(
+    rows_KC: Tensor, vectors_NC: Tensor, codes: int, *, generator: torch.Generator
+) -> Tensor:
     """A codebook of `codes` rows for these vectors, grown from a smaller one.
 
     Rows that round away most are split in two, along a random direction of what they stand for,
-    and Lloyd's iterations follow (LBG: Linde, Buzo and Gray 1980). Drawn from the global generator.
+    and Lloyd's iterations follow (LBG: Linde, Buzo and Gray 1980).
 
     Args:
         rows_KC: a codebook; not changed.
         vectors_NC: features that it shall stand for, more than `codes`.
         codes: K or more.
+        generator: of the directions.
+
+    Raises:
+        ValueError: too few vectors, or fewer codes than there are.
     """
-    assert len(rows_KC) <= codes < len(vectors_NC), (len(rows_KC), codes, len(vectors_NC))
+    if not len(rows_KC) <= codes < len(vectors_NC):
+        raise ValueError(
+            f"{len(rows_KC)} codes cannot become {codes} for {len(vectors_NC)} vectors: "
+            "ask for at least as many codes, and for fewer than vectors"
+        )
+    rows_KC = rows_KC.clone()
     while len(rows_KC) < codes:
         count = len(rows_KC)
         tokens_N = _nearest(vectors_NC, rows_KC)
@@ -235,7 +246,7 @@ def split_codes(rows_KC: Tensor, vectors_NC: Tensor, codes: int) -> Tensor:
         picks_M = lost_KC.sum(1).topk(min(count, codes - count)).indices
         sizes_K1 = torch.bincount(tokens_N, minlength=count).clamp(min=1)[:, None]
         shifts_MC = 0.5 * (lost_KC / sizes_K1).sqrt()[picks_M]
-        shifts_MC *= torch.randn_like(shifts_MC)
+        shifts_MC *= torch.randn(shifts_MC.shape, generator=generator)
         rows_KC = torch.cat([rows_KC, rows_KC[picks_M] + shifts_MC])
         rows_KC[picks_M] -= shifts_MC
         rows_KC = _lloyd(vectors_NC, rows_KC)

@@ -5,8 +5,9 @@
 
 In: a VQ-SEG folder and scenes of its training. Out: a VQ-SEG folder, in int8. All tokens change, so
 a GPT must be trained on the new ones. Codes that round away most are split (LBG, see
-`mas.vq_codebook.split_codes`); half of the scenes they are split on hold people, whose parts are
-what the codes draw worst. Cost: three and a half minutes of two cores for 4,000 scenes at 128 px.
+`mas.vq_codebook.split_codes`); half of the scenes they are split on hold people, where the shards
+have as many: human parts are what codes draw worst. Cost: three and a half minutes of two cores for
+4,000 scenes at 128 px.
 """
 
 import argparse
@@ -35,15 +36,19 @@ def main() -> None:
     parser.add_argument("--tune-count", type=int, default=600, help="scenes to tune on; 0: do not")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    torch.manual_seed(options.seed)
     trained = VQSEG.from_pretrained(options.vqseg)
     config = trained.config
-    if options.codes < config.codes or config.quantizer != "nearest":
+    if config.quantizer != "nearest":
         raise SystemExit(
-            f"{options.vqseg} has {config.codes} codes ({config.quantizer}): ask for more"
+            f"{options.vqseg} has a {config.quantizer} codebook: only nearest is split"
         )
+    if options.count < 2:
+        raise SystemExit(f"--count is {options.count}, use 2 or more scenes")
     vectors_NC = read_features(trained, options.input, options.count)
-    rows_KC = split_codes(trained.quantizer.codebook, vectors_NC, options.codes)
+    generator = torch.Generator().manual_seed(options.seed)
+    rows_KC = split_codes(
+        trained.quantizer.codebook.detach(), vectors_NC, options.codes, generator=generator
+    )
     network = VQSEG(dataclasses.replace(config, codes=options.codes)).eval().requires_grad_(False)
     quantizer = {"quantizer.codebook": rows_KC, "quantizer.usage": torch.ones(len(rows_KC))}
     quantizer["quantizer.usage"] /= len(rows_KC)
@@ -60,7 +65,7 @@ def main() -> None:
 
 @torch.no_grad()
 def read_features(network: VQSEG, shards: str, count: int) -> torch.Tensor:
-    """Features before they are rounded to codes, of scenes half of which hold people, N C."""
+    """Features before they are rounded to codes, N C; half of the scenes hold people if any do."""
     labels_BHW, edges_BHW = read_scenes(shards, 2 * count, network.config.size)
     people_B = torch.isin(labels_BHW, torch.tensor(HUMAN_IDS, dtype=torch.uint8)).any(2).any(1)
     chosen = [which.nonzero()[:, 0][: count // 2] for which in (people_B, ~people_B)]

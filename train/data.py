@@ -89,7 +89,7 @@ class PictureItems:
         Raises:
             ValueError: a picture of another size, or one that cannot be read.
         """
-        sample = self.index.read(self.part[index])
+        sample = self.index.read(self.part[index], only=("jpg", "scene.png"))
         flipped = self.flip and rng is not None and rng.random() < 0.5
         item: dict[str, Any] = {"key": sample.key}
         if self.photos:
@@ -288,7 +288,7 @@ class PictureData(StreamData):
         samples = (self.index.read(part[place], only=("json",)) for place in range(len(part)))
         factors_N = self.repeats.factors(read_presence(samples, len(part)))
         repeated = Repeated(items, factors_N, seed=self.seed)
-        logger.info("%d pictures come %d times an epoch", len(items), len(repeated))
+        logger.info("%d pictures, repeated: %d an epoch", len(items), len(repeated))
         return repeated
 
     def pictures(self, part: Part) -> PictureItems:

@@ -99,9 +99,11 @@ static unsigned rounded(float x) { /* to the nearest bfloat16, ties to even */
 
 static unsigned round_pair(float low, float high) { return rounded(low) | rounded(high) << 16; }
 
-static float number(unsigned pair, int i) { return __uint_as_float(i ? pair & 0xffff0000u : pair << 16); }
+static float number(unsigned pair, int i) {
+  return __uint_as_float(i ? pair & 0xffff0000u : pair << 16);
+}
 
-/* mma.m16n8k16: which thread holds what is in the PTX manual, "Matrix Fragments for mma.m16n8k16". */
+/* mma.m16n8k16: which thread holds what is said in the PTX manual, "Matrix Fragments". */
 static void multiply(float sums[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                      unsigned b1) {
   const Message *all = exchange({{a0, a1, a2, a3, b0, b1}});
@@ -119,15 +121,16 @@ static uint4 load_constant(const void *address) {
   if ((size_t)address % 16) abort();
   return *(const uint4 *)address;
 }
-static void store_shared(unsigned long long *address, unsigned long long x) { *address = x; }
-static void load_shared(const unsigned long long *address, unsigned long long &a,
+static void store_relaxed(unsigned long long *address, unsigned long long x) { *address = x; }
+static void load_relaxed(const unsigned long long *address, unsigned long long &a,
                         unsigned long long &b) {
   if ((size_t)address % 16) abort();
   a = address[0];
   b = address[1];
 }
 static void pause() { let_others_run(); }
-template <typename Kernel> static void run_programs(int programs, int threads, int shared, Kernel kernel) {
+template <typename Kernel>
+static void run_programs(int programs, int threads, int shared, Kernel kernel) {
   static Kernel *entry;
   entry = &kernel;
   std::vector<Program> all(programs);

@@ -12,7 +12,7 @@ import torch
 import mas.cuda_decoder
 from mas.cuda_decoder import CUDADecoder, CUDASteps
 from mas.filter import Sampling
-from mas.generate import generate
+from mas.generate import Choice, generate
 from mas.gpt import GPT, GPTConfig
 from mas.precision import make_decoder, pictures_that_fit
 from mas.sequence import FREE
@@ -240,6 +240,61 @@ def test_steps_that_cannot_be_compiled_run_as_they_are(caplog):
     assert decoder.mode == "torch"
 
 
+def test_own_kernels_that_do_not_work_are_left_for_simpler_ones(caplog, monkeypatch):
+    gpt = build()
+    decoder = CUDADecoder(gpt, kernels="persistent")
+    expected = generate(gpt, draw(2)[0], seeds=[1, 2])
+
+    def broken(*_):
+        raise ModuleNotFoundError("No module named 'cuda'")
+
+    def broken_too(*_):
+        raise ModuleNotFoundError("No module named 'triton'")
+
+    monkeypatch.setattr(decoder, "_find_step", broken)
+    monkeypatch.setattr(decoder, "_read_fused", broken_too)
+    with caplog.at_level(logging.WARNING):
+        assert same(generate(decoder, draw(2)[0], seeds=[1, 2]), expected)
+    assert [r.message for r in caplog.records] == [
+        "persistent kernels failed, triton is used: No module named 'cuda'",
+        "triton kernels failed, torch is used: No module named 'triton'",
+    ]
+    assert decoder.mode == "torch"
+
+
+@needs_cuda
+@pytest.mark.parametrize("vocabulary", [20, 1000, 16384])
+@pytest.mark.parametrize("branches", [("conditional",), ("conditional", "unconditional")])
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_the_kernel_that_draws_takes_the_tokens_of_the_plain_choice(
+    temperature, guidance, branches, vocabulary
+):
+    cuda_kernels = pytest.importorskip("mas.cuda_kernels")
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits_RV = 3 * torch.randn(4 * len(branches), vocabulary, generator=generator).cuda()
+    uniforms_BT = torch.rand(4, 7, dtype=torch.double, generator=generator).cuda()
+    tokens_BT = torch.full((4, 7), FREE, device="cuda")
+    tokens_BT[2, 3] = 5
+    choice = Choice(
+        stream=LAYOUT.scene,
+        sampling=Sampling(guidance=guidance, temperature=temperature),
+        branches=branches,
+    )
+    expected = choice.tokens(logits_RV, uniform_B=uniforms_BT[:, 3], given_B=tokens_BT[:, 3])
+    drawn = cuda_kernels.choose(
+        logits_RV,
+        uniforms_BT,
+        tokens_BT,
+        torch.tensor([3], device="cuda"),
+        taken=choice.taken,
+        guidance=guidance,
+        temperature=temperature,
+    )
+    assert torch.equal(drawn, expected.repeat(len(branches)))
+    assert torch.equal(tokens_BT[:, 3], expected)
+
+
 class FakeGraph:
     """Stands for a CUDA graph."""
 
@@ -326,7 +381,8 @@ def test_recorded_steps_give_the_tokens_of_the_same_steps_run_one_by_one(given, 
         expected = generate(eager, text_BT, **settings)
         assert same(generate(recorded, text_BT, **settings), expected)
         assert same(generate(recorded, text_BT, **settings), expected)
-    assert recorded.mode == f"{kernels} graph" and eager.mode == kernels
+    really = "triton" if kernels == "persistent" else kernels  # one kernel knows bfloat16 only
+    assert recorded.mode == f"{really} graph" and eager.mode == really
     assert recorded.idle.graphs
 
 

@@ -86,13 +86,20 @@ def test_split_codes_go_where_most_is_rounded_away():
     vectors = (centres.repeat(200, 1) + 0.1 * torch.randn(1000, 2))[torch.randperm(1000)]
     rows = torch.tensor([[0.0, 0.0], [10.0, 0.0], [10.0, 9.0]])
     before = rows.clone()
-    grown = split_codes(rows, vectors, 5)
+
+    def split(*words):
+        return split_codes(*words, generator=torch.Generator().manual_seed(0))
+
+    grown = split(rows, vectors, 5)
     assert torch.equal(rows, before)
     assert torch.cdist(grown, centres).min(0).values.max() < 0.05
     # More than double: in rounds, each of which rounds less away.
-    errors = [torch.cdist(vectors, split_codes(rows, vectors, n)).min(1).values.mean() for n in
+    errors = [torch.cdist(vectors, split(rows, vectors, n)).min(1).values.mean() for n in
               (3, 4, 5, 12)]  # fmt: skip
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.85 * errors[-2]
+    for few, codes in ((vectors[:9], 9), (vectors, 2)):
+        with pytest.raises(ValueError, match="ask for at least as many codes"):
+            split(rows, few, codes)
 
 
 def test_restart_brings_a_dead_code_back():
