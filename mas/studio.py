@@ -47,7 +47,10 @@ def studio(
     """
     check_address(host, port)
     network = MakeAScene.from_pretrained(model, device=device, precision=precision)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as by Ctrl-C: nothing behind
+    # Both leave as by Ctrl-C, with nothing left behind. A shell that starts a command in the
+    # background has it ignore SIGINT.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="mas-studio-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # what is uploaded and shown goes with the rest
         painter = Painter(network)

@@ -47,6 +47,7 @@ class Studio:
                 [*command, "--port", str(self.port)],
                 stdout=log,
                 stderr=log,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as behind an &
                 env=os.environ
                 | {
                     "OMP_NUM_THREADS": "1",
