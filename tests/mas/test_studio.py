@@ -338,6 +338,10 @@ def test_who_waits_is_told_and_may_stop(chromium, tmp_path):
     studio = Studio("park", tmp_path)  # which is slow enough to be interrupted
     pages = [chromium.new_page(viewport={"width": 1400, "height": 1300}) for _ in range(2)]
     first, second = (Visitor(page, studio.address) for page in pages)
+    pictures = first.page.get_by_label("number input for Pictures")
+    pictures.fill("16")  # so that the second one comes before they are painted
+    pictures.press("Tab")
+    assert first.page.get_by_label("range slider for Pictures").input_value() == "16"
     for visitor in (first, second):
         visitor.page.get_by_label("Caption").fill("two dogs")
         visitor.click("Paint")
