@@ -13,30 +13,39 @@ Axes: B pictures, R rows, T tokens, D width, N heads, H width of a head, V vocab
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mas.cache import Cache
-from mas.cuda_step import Layer, Step, make_step
-from mas.decoder import EPSILON, read_positions
+from mas.cuda_blocks import (
+    RMS_EPSILON,
+    attend,
+    cross,
+    enter,
+    epsilon_of,
+    leave,
+    normalise,
+    plain_linear,
+    read_layer,
+    read_norm,
+)
+from mas.cuda_step import Step, make_step
+from mas.decoder import read_positions
 from mas.filter import Sampling, count_kept
 from mas.generate import Choice
-from mas.gpt import GPT, Rotation, make_cache, rotate, rotation_table
+from mas.gpt import GPT, Rotation, make_cache, rotation_table
 from mas.sequence import Stream
 
 BUCKET = 128  # keys by which the part of the cache that is read grows
 MOST_GRAPHS = 32  # kept at a time: one per bucket and way of choosing
-RMS_EPSILON = torch.finfo(torch.float32).eps  # what RMSNorm takes in float32 and bfloat16
 FEW_ROWS = 4  # up to which a product with a matrix takes as long as reading it
 MOST_CODES = 2**15  # that one program draws from
 COLDEST = 1e-6  # temperature that it knows, as float32
-MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # that take a mask
 
 # What computes a step: PyTorch's kernels; those and what torch.compile makes of the rest, in half a
 # minute for every number of rows; own kernels, for head widths that are powers of 2; or, for few
@@ -62,10 +71,10 @@ class CUDADecoder:
         self.graphs = graphs and self.device.type == "cuda"
         tensors = gpt.state_dict()
         self.layers = [
-            _read_layer(tensors, f"blocks.{i}.", normed=self.config.qk_norm)
+            read_layer(tensors, f"blocks.{i}.", normed=self.config.qk_norm)
             for i in range(self.config.layers)
         ]
-        self.norm = _read_norm(tensors, "norm")
+        self.norm = read_norm(tensors, "norm")
         self.embeddings = {
             stream.name: tensors[f"embeddings.{stream.name}.weight"]
             for stream in self.layout.streams
@@ -150,7 +159,7 @@ class CUDADecoder:
             x_RD = self._read_fused(x_RD, position_1, cache)
         else:
             x_RD = self._read_masked(x_RD, position_1, cache, keys)
-        return _normalise(x_RD, self.norm)
+        return normalise(x_RD, self.norm)
 
     def _read_masked(self, x_RD: Tensor, position_1: Tensor, cache: Cache, keys: int) -> Tensor:
         """All blocks, in PyTorch's kernels, R D."""
@@ -183,7 +192,7 @@ class CUDADecoder:
                 x_RD,
                 layer.to_qkv,
                 norm=layer.attention_norm,
-                epsilon=_epsilon(layer.attention_norm),
+                epsilon=epsilon_of(layer.attention_norm),
             )
             attended_RD = cuda_kernels.attend(
                 qkv_RD,
@@ -206,7 +215,7 @@ class CUDADecoder:
                 norm=self.norm,
                 positions_TD=self.positions_TD,
                 rotation=self.rotation,
-                epsilons=(_epsilon(self.norm), RMS_EPSILON),
+                epsilons=(epsilon_of(self.norm), RMS_EPSILON),
             )
         return self.own_steps[cache]
 
@@ -346,116 +355,6 @@ def can_choose(sampling: Sampling, vocabulary: int) -> bool:
     all_kept = count_kept(sampling.top_k, vocabulary) == vocabulary and sampling.top_p is None
     plain = sampling.temperature == 0 or COLDEST <= sampling.temperature <= 1 / COLDEST
     return all_kept and plain and vocabulary <= MOST_CODES
-
-
-def plain_linear(
-    x_RK: Tensor,
-    matrix_NK: Tensor,
-    *,
-    norm: tuple[Tensor, ...] = (),
-    epsilon: float = 0.0,
-    activation: str = "none",
-    residual_RN: Tensor | None = None,
-) -> Tensor:
-    """What `mas.cuda_kernels.linear` computes, in PyTorch's kernels and for any number of rows."""
-    y_RN = F.linear(_normalise(x_RK, norm) if norm else x_RK, matrix_NK)
-    if activation == "gelu":
-        y_RN = F.gelu(y_RN)
-    elif activation == "swiglu":
-        gate, value = y_RN.chunk(2, dim=-1)
-        y_RN = F.silu(gate) * value
-    return y_RN if residual_RN is None else residual_RN + y_RN
-
-
-def enter(x_RD: Tensor, layer: Layer, rotation: Rotation | None, heads: int) -> Tensor:
-    """What attention gets of a token: normed and rotated q, k and v, three R N H."""
-    qkv_RD = plain_linear(x_RD, layer.to_qkv, norm=layer.attention_norm)
-    # Not einops: torch.compile shall see nothing but PyTorch.
-    qkv = qkv_RD.view(len(x_RD), 3, heads, -1).transpose(0, 1)
-    if not layer.qk_norm and rotation is None:
-        return qkv
-    q, k, v = qkv
-    if layer.qk_norm:
-        q, k = (_normalise(x, (w,)) for x, w in zip((q, k), layer.qk_norm, strict=True))
-    if rotation is not None:
-        q, k = rotate(q, rotation), rotate(k, rotation)
-    return torch.stack([q, k, v])
-
-
-def attend(qkv: Tensor, pair: Tensor, position_1: Tensor, mask_T: Tensor) -> Tensor:
-    """Stores keys and values of a token and lets its query see those not masked, R D.
-
-    Args:
-        qkv: three R N H.
-        pair: keys and values of all positions, 2 R N T H.
-        position_1: where those of the token go.
-        mask_T: 0 or -inf for the first places of the cache; the others are not read.
-    """
-    pair.index_copy_(3, position_1, qkv[1:, :, :, None])
-    keys, values = pair[:, :, :, : len(mask_T)]
-    q = qkv[0, :, :, None]
-    mask = mask_T.expand(*q.shape[:3], -1)
-    with sdpa_kernel(MASKED):
-        attended_RN1H = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-    return attended_RN1H.flatten(1)
-
-
-def leave(
-    x_RD: Tensor, attended_RD: Tensor, layer: Layer, linear: Callable[..., Tensor] = plain_linear
-) -> Tensor:
-    """A block after its attention, R D."""
-    x_RD = linear(attended_RD, layer.to_out, residual_RN=x_RD)
-    norm = layer.feedforward_norm
-    hidden = linear(
-        x_RD,
-        layer.expand,
-        norm=norm,
-        epsilon=_epsilon(norm),
-        activation="swiglu" if len(norm) == 1 else "gelu",
-    )
-    return linear(hidden, layer.contract, residual_RN=x_RD)
-
-
-def cross(
-    x_RD: Tensor,
-    attended_RD: Tensor,
-    layer: Layer,
-    following: Layer,
-    rotation: Rotation | None,
-    heads: int,
-) -> tuple[Tensor, Tensor]:
-    """From one attention to the next: the state R D, and q, k and v of the next, three R N H."""
-    x_RD = leave(x_RD, attended_RD, layer)
-    return x_RD, enter(x_RD, following, rotation, heads)
-
-
-def _normalise(x: Tensor, norm: tuple[Tensor, ...]) -> Tensor:
-    """LayerNorm with weight and bias, RMSNorm with a weight alone."""
-    shape = norm[0].shape
-    if len(norm) == 1:
-        return F.rms_norm(x, shape, norm[0])
-    return F.layer_norm(x, shape, norm[0], norm[1], EPSILON)
-
-
-def _epsilon(norm: tuple[Tensor, ...]) -> float:
-    return RMS_EPSILON if len(norm) == 1 else EPSILON
-
-
-def _read_layer(tensors: Mapping[str, Tensor], name: str, *, normed: bool) -> Layer:
-    attention, feedforward = name + "attention", name + "feedforward"
-    return Layer(
-        attention_norm=_read_norm(tensors, attention + "_norm"),
-        to_qkv=tensors[attention + ".to_qkv.weight"],
-        qk_norm=tuple(tensors[f"{attention}.{x}_norm.weight"] for x in "qk") if normed else (),
-        to_out=tensors[attention + ".to_out.weight"],
-        feedforward_norm=_read_norm(tensors, feedforward + "_norm"),
-        expand=tensors[feedforward + ".expand.weight"],
-        contract=tensors[feedforward + ".contract.weight"],
-    )
-
-
-def _read_norm(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, ...]:
-    return tuple(tensors[key] for key in (name + ".weight", name + ".bias") if key in tensors)
 
 
 def _first_line(error: Exception) -> str:

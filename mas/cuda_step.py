@@ -14,12 +14,13 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mas.cache import Cache
+from mas.cuda_blocks import Layer
 from mas.gpt import GPTConfig, hidden_width
 
 SOURCE = Path(__file__).with_name("step.cu")
@@ -28,18 +29,6 @@ MOST_ROWS = 8  # that the tensor cores take at a time
 MOST_LOADS = 12  # of 16 bytes, that a thread holds of the matrix of a stage
 MOST_KEYS = 20  # likewise of keys and values
 OLDEST = (8, 0)  # compute capability with tensor cores for bfloat16
-
-
-class Layer(NamedTuple):
-    """The tensors of one block; a norm is its weight and, for LayerNorm, its bias."""
-
-    attention_norm: tuple[Tensor, ...]
-    to_qkv: Tensor
-    qk_norm: tuple[Tensor, ...]  # of queries and of keys, or nothing
-    to_out: Tensor
-    feedforward_norm: tuple[Tensor, ...]
-    expand: Tensor
-    contract: Tensor
 
 
 class CUDAError(RuntimeError):

@@ -9,22 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from mas.cuda_decoder import CUDADecoder, _epsilon
+from mas.cuda_blocks import epsilon_of
+from mas.cuda_decoder import CUDADecoder
 from mas.cuda_step import Step, sizes
 from mas.gpt import GPT, GPTConfig
+from tests.mas.test_cuda_decoder import CONFIG as SMALL
+from tests.mas.test_cuda_decoder import build
 
 HERE = Path(__file__).parent
-CONFIG = GPTConfig(
-    layers=2,
-    width=64,
-    heads=2,
-    text_vocabulary=40,
-    scene_vocabulary=20,
-    image_vocabulary=30,
-    text_length=6,
-    scene_grid=3,
-    image_grid=4,
-)
+WIDE = {"layers": 2, "width": 64, "heads": 2}
+CONFIG = dataclasses.replace(SMALL, **WIDE)
 RAGGED = {"width": 96, "heads": 3, "gated": True}  # nothing divides by 7 programs
 ALL = {"qk_norm": True, "gated": True, "rotary": True}
 FLAGS = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC"]
@@ -49,16 +43,6 @@ def test_the_published_size_fits_and_larger_ones_do_not():
         assert sizes(config, rows=rows, processors=processors, epsilons=EPSILONS) is None
     assert sizes(CONFIG, rows=8, processors=132, epsilons=EPSILONS) is not None
     assert sizes(many, rows=4, processors=132, epsilons=EPSILONS) is not None
-
-
-def build(**options):
-    """Random weights in bfloat16 in which norms do something."""
-    torch.manual_seed(0)
-    gpt = GPT(dataclasses.replace(CONFIG, **options)).eval().requires_grad_(False)
-    for parameter in gpt.parameters():
-        if parameter.ndim == 1:
-            parameter += 0.2 * torch.randn_like(parameter)
-    return gpt.bfloat16()
 
 
 class Emulated:
@@ -90,14 +74,14 @@ def error(a, b):
 def test_a_step_is_nearer_to_the_exact_gpt_than_pytorchs(
     options, rows, programs, tmp_path, monkeypatch
 ):
-    gpt = build(**options)
+    gpt = build(**WIDE | options).bfloat16()
     exact, decoder = GPT(gpt.config).eval(), CUDADecoder(gpt)
     exact.load_state_dict({name: x.float() for name, x in gpt.state_dict().items()})
     layout = gpt.layout
     sequence_RT = torch.cat(
         [torch.randint(1, s.vocabulary, (rows, s.length)) for s in layout.streams], dim=1
     )
-    epsilons = (_epsilon(decoder.norm), EPSILONS[1])
+    epsilons = (epsilon_of(decoder.norm), EPSILONS[1])
     defines = sizes(gpt.config, rows=rows, processors=max(programs, 8), epsilons=epsilons)
     defines["PROGRAMS"] = programs
     kernel = Emulated(tmp_path, defines)
