@@ -139,27 +139,38 @@ class CUDADecoder:
         return steps
 
     def read(
-        self, tokens_R: Tensor, position_1: Tensor, stream: Stream, *, cache: Cache, keys: int
+        self,
+        tokens_R: Tensor,
+        position_1: Tensor,
+        stream: Stream,
+        *,
+        cache: Cache,
+        keys: int,
+        out_RD: Tensor | None = None,
     ) -> Tensor:
         """`extend` by one token of `stream` at a position that only the device knows, R D.
 
         Args:
             tokens_R: one a row.
-            position_1: index in the sequence.
+            position_1: index in the sequence; it goes on by one.
             stream: to which the position belongs.
             cache: of whole sequences; filled up to the position.
             keys: how many places of the cache attention reads, more than the position.
+            out_RD: contiguous; where the state goes.
         """
         step = self._find_step(cache) if self.kernels == "persistent" else None
         if step is not None:
-            return step.read(tokens_R, position_1, self.embeddings[stream.name])
+            embedding_VD = self.embeddings[stream.name]
+            return step.read(tokens_R, position_1, embedding_VD, out_RD=out_RD)
         x_RD = F.embedding(tokens_R, self.embeddings[stream.name])
         x_RD = x_RD + self.positions_TD.index_select(0, position_1)
         if self.own_kernels:
             x_RD = self._read_fused(x_RD, position_1, cache)
         else:
             x_RD = self._read_masked(x_RD, position_1, cache, keys)
-        return normalise(x_RD, self.norm)
+        state_RD = normalise(x_RD, self.norm)
+        position_1.add_(1)
+        return state_RD if out_RD is None else out_RD.copy_(state_RD)
 
     def _read_masked(self, x_RD: Tensor, position_1: Tensor, cache: Cache, keys: int) -> Tensor:
         """All blocks, in PyTorch's kernels, R D."""
@@ -278,11 +289,14 @@ class CUDASteps:
         Run again before that, it does the same again: what is drawn stays as if it were given.
         """
         tokens_R = self._choose(choice)
-        state_RD = self.decoder.read(
-            tokens_R, self.position_1, choice.stream, cache=self.cache, keys=keys
+        self.decoder.read(
+            tokens_R,
+            self.position_1,
+            choice.stream,
+            cache=self.cache,
+            keys=keys,
+            out_RD=self.state_RD,
         )
-        self.state_RD.copy_(state_RD)
-        self.position_1.add_(1)
 
     def _choose(self, choice: Choice) -> Tensor:
         """Fills the position, and returns its tokens, one a row."""

@@ -3,8 +3,8 @@
 In: the tensors of a GPT in bfloat16, its cache, a token a row. Out: the state that predicts the
 next token. NVRTC, which comes with PyTorch for CUDA, compiles the file in about a second for the
 sizes of a network and a number of rows; cuda-bindings call it, and nothing is kept on the disk.
-Only networks whose stages fit into the registers of a multiprocessor run this way, and few rows at
-a time; the others run in the kernels of mas/cuda_kernels.py.
+Only networks of which two thirds of a block fit into the shared memory of all multiprocessors run
+this way, and few rows at a time; the others run in the kernels of mas/cuda_kernels.py.
 Axes: R rows, D width, T tokens, H width of a head, V vocabulary.
 """
 
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,45 +24,61 @@ from mas.cuda_blocks import Layer
 from mas.gpt import GPTConfig, hidden_width
 
 SOURCE = Path(__file__).with_name("step.cu")
-THREADS = 512  # a program; what the file says
+PARTS = ("step_device.cuh", "step_matrices.cuh", "step_attention.cuh")  # which it includes
+THREADS = 512  # a program; what the file says, as the next two
+EMPTY = -1  # in scratch memory: what nobody has given yet
 MOST_ROWS = 8  # that the tensor cores take at a time
-MOST_LOADS = 12  # of 16 bytes, that a thread holds of the matrix of a stage
-MOST_KEYS = 20  # likewise of keys and values
-OLDEST = (8, 0)  # compute capability with tensor cores for bfloat16
+MOST_KEYS = 20  # of 16 bytes, that a thread holds of keys and values
+PAD = 32  # numbers between rows of the state in shared memory
+OLDEST = (8, 0)  # compute capability with tensor cores for bfloat16 and copies past the registers
+COPY_ENGINE = (9, 0)  # with an engine that copies rows
 
 
 class CUDAError(RuntimeError):
     """A call of the driver or the compiler failed."""
 
 
+class Processors(NamedTuple):
+    """What a step knows of a device."""
+
+    number: int  # of multiprocessors
+    shared_bytes: int  # of memory a program may have
+    copy_engine: bool
+
+
 def sizes(
-    config: GPTConfig, *, rows: int, processors: int, epsilons: tuple[float, float]
+    config: GPTConfig, *, rows: int, processors: Processors, epsilons: tuple[float, float]
 ) -> dict[str, int | str] | None:
     """What mas/step.cu is compiled with, or None where such a network does not fit.
 
     Args:
         config: of the GPT.
         rows: pictures x guidance streams.
-        processors: multiprocessors of the device.
+        processors: of the device.
         epsilons: of norms and of those of queries and keys.
     """
-    programs = 2 ** (processors.bit_length() - 1)
+    programs = 2 ** (processors.number.bit_length() - 1)
     width, hidden, head_width = config.width, hidden_width(config), config.width // config.heads
-    if width % 32 or hidden % 32 or head_width not in (16, 32, 64, 128, 256):
+    if width % 32 or hidden % 32 or head_width not in (32, 64, 128, 256):
         return None
     if rows > MOST_ROWS or rows * config.heads > programs:
         return None
-    loads = [
-        _loads(3 * width, width, programs),
-        _loads(hidden, width, programs) * (2 if config.gated else 1),
-        _loads(width, hidden, programs),
-    ]
-    shares = min(programs // (rows * config.heads), head_width // 8)
-    shares = 2 ** (shares.bit_length() - 1)
-    keys = config.layout.length * head_width * 2 / (16 * THREADS)
-    if max(loads) > MOST_LOADS or keys * (1 + 1 / shares) > MOST_KEYS:
+    columns = head_width // _shares(programs // (rows * config.heads), head_width)
+    keys_a_warp = 8 * -(-config.layout.length // (8 * THREADS // 32))
+    loads = keys_a_warp // 8 * (head_width // 32) + -(-keys_a_warp * columns // 256)
+    if loads > MOST_KEYS or -(-width // programs) * rows > THREADS:
         return None
-    if -(-3 * width // programs) * rows > THREADS or -(-hidden // programs) * rows > THREADS:
+    attention = config.layout.length + 16 * (columns + 64)  # floats, at most
+    others = (
+        2 * rows * (max(width, hidden) + PAD)
+        + 4 * rows * THREADS // 2 * (2 if config.gated else 1)
+        + 4 * attention
+        + 88 * config.layers
+        + 256
+    )
+    if 2 * _slot_bytes(width, hidden, programs, gated=config.gated) + others > (
+        processors.shared_bytes
+    ):
         return None
     return {
         "LAYERS": config.layers,
@@ -78,15 +94,27 @@ def sizes(
         "ROTARY": int(config.rotary),
         "NORM_EPSILON": f"{epsilons[0]!r}f",
         "QK_EPSILON": f"{epsilons[1]!r}f",
+        "SHARED_LIMIT": processors.shared_bytes,
+        "COPY_ENGINE": int(processors.copy_engine),
     }
 
 
-def _loads(outputs: int, inputs: int, programs: int) -> int:
-    """How often a thread loads 16 bytes for its part of a matrix."""
-    share = -(-outputs // programs)
-    groups = 2 ** (max(1, -(-share // 16)) - 1).bit_length()
-    splits = THREADS // 32 // groups
-    return -(-inputs // 32 // splits) * (1 if share <= 8 else 2) if splits else MOST_LOADS + 1
+def _shares(programs: int, head_width: int) -> int:
+    """Programs that share a head."""
+    return 2 ** (max(1, min(programs, head_width // 8)).bit_length() - 1)
+
+
+def _slot_bytes(width: int, hidden: int, programs: int, *, gated: bool) -> int:
+    """Shared memory for a third of a block: the largest of those that mas/step.cu loads."""
+
+    def tile(outputs: int, inputs: int, unit: int = 1) -> int:
+        return unit * -(-outputs // (unit * programs)) * inputs * 2
+
+    return max(
+        tile(3 * width, width) + tile(width, width),
+        tile(hidden, width, unit=2) * (2 if gated else 1),
+        tile(width, hidden),
+    )
 
 
 class Step:
@@ -112,44 +140,46 @@ class Step:
             positions_TD: what is added to the embedding of a token.
             rotation: cosine and sine for all positions, T H/2.
         """
-        numbers = {name: int(defines[name]) for name in ("LAYERS", "ROWS", "D", "F", "PROGRAMS")}
-        device, rows, width = positions_TD.device, numbers["ROWS"], numbers["D"]
-        self.programs, self.shape = numbers["PROGRAMS"], (rows, width)
+        device = positions_TD.device
+        self.programs = int(defines["PROGRAMS"])
+        self.shape = int(defines["ROWS"]), int(defines["D"])
         addresses = [_addresses(*both) for both in zip(layers, cache.pairs, strict=True)]
-        table = torch.tensor(addresses, dtype=torch.int64, device=device)
-        blocks_R = numbers["LAYERS"] * rows
-        zeros = partial(torch.zeros, dtype=torch.int64, device=device)  # of no launch
-        self.before = (positions_TD, *rotation, norm[0], norm[-1])
-        self.table = table
-        self.scratch = (
-            zeros((2 * blocks_R + rows) * width),  # states
-            zeros(3 * blocks_R * width),  # queries, keys and values
-            zeros(blocks_R * width // 2),  # what attention gave
-            zeros(blocks_R * numbers["F"] // 2),  # between halves of the feedforward
-        )
-        self.launches = torch.zeros(1, dtype=torch.int32, device=device)
         self.kernel = _compile(tuple(defines.items()), device.index or 0)
+        self.before = (positions_TD, *rotation, norm[0], norm[-1])
+        self.table = torch.tensor(addresses, dtype=torch.int64, device=device)
+        # Two of them: a launch uses one and empties the other.
+        self.scratch = torch.full(
+            (2, self.kernel.scratch_words), EMPTY, dtype=torch.int32, device=device
+        )
+        self.counts = torch.zeros(2, dtype=torch.int32, device=device)  # programs: begun and ended
 
-    def read(self, tokens_R: Tensor, position_1: Tensor, embedding_VD: Tensor) -> Tensor:
+    def read(
+        self,
+        tokens_R: Tensor,
+        position_1: Tensor,
+        embedding_VD: Tensor,
+        *,
+        out_RD: Tensor | None = None,
+    ) -> Tensor:
         """The state that predicts what follows a token a row, R D.
 
         Args:
             tokens_R: long.
-            position_1: long, where they stand.
+            position_1: long, where they stand; it goes on by one.
             embedding_VD: of their stream.
+            out_RD: contiguous; where the state goes.
         """
-        state_RD = embedding_VD.new_empty(self.shape)
+        state_RD = embedding_VD.new_empty(self.shape) if out_RD is None else out_RD
         tensors = (
             self.table,
             tokens_R.contiguous(),
             position_1,
             embedding_VD,
             *self.before,
-            *self.scratch,
+            self.scratch,
             state_RD,
-            self.launches,
+            self.counts,
         )
-        self.launches.add_(1)  # not by the kernel: no program knows whether all have read it
         self.kernel.launch(self.programs, tensors)
         return state_RD
 
@@ -175,12 +205,12 @@ def make_step(
     capable = (properties.major, properties.minor) >= OLDEST
     if pair.dtype != torch.bfloat16 or not capable:
         return None
-    defines = sizes(
-        config,
-        rows=pair.shape[1],
-        processors=properties.multi_processor_count,
-        epsilons=epsilons,
+    processors = Processors(
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # not in its stub
+        (properties.major, properties.minor) >= COPY_ENGINE,
     )
+    defines = sizes(config, rows=pair.shape[1], processors=processors, epsilons=epsilons)
     if defines is None:
         return None
     return Step(defines, layers, cache, norm=norm, positions_TD=positions_TD, rotation=rotation)
@@ -195,12 +225,15 @@ class _Kernel:
         self.driver = driver
         self.module = _check(driver.cuModuleLoadData(code))
         self.function = _check(driver.cuModuleGetFunction(self.module, b"read_token"))
-        size = ctypes.c_int()
-        address, length = _check(driver.cuModuleGetGlobal(self.module, b"shared_bytes"))
-        _check(driver.cuMemcpyDtoH(ctypes.addressof(size), address, length))
-        self.shared = size.value
+        self.shared, self.scratch_words = self._read(b"shared_bytes"), self._read(b"scratch_words")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuFuncSetAttribute(self.function, attribute, self.shared))
+
+    def _read(self, name: bytes) -> int:
+        number = ctypes.c_int()
+        address, length = _check(self.driver.cuModuleGetGlobal(self.module, name))
+        _check(self.driver.cuMemcpyDtoH(ctypes.addressof(number), address, length))
+        return number.value
 
     def launch(self, programs: int, tensors: Sequence[Tensor]) -> None:
         """On the current stream. The driver starts all programs together or none."""
@@ -219,7 +252,16 @@ def _compile(defines: tuple[tuple[str, int | str], ...], device: int) -> _Kernel
     major, minor = torch.cuda.get_device_capability(device)
     options = [f"--gpu-architecture=sm_{major}{minor}", "-std=c++17"]
     options += [f"-D{name}={value}" for name, value in defines]
-    program = _check(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"step.cu", 0, [], []))
+    parts = [SOURCE.with_name(name) for name in PARTS]
+    program = _check(
+        nvrtc.nvrtcCreateProgram(
+            SOURCE.read_bytes(),
+            SOURCE.name.encode(),
+            len(parts),
+            [part.read_bytes() for part in parts],
+            [part.name.encode() for part in parts],
+        )
+    )
     try:
         encoded = [option.encode() for option in options]
         (result,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)

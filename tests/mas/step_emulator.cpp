@@ -3,13 +3,12 @@
 
 #include "../../mas/step.cu"
 
-extern "C" void emulate(const Block *blocks, const long long *tokens, const long long *place,
+extern "C" void emulate(const Block *blocks, const long long *tokens, long long *place,
                         const u16 *embedding, const u16 *positions, const u16 *cosine,
                         const u16 *sine, const u16 *norm_weight, const u16 *norm_bias,
-                        u64 *states, u64 *qkv, u64 *attended, u64 *hidden, u16 *state,
-                        const u32 *launches) {
+                        u32 *scratch, u16 *state, u32 *counts) {
   run_programs(PROGRAMS, THREADS, SHARED_BYTES, [&] {
     read_token(blocks, tokens, place, embedding, positions, cosine, sine, norm_weight, norm_bias,
-               states, qkv, attended, hidden, state, launches);
+               scratch, state, counts);
   });
 }

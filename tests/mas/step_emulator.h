@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <ucontext.h>
 #include <vector>
 
@@ -121,13 +122,68 @@ static uint4 load_constant(const void *address) {
   if ((size_t)address % 16) abort();
   return *(const uint4 *)address;
 }
-static void store_relaxed(unsigned long long *address, unsigned long long x) { *address = x; }
-static void load_relaxed(const unsigned long long *address, unsigned long long &a,
-                        unsigned long long &b) {
+static void store_relaxed(unsigned *address, unsigned x) { *address = x; }
+static void load_relaxed(const unsigned *address, unsigned x[4]) {
   if ((size_t)address % 16) abort();
-  a = address[0];
-  b = address[1];
+  memcpy(x, address, 16);
 }
+static unsigned count_up(unsigned *address) { return (*address)++; }
+
+/* A barrier in shared memory and the copies it waits for, which arrive at once or, if LATE, not
+ * before somebody waits. */
+struct Copy { void *to; const void *from; int bytes; };
+struct Barrier {
+  int arrivals, missing, bytes = 0, phase = 0;
+  std::vector<Copy> copies;
+
+  void turn() {
+    if (missing || bytes) return;
+    missing = arrivals;
+    phase ^= 1;
+  }
+};
+static std::map<const void *, Barrier> barriers;
+
+static void start_barrier(const void *barrier, int arrivals) {
+  barriers[barrier] = {arrivals, arrivals};
+}
+static void show_barriers() {}
+static void land(Barrier &barrier) {
+  for (const Copy &x : barrier.copies) {
+    memcpy(x.to, x.from, x.bytes);
+    barrier.bytes -= x.bytes;
+  }
+  barrier.copies.clear();
+  barrier.turn();
+}
+static void announce(const void *place, int bytes) {
+  if (!COPY_ENGINE) return;
+  Barrier &barrier = barriers.at(place);
+  barrier.bytes += bytes;
+  barrier.missing--;
+  if (!LATE) land(barrier);
+}
+static void arrive(const void *place) {
+  if (COPY_ENGINE) return;
+  Barrier &barrier = barriers.at(place);
+  barrier.missing--;
+  if (!LATE) land(barrier);
+}
+static void copy(void *to, const void *from, int bytes, const void *place) {
+  Barrier &barrier = barriers.at(place);
+  if ((size_t)to % 16 || (size_t)from % 16 || bytes % 16) abort();
+  if (!COPY_ENGINE) barrier.bytes += bytes; /* else they were announced */
+  barrier.copies.push_back({to, from, bytes});
+  if (!LATE) land(barrier);
+}
+static void await(const void *place, int parity) {
+  Barrier &barrier = barriers.at(place);
+  while (barrier.phase == parity) {
+    land(barrier);
+    if (barrier.phase == parity) let_others_run();
+  }
+}
+
 static void pause() { let_others_run(); }
 template <typename Kernel>
 static void run_programs(int programs, int threads, int shared, Kernel kernel) {
