@@ -230,6 +230,13 @@ class StreamData(LightningDataModule):
             worker_init_fn=ignore_signals,
         )
 
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """All but the numbers of the samples, which nothing but the CPU looks at."""
+        moved = {name: value for name, value in batch.items() if name != "number"}
+        return batch | super().transfer_batch_to_device(moved, device, dataloader_idx)
+
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 

@@ -3,6 +3,8 @@
 In: a network and the `Optimiser` settings. Out: a LightningModule whose subclass only adds losses.
 Learning rate and random numbers of a step are functions of the step and of the samples in its
 batch, so nothing about them has to be saved: a resumed run repeats an uninterrupted one exactly.
+A GPU is waited for once a step, to see that loss and gradient are numbers: what asks it more often
+leaves it without work meanwhile.
 """
 
 from __future__ import annotations
@@ -134,7 +136,9 @@ class Stage(LightningModule):
         self.optimiser = optimiser
         self.seed = seed
         self.held: list[nn.Module] = []  # parts of the network that the training leaves as they are
-        self._batch: dict[str, Any] = {}  # the one at hand, to be saved should it break the run
+        # Batches and losses since the last step, to be saved should they break the run.
+        self._batch: dict[str, Any] = {}
+        self._checked: list[tuple[Tensor, dict[str, Any]]] = []
 
     def hold(self, parts: list[nn.Module]) -> None:
         """Leaves these parts of the network as they are; codebooks move no code, either."""
@@ -176,7 +180,11 @@ class Stage(LightningModule):
         for optimizer in self._raw_optimizers():
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        self.log("learning_rate", rate)
+        self.log("learning_rate", self._on_device(rate))
+
+    def _on_device(self, number: float) -> Tensor:
+        """Made where it is needed; Lightning would copy it there and wait."""
+        return torch.full((), float(number), device=self.device)
 
     def configure_gradient_clipping(
         self,
@@ -191,22 +199,23 @@ class Stage(LightningModule):
         """Clips the gradients as configured and returns their norm before.
 
         Raises:
-            ValueError: a gradient is no number; names the step and the samples.
+            ValueError: a gradient, or a loss that was checked since the last step, is no number;
+                names the step, the samples and the file with the batch.
         """
         norm = nn.utils.clip_grad_norm_(parameters, self.optimiser.clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not torch.isfinite(norm):
+        checked, self._checked = self._checked, []
+        numbers = torch.stack([norm.float(), *(loss.float() for loss, _ in checked)])
+        if not numbers.isfinite().all():
+            for loss, batch in checked:
+                if not loss.isfinite():
+                    self._refuse(f"the loss is {float(loss)}", batch)
             self._refuse(f"the gradient norm is {float(norm)}", self._batch)
         return norm
 
     def check(self, loss: Tensor, batch: dict[str, Any]) -> None:
-        """Stops at a loss that is no number, before it reaches the weights, and saves the batch.
-
-        Raises:
-            ValueError: names the step, the samples and the file.
-        """
-        if not torch.isfinite(loss):
-            self._refuse(f"the loss is {float(loss.detach())}", batch)
+        """Lets `clip` stop the run at a loss that is no number, before it reaches the weights."""
+        self._checked.append((loss.detach(), batch))
 
     def _refuse(self, what: str, batch: dict[str, Any]) -> NoReturn:
         numbers, keys = batch["number"].tolist(), batch.get("key", [])
@@ -225,7 +234,7 @@ class Stage(LightningModule):
         """Logs `values` as part/name; validation values are averages over pictures and ranks."""
         on_validation = part == "validation"
         metrics = {f"{part}/{name}": value for name, value in values.items()}
-        step = torch.tensor(float(self.global_step))  # the row's; else Lightning counts batches
+        step = self._on_device(self.global_step)  # the row's; else Lightning counts batches
         self.log_dict(
             {**metrics, "step": step},
             batch_size=count,

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that end a run
@@ -108,7 +109,11 @@ class StreamLoader(PlainLoader):
     def __init__(self, stream: Stream, numbers: Numbers, *, workers: int) -> None:
         self.numbers = numbers
         super().__init__(
-            stream, batch_sampler=numbers, num_workers=workers, worker_init_fn=ignore_signals
+            stream,
+            batch_sampler=numbers,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),  # from where a GPU takes batches by itself
+            worker_init_fn=ignore_signals,
         )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # any iterator will do

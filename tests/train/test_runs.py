@@ -155,6 +155,18 @@ def test_what_is_no_number_stops_the_run_before_the_weights(
         assert image.tolist() == shards[picture][2].tolist()
 
 
+def test_of_batches_whose_gradients_are_added_up_the_one_that_is_no_number_is_named(
+    words, monkeypatch, tmp_path
+):
+    losses = iter([1.0, float("nan"), 1.0])
+    spoil(monkeypatch, lambda loss: loss * next(losses))
+    sums = {"trainer__max_steps": 1, "trainer__accumulate_grad_batches": 3}
+    with pytest.raises(ValueError, match="the loss is nan at step 0, batch of samples 4-7"):
+        train(words("gpt", **sums))
+    batch = torch.load(tmp_path / "run/failed_batch.pt", weights_only=True)
+    assert batch["number"].tolist() == [4, 5, 6, 7]
+
+
 @pytest.mark.parametrize(
     ("stage", "advice"),
     [

@@ -128,18 +128,32 @@ def test_averaging_warms_up_and_then_keeps_its_decay():
     assert averaging.average(one, zero, 1000) == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize("count", [1, 7, torch.tensor(10_000)])
-def test_averaging_all_at_once_equals_tensor_by_tensor_to_the_bit(count):
-    averaging, generator = Averaging(0.99), torch.Generator().manual_seed(0)
-    shapes = [(), (5,), (3, 7), (2, 3, 3, 3)]
-    averages, currents = (
-        [torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)
+def test_all_weights_are_averaged_as_one_is_to_the_bit_and_buffers_are_copied():
+    torch.manual_seed(0)
+    module, averaging = LightningModule(), Averaging(0.99)
+    module.layers = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("cpu")), global_step=0
     )
-    expected = [averaging.average(*pair, count) for pair in zip(averages, currents, strict=True)]
-    before = [current.clone() for current in currents]
-    averaging.average_all(averages, currents, count)
-    assert all(torch.equal(*pair) for pair in zip(averages, expected, strict=True))
-    assert all(torch.equal(*pair) for pair in zip(currents, before, strict=True))
+    averaging.setup(trainer, module, "fit")
+    averaging.on_train_start(trainer, module)
+    model = averaging._average_model
+    for step in range(1, 30):
+        average = [parameter.detach().clone() for parameter in model.module.parameters()]
+        with torch.no_grad():
+            for tensor in (*module.parameters(), module.layers[1].running_mean):
+                tensor.add_(torch.randn_like(tensor))
+        current = [parameter.detach().clone() for parameter in module.parameters()]
+        pairs = zip(average, current, strict=True)
+        expected = [averaging.average(*pair, step - 1) for pair in pairs] if step > 1 else current
+        trainer.global_step = step
+        for _ in range(2):  # the second is a batch whose gradients are still being added up
+            averaging.on_train_batch_end(trainer, module, None, None, 0)
+        pairs = zip(model.module.parameters(), expected, strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+        assert model.n_averaged.item() == step
+    assert torch.equal(model.module.layers[1].running_mean, module.layers[1].running_mean)
+    assert all(torch.equal(*pair) for pair in zip(module.parameters(), current, strict=True))
 
 
 def test_averages_are_made_where_the_training_is_about_to_be():
