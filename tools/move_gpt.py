@@ -1,6 +1,6 @@
 """Gives a trained GPT the tokens of another VQ-SEG, so that training goes on instead of anew.
 
-    python tools/move_gpt.py --gpt runs/park/gpt-first --before runs/park/vqseg \\
+    python tools/move_gpt.py --gpt runs/park/gpt-first --before runs/park/vqseg-second \\
         --after runs/park/vqseg-codes --input data/scenes --output runs/park/gpt-moved
 
 In: a GPT folder, the VQ-SEG of its tokens, the new one, and scenes of their training. Out: a GPT
