@@ -45,9 +45,9 @@ from mas.vq import token_parts
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 
-# Of model_index.json: one sampling for both streams, one for each, that and a judge, or that and
-# whatever else it names, perhaps with a GPT without text head.
-FORMATS = (1, 2, 3, 4)
+# Of model_index.json: one sampling for both streams, one for each, that and a judge, that and
+# whatever else it names, perhaps with a GPT without text head, or that with a packed GPT.
+FORMATS = (1, 2, 3, 4, 5)
 INDEX = "model_index.json"
 CARD = "README.md"
 TOKENIZER = "tokenizer.json"
@@ -214,7 +214,8 @@ def write_folder(
         if weights == "int8":  # for sampling alone
             stored["gpt"] = gpt = gpt.without_text_head()
         for name, network in stored.items():
-            save_network(network, new / name, weights=formats[name])
+            packed = name == "gpt" and weights == "int8"
+            save_network(network, new / name, weights=formats[name], packed=packed)
         extras = tuple(name for name in EXTRAS if name in networks)
         hashes = {name: file_hash(new / name) for name in list_files(extras)}
         sizes = _sizes(tokenizer, stored)
@@ -227,7 +228,8 @@ def write_folder(
         if extras:
             content |= {"format": 3, "sampling": asdict(sampling)}
         if REFINER in extras or not gpt.config.text_head:
-            content |= {"format": 4, "sampling": asdict(sampling), "extras": list(extras)}
+            format_ = 5 if weights == "int8" else 4
+            content |= {"format": format_, "sampling": asdict(sampling), "extras": list(extras)}
         if JUDGE in extras:
             content["scene_candidates"] = scene_candidates
         if classes:

@@ -1,8 +1,8 @@
 """Weights travel with their config: a network's folder is config.json + model.safetensors.
 
 In: a network with a `.config` dataclass, or such a folder. Out: the folder, or the network in
-evaluation mode. On the disk weights may have fewer bits (mas/rounding.py). Files are written under
-a temporary name and renamed, so a folder never holds half a file.
+evaluation mode. On the disk weights may have fewer bits (mas/rounding.py, mas/packing.py). Files
+are written under a temporary name and renamed, so a folder never holds half a file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from mas.packing import SHAPE, pack, unpack
 from mas.rounding import SCALE, Weights, narrow, widen
 from mas.shard_files import replacing_path, write_file
 
@@ -53,19 +54,27 @@ class _Unfilled(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def save_network(network: nn.Module, folder: str | Path, *, weights: Weights = "float32") -> None:
+def save_network(
+    network: nn.Module,
+    folder: str | Path,
+    *,
+    weights: Weights = "float32",
+    packed: bool = False,
+) -> None:
     """Writes `network.config` and the state dict (contiguous, on the CPU) into `folder`.
 
     Args:
         network: with a frozen dataclass `.config`.
         folder: is made where it does not exist.
         weights: number format on the disk; what is loaded again is float32, rounded to it.
+        packed: int8 numbers in fewer bytes, which changes none of them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = network.config
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     tensors = narrow(tensors, weights)
+    tensors = pack(tensors) if packed else tensors
     with replacing_path(str(folder / WEIGHTS_FILE)) as temporary:
         try:
             save_file(tensors, temporary, metadata={"format": "pt"})
@@ -96,7 +105,7 @@ def load_network(
     if not weights_file.is_file():
         raise StorageError(f"{weights_file}: no such file; {folder} is no complete model folder")
     try:
-        tensors = widen(load_file(weights_file))
+        tensors = widen(unpack(load_file(weights_file)))
     except (SafetensorError, OSError, ValueError) as error:
         raise StorageError(f"{weights_file}: not a readable safetensors file ({error})") from error
     network = build_unfilled(network_class, config)
@@ -119,8 +128,13 @@ class StoredTensors(Mapping[str, torch.Tensor]):
             raise StorageError(f"{self.file}: no such file; {folder} is no complete model folder")
         with self._open() as file:
             self.stored = set(file.keys())
-            names = {n for n in self.stored if n.removesuffix(SCALE) not in self.stored - {n}}
-            shapes = {name: file.get_slice(name).get_shape() for name in sorted(names)}
+            beside = {name + end for name in self.stored for end in (SCALE, SHAPE)}
+            shapes = {
+                name: file.get_tensor(name + SHAPE).tolist()
+                if name + SHAPE in self.stored
+                else file.get_slice(name).get_shape()
+                for name in sorted(self.stored - beside)
+            }
         found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         check_tensors(expected, found, self.file)
         self.shapes = shapes
@@ -130,8 +144,8 @@ class StoredTensors(Mapping[str, torch.Tensor]):
             raise KeyError(name)
         # Opened anew each time: an open file keeps all that was read from it in memory.
         with self._open() as file:
-            names = {name, name + SCALE} & self.stored
-            return widen({n: file.get_tensor(n) for n in names})[name].clone()
+            names = {name, name + SCALE, name + SHAPE} & self.stored
+            return widen(unpack({n: file.get_tensor(n) for n in names}))[name].clone()
 
     @property
     def numbers(self) -> int:

@@ -1,6 +1,6 @@
 """Gives a trained VQ-SEG more codes, so that less is rounded away, and tunes its decisions.
 
-    python tools/split_codes.py --vqseg runs/park/vqseg-third --input data/scenes --codes 4096 \\
+    python tools/split_codes.py --vqseg runs/park/vqseg --input data/scenes --codes 4096 \\
         --output runs/park/vqseg-codes
 
 In: a VQ-SEG folder and scenes of its training. Out: a VQ-SEG folder, in int8. All tokens change, so

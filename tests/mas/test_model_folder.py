@@ -276,7 +276,7 @@ def test_int8_leaves_the_text_head_out_and_changes_no_sample(tiny_model, tmp_pat
     }
     assert [gpt.config.text_head for gpt in stored.values()] == [False, True]
     index = json.loads((tmp_path / "int8/model_index.json").read_text())
-    assert (index["format"], index["extras"]) == (4, [])  # which older versions refuse by name
+    assert (index["format"], index["extras"]) == (5, [])  # which older versions refuse by name
     assert index["sizes"]["parameters"]["gpt"] == sum(
         p.numel() for p in stored["int8"].parameters()
     )

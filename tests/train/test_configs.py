@@ -1,5 +1,6 @@
 """The shipped configs: every one parses, and its network can be built."""
 
+import dataclasses
 from itertools import product
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import yaml
 
 from mas.gpt import GPT, GPTConfig
 from mas.judge import JudgeConfig, SceneJudge
+from mas.model_folder import SHIPPED
 from mas.refiner import Refiner, RefinerConfig
-from mas.storage import parse_config
+from mas.storage import parse_config, read_json
 from mas.vqgan import VQGAN, VQGANConfig
 from mas.vqseg import VQSEG, VQSEGConfig
 from train.cli import train
@@ -25,11 +27,17 @@ CLASSES = {
 }
 STAGES = ["vqseg", "vqgan", "gpt"]  # of every folder
 FOLDERS = ["tiny", "park", "base"]
-RUNS = [("vqgan-first", "vqgan"), ("vqseg-photos", "vqseg")]  # of configs/park, beside the stages'
+# Of configs/park, beside the stages'.
+RUNS = [
+    ("vqgan-first", "vqgan"),
+    ("vqseg-second", "vqseg"),
+    ("vqseg-photos", "vqseg"),
+    ("gpt-first", "gpt"),
+]
 
 
-def read(folder, stage):
-    values = yaml.safe_load((CONFIGS / folder / f"{stage}.yaml").read_text())
+def read(folder, stage, run=""):
+    values = yaml.safe_load((CONFIGS / folder / f"{stage}{run}.yaml").read_text())
     return parse_config(CLASSES[stage][1], values["model"]["network"], stage)
 
 
@@ -65,16 +73,28 @@ def test_a_further_run_of_the_park_parses_and_has_tensors_of_its_stage(name, sta
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["trainer"]["max_steps"] > 0
     of_stage = yaml.safe_load((CONFIGS / f"park/{stage}.yaml").read_text())["model"]["network"]
-    for key in ("codes", "code_width", "width", "multipliers", "blocks", "groups"):
+    keys = {"codes", "code_width", "width", "multipliers", "blocks", "groups", "layers", "heads"}
+    for key in keys & of_stage.keys():
         assert printed["model"]["network"][key] == of_stage[key]
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_the_three_configs_of_a_folder_fit_together(folder):
-    gpt, vqseg, vqgan = (read(folder, stage) for stage in ("gpt", "vqseg", "vqgan"))
+@pytest.mark.parametrize(("folder", "run"), [("tiny", ""), ("park", "-first"), ("base", "")])
+def test_the_three_configs_of_a_folder_fit_together(folder, run):
+    gpt, vqseg, vqgan = (read(folder, stage, run) for stage in ("gpt", "vqseg", "vqgan"))
     assert (gpt.scene_vocabulary, gpt.scene_grid) == (vqseg.codes, vqseg.grid)
     assert (gpt.image_vocabulary, gpt.image_grid) == (vqgan.codes, vqgan.grid)
     assert vqseg.size == vqgan.size
+
+
+def test_the_last_runs_of_the_park_are_those_of_the_networks_that_ship():
+    for stage, changed in (
+        ("vqseg", {"codes": 4096}),
+        ("vqgan", {}),
+        ("gpt", {"text_head": False}),
+    ):
+        shipped = read_json(SHIPPED / f"park/{stage}/config.json")
+        config = dataclasses.replace(read("park", stage), **changed)
+        assert parse_config(CLASSES[stage][1], shipped, stage) == config
 
 
 def test_the_judge_of_the_park_reads_what_its_gpt_reads():
