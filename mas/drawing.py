@@ -15,6 +15,7 @@ import numpy as np
 from einops import reduce, repeat
 from PIL import Image, ImageFilter
 
+from mas.request import spread_labels
 from mas.scene import THINGS, VOID, SceneMap, find_edges, snap_colours
 
 CANVAS = 512  # pixels a side that are drawn on, about
@@ -98,12 +99,7 @@ def free_cells(scene: SceneMap, grid: int) -> SceneMap:
     void_HW = (scene.labels == VOID).astype(np.float64)
     shares_hw = reduce(void_HW, "(h p) (w q) -> h w", "mean", p=cell, q=cell)
     free_HW = repeat(shares_hw > 0.5, "h w -> (h p) (w q)", p=cell, q=cell)
-    labels = scene.labels.copy()
-    while (gaps_HW := (labels == VOID) & ~free_HW).any():
-        padded = np.pad(labels, 1, constant_values=VOID)
-        for near in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
-            here = gaps_HW & (labels == VOID) & (near != VOID)
-            labels[here] = near[here]
+    labels = spread_labels(scene.labels, ~free_HW)
     labels[free_HW] = VOID
     between_things = scene.edges & ~find_edges(scene.labels) & ~free_HW
     return SceneMap(labels, find_edges(labels) | between_things)

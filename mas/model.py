@@ -47,7 +47,15 @@ from mas.precision import (
 )
 from mas.progress import Decoders, Progress, Reporter, Tally, hide
 from mas.refiner import Refiner
-from mas.request import check_candidates, check_memory, check_request, release, room_for
+from mas.request import (
+    check_candidates,
+    check_memory,
+    check_request,
+    fill_void,
+    release,
+    room_for,
+    to_cells,
+)
 from mas.rounding import Weights
 from mas.scene import SceneMap
 from mas.sequence import FREE, Streams
@@ -395,13 +403,16 @@ class MakeAScene(Codec):
             if free is not None:
                 raise ModelError("scene_free says where a given scene is free: give the scene too")
             return self.decoder.layout.free(self.decoder.layout.scene, 1)
-        grid = self.vqseg.config.grid
-        return release(self.encode_scene(scene), free, grid=grid, name="scene_free")
+        if free is None:
+            return self.encode_scene(scene)
+        free_hw = to_cells(free, grid=self.vqseg.config.grid, name="scene_free")
+        scene = fill_void(scene.resized(self.vqseg.config.size), free_hw)
+        return release(self.encode_scene(scene), free_hw)
 
     def _given_image(self, image: Image.Image | None, free: np.ndarray | None) -> Tensor:
         if (image is None) != (free is None):
             raise ModelError("image and image_free belong together: give both or neither")
-        if image is None:
+        if image is None or free is None:
             return self.decoder.layout.free(self.decoder.layout.image, 1)
-        grid = self.vqgan.config.grid
-        return release(self.encode_image(image), free, grid=grid, name="image_free")
+        free_hw = to_cells(free, grid=self.vqgan.config.grid, name="image_free")
+        return release(self.encode_image(image), free_hw)

@@ -20,6 +20,7 @@ from mas.gpt import GPTConfig
 from mas.judge import SceneJudge
 from mas.model_folder import ModelError
 from mas.precision import pictures_that_fit
+from mas.scene import VOID, SceneMap, find_edges
 from mas.sequence import FREE
 
 LARGEST_SEED = 2**63 - 1
@@ -98,20 +99,17 @@ def room_for(pictures: int) -> Iterator[None]:
         ) from error
 
 
-def release(tokens_1T: Tensor, free_HW: np.ndarray | None, *, grid: int, name: str) -> Tensor:
-    """Sets tokens `FREE` whose grid cell has a free pixel.
+def to_cells(free_HW: np.ndarray, *, grid: int, name: str) -> np.ndarray:
+    """Which grid cells have a free pixel, bool h w.
 
     Args:
-        tokens_1T: long, grid x grid of them.
-        free_HW: bool, of any size from the grid's; None: nothing is free.
+        free_HW: bool, of any size from the grid's.
         grid: tokens a side.
         name: of the mask, for messages.
 
     Raises:
         ModelError: a mask of another kind or too small a one.
     """
-    if free_HW is None:
-        return tokens_1T
     if free_HW.dtype != np.bool_ or free_HW.ndim != 2 or free_HW.shape[0] != free_HW.shape[1]:
         raise ModelError(f"{name} must be a square bool array, got {free_HW.dtype} {free_HW.shape}")
     size = len(free_HW)
@@ -120,5 +118,41 @@ def release(tokens_1T: Tensor, free_HW: np.ndarray | None, *, grid: int, name: s
     free_hw = np.zeros((grid, grid), np.bool_)
     rows, columns = np.nonzero(free_HW)
     free_hw[rows * grid // size, columns * grid // size] = True
+    return free_hw
+
+
+def release(tokens_1T: Tensor, free_hw: np.ndarray) -> Tensor:
+    """Sets the tokens of free cells to `FREE`."""
     free_1T = rearrange(torch.from_numpy(free_hw), "h w -> 1 (h w)")
     return tokens_1T.masked_fill(free_1T, FREE)
+
+
+def fill_void(scene: SceneMap, free_hw: np.ndarray) -> SceneMap:
+    """The scene with void in free cells replaced by what is nearest, as if that went on there.
+
+    A token knows what lies beside its cell. Void there reads like the rim of a thing.
+    """
+    height, width = scene.labels.shape
+    rows, columns = (np.arange(n) * len(free_hw) // n for n in (height, width))
+    gaps_HW = free_hw[np.ix_(rows, columns)] & (scene.labels == VOID)
+    labels = spread_labels(scene.labels, gaps_HW)
+    between_things = scene.edges & ~find_edges(scene.labels)
+    return SceneMap(labels, find_edges(labels) | between_things)
+
+
+def spread_labels(labels_HW: np.ndarray, gaps_HW: np.ndarray) -> np.ndarray:
+    """Labels in which void of the gaps is what is nearest, pixel by pixel.
+
+    Args:
+        labels_HW: uint8.
+        gaps_HW: bool; where no label can be reached, void stays.
+    """
+    labels = labels_HW.copy()
+    while (left_HW := (labels == VOID) & gaps_HW).any():
+        padded = np.pad(labels, 1, constant_values=VOID)
+        for near in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
+            here = left_HW & (labels == VOID) & (near != VOID)
+            labels[here] = near[here]
+        if np.array_equal(left_HW, (labels == VOID) & gaps_HW):
+            break
+    return labels

@@ -52,6 +52,7 @@ def assemble(
     card: Path | None = None,
     tune: str | None = None,
     tune_count: int = 300,
+    classes: str | None = None,
 ) -> None:
     """Puts a text tokenizer, VQ-SEG, VQ-GAN and GPT together into a model folder.
 
@@ -80,6 +81,8 @@ def assemble(
             of all classes; tokens stay the same. The model also remembers which classes there are,
             for mas studio.
         tune_count: how many of these scenes, spread evenly.
+        classes: scene shards of which the model remembers the classes alone, for a VQ-SEG that is
+            tuned already; of as many scenes.
     """
     sampling = by_stream(
         StreamSampling(),
@@ -103,15 +106,22 @@ def assemble(
     )
     if tune is not None:
         labels_BHW, edges_BHW = read_scenes(tune, tune_count, model.vqseg.config.size)
-        found = labels_BHW.unique().tolist()
-        model.classes = tuple(name for i, name in enumerate(CLASS_NAMES) if i in found)
+        model.classes = name_classes(labels_BHW)
         tuned = tune_decisions(model.vqseg, labels_BHW, edges_BHW)
         print(f"VQ-SEG tuned: mean IoU {tuned.before:.3f}, now {tuned.after:.3f} on these scenes")
+    if classes is not None:
+        model.classes = name_classes(read_scenes(classes, tune_count, model.vqseg.config.size)[0])
     model.save_pretrained(output, card=text, weights=weights)
     millions = sum(p.numel() for p in model.gpt.parameters()) / 1e6
     megabytes = sum(file.stat().st_size for file in Path(output).rglob("*.*")) / 1e6
     print(f"{output}: GPT of {millions:.1f}M parameters, {megabytes:.1f} MB on the disk")
     print(f"mas sample --model {output} 'a caption'")
+
+
+def name_classes(labels_BHW: Tensor) -> tuple[str, ...]:
+    """The classes that occur, in the order of their ids."""
+    found = set(labels_BHW.unique().tolist())
+    return tuple(name for i, name in enumerate(CLASS_NAMES) if i in found)
 
 
 def read_scenes(shards: str, count: int, size: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from mas.filter import Sampling, StreamSampling
 from mas.gpt import GPT
 from mas.model_folder import ModelError
 from mas.precision import StoredGPT, choose_device, choose_precision
+from mas.request import fill_void
 from mas.scene import VOID, SceneError, SceneMap
 from mas.storage import StoredTensors
 
@@ -116,6 +117,26 @@ def test_a_free_part_of_a_scene_of_any_size_is_predicted(tiny_model, size):
     given = tiny_model.encode_scene(scene)
     assert (out.tokens.scene[:, :-1] == given[:, :-1]).all()
     assert (out.tokens.scene[:, -1] != given[:, -1]).any()
+
+
+def test_void_that_is_free_counts_as_what_lies_beside_it(tiny_model):
+    free = np.zeros((32, 32), np.bool_)
+    free[20:] = True  # the last three of eight rows of pixels a cell: of four rows of cells two
+    scenes = [make_scene() for _ in range(2)]
+    known, void = scenes
+    known.labels[16:], void.labels[16:] = known.labels[15], known.labels[15]
+    void.labels[20:] = VOID
+    known, void = (SceneMap.from_labels(scene.labels) for scene in scenes)
+    filled = fill_void(void, np.arange(4)[:, None].repeat(4, 1) >= 2)
+    assert filled == known and void.labels[-1, 0] == VOID
+    tokens = [
+        tiny_model.generate(CAPTION, scene=scene, scene_free=free, seed=3).tokens.scene
+        for scene in (known, void)
+    ]
+    assert torch.equal(*tokens)
+    nothing = SceneMap.from_labels(np.full((32, 32), VOID, np.uint8))
+    assert fill_void(nothing, np.ones((4, 4), np.bool_)) == nothing
+    assert fill_void(void, np.zeros((4, 4), np.bool_)) == void
 
 
 def test_part_of_a_picture_can_be_given(tiny_model):

@@ -12,6 +12,7 @@ from einops import repeat
 
 from mas.drawing import CANVAS, canvas_side, draw_scene, free_cells, read_drawing, widen
 from mas.painter import Painter, Wish
+from mas.request import fill_void
 from mas.scene import CLASS_NAMES, PALETTE, VOID, SceneMap, find_edges
 
 SIZE, GRID = 32, 4
@@ -203,7 +204,8 @@ def test_what_is_drawn_stays_and_the_rest_is_invented(painter, two_dogs):
     labels = two_dogs.labels.copy()
     labels[2 * CELL :] = VOID
     half = SceneMap.from_labels(labels)
-    kept = painter.model.vqseg.encode(*batch(free_cells(half, GRID))).reshape(GRID, GRID)
+    filled = fill_void(free_cells(half, GRID), np.arange(GRID)[:, None].repeat(GRID, 1) >= 2)
+    kept = painter.model.vqseg.encode(*batch(filled)).reshape(GRID, GRID)
     results = [list(painter.paint(wish(scene=half, seed=s, count=1)))[-1].result for s in range(4)]
     tokens = [r.tokens.scene.reshape(GRID, GRID) for r in results]
     assert all(np.array_equal(t[:2], kept[:2]) for t in tokens)

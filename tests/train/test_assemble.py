@@ -113,6 +113,15 @@ def test_tuning_leaves_tokens_alone_and_remembers_the_classes(
             assemble(**arguments(parts), output=output, tune=str(scene_shards), tune_count=wrong)
 
 
+def test_classes_are_remembered_without_tuning(parts, scene_shards, tmp_path):
+    output = tmp_path / "model"
+    assemble(**arguments(parts), output=str(output), classes=str(scene_shards), tune_count=6)
+    model = MakeAScene.from_pretrained(output, device="cpu")
+    assert model.classes == ("dog", "sky-other-merged", "grass-merged")
+    before = VQSEG.from_pretrained(parts / "vqseg").state_dict()
+    assert all(torch.equal(x, before[name]) for name, x in model.vqseg.state_dict().items())
+
+
 def test_what_is_not_said_of_one_stream_is_as_for_both(parts, tmp_path):
     output = str(tmp_path / "model")
     words = ["assemble", "--output", output, "--guidance", "4", "--scene-sampling.guidance", "2"]
