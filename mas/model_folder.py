@@ -228,8 +228,9 @@ def write_folder(
         if extras:
             content |= {"format": 3, "sampling": asdict(sampling)}
         if REFINER in extras or not gpt.config.text_head:
-            format_ = 5 if weights == "int8" else 4
-            content |= {"format": format_, "sampling": asdict(sampling), "extras": list(extras)}
+            content |= {"format": 4, "sampling": asdict(sampling), "extras": list(extras)}
+        if weights == "int8":
+            content["format"] = 5
         if JUDGE in extras:
             content["scene_candidates"] = scene_candidates
         if classes:

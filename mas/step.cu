@@ -59,8 +59,6 @@ __device__ inline float low_of(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ inline float to_float(u16 x) { return __uint_as_float((u32)x << 16); }
 
-__device__ inline u16 to_bfloat16(float x) { return (u16)round_pair(x, 0.0f); }
-
 __device__ inline void unpack(uint4 eight, float x[8]) {
   const u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
@@ -69,9 +67,6 @@ __device__ inline void unpack(uint4 eight, float x[8]) {
     x[2 * i + 1] = high_of(pairs[i]);
   }
 }
-
-/* 32 bits for other programs. */
-__device__ inline void give(u32 *address, u32 bits) { store_relaxed(address, bits); }
 
 /* The sum over `width` neighbouring threads, from `step` on, in all of them. */
 __device__ inline float sum_over(float x, int step, int width) {

@@ -41,7 +41,7 @@ __device__ inline uint4 load_constant(const void *address) {
 }
 
 /* 32 bits for other programs, and four times as many of theirs. */
-__device__ inline void store_relaxed(u32 *address, u32 x) {
+__device__ inline void give(u32 *address, u32 x) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(x) : "memory");
 }
 

@@ -122,7 +122,7 @@ static uint4 load_constant(const void *address) {
   if ((size_t)address % 16) abort();
   return *(const uint4 *)address;
 }
-static void store_relaxed(unsigned *address, unsigned x) { *address = x; }
+static void give(unsigned *address, unsigned x) { *address = x; }
 static void load_relaxed(const unsigned *address, unsigned x[4]) {
   if ((size_t)address % 16) abort();
   memcpy(x, address, 16);

@@ -1,5 +1,6 @@
 """mas/step.cu on a CPU: step_emulator.h runs every one of its threads."""
 
+import bisect
 import ctypes
 import dataclasses
 import shutil
@@ -62,10 +63,30 @@ class Emulated:
         loaded = ctypes.CDLL(library)
         self.run = loaded.emulate
         self.scratch_words = ctypes.c_int.in_dll(loaded, "scratch_words").value
-        self.shared_bytes = ctypes.c_int.in_dll(loaded, "shared_bytes").value
 
     def launch(self, programs, tensors):
         self.run(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors))
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "device"),
+    [
+        (GPTConfig(), 2, HOPPER),
+        (GPTConfig(), 8, HOPPER),
+        (GPTConfig(**ALL), 2, AMPERE),
+        (dataclasses.replace(CONFIG, **RAGGED), 2, HOPPER),
+    ],
+    ids=["base", "base, eight rows", "all", "ragged"],
+)
+def test_the_least_shared_memory_that_is_taken_for_enough_is_enough(config, rows, device, tmp_path):
+    def defines(shared_bytes):
+        limited = device._replace(shared_bytes=shared_bytes)
+        return sizes(config, rows=rows, processors=limited, epsilons=EPSILONS)
+
+    limit = device.shared_bytes
+    least = bisect.bisect_left(range(limit), True, key=lambda n: defines(n) is not None)
+    assert least < limit
+    Emulated(tmp_path, defines(least))  # does not compile where two slots do not fit
 
 
 def error(a, b):
@@ -129,4 +150,3 @@ def test_a_step_is_nearer_to_the_exact_gpt_than_pytorchs(
         theirs.append(error(read, expected))
     assert sum(ours) < sum(theirs) and max(ours) < 0.02
     assert step.counts.tolist() == [len(ours) * programs] * 2
-    assert kernel.shared_bytes <= defines["SHARED_LIMIT"]
