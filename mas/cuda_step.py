@@ -69,8 +69,12 @@ def sizes(
     if loads > MOST_KEYS or -(-width // programs) * rows > THREADS:
         return None
     attention = config.layout.length + 16 * (columns + 64)  # floats, at most
+    norms = width * (2 if config.gated else 4) + (
+        2 * head_width if config.qk_norm else 0
+    )  # numbers
     others = (
-        2 * rows * (max(width, hidden) + PAD)
+        2 * norms
+        + 2 * rows * (max(width, hidden) + PAD)
         + 4 * rows * THREADS // 2 * (2 if config.gated else 1)
         + 4 * attention
         + 88 * config.layers
