@@ -69,9 +69,7 @@ def sizes(
     if loads > MOST_KEYS or -(-width // programs) * rows > THREADS:
         return None
     attention = config.layout.length + 16 * (columns + 64)  # floats, at most
-    norms = width * (2 if config.gated else 4) + (
-        2 * head_width if config.qk_norm else 0
-    )  # numbers
+    norms = width * (2 if config.gated else 4) + 2 * head_width * config.qk_norm  # numbers
     others = (
         2 * norms
         + 2 * rows * (max(width, hidden) + PAD)

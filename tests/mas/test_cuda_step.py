@@ -32,6 +32,7 @@ def test_the_published_size_fits_and_larger_ones_do_not():
     base = sizes(GPTConfig(), rows=2, processors=HOPPER, epsilons=EPSILONS)
     assert (base["PROGRAMS"], base["LENGTH"], base["NORM_EPSILON"]) == (128, 576, "1e-05f")
     assert sizes(GPTConfig(), rows=8, processors=HOPPER, epsilons=EPSILONS) is not None
+    assert sizes(GPTConfig(), rows=2, processors=AMPERE, epsilons=EPSILONS) is None
     billion = GPTConfig(layers=24, width=1792, heads=28)
     many = dataclasses.replace(CONFIG, width=1024, heads=32)
     for config, rows, processors in (
@@ -73,8 +74,8 @@ class Emulated:
     [
         (GPTConfig(), 2, HOPPER),
         (GPTConfig(), 8, HOPPER),
-        (GPTConfig(**ALL), 2, AMPERE),
-        (dataclasses.replace(CONFIG, **RAGGED), 2, HOPPER),
+        (GPTConfig(**ALL), 2, HOPPER),
+        (dataclasses.replace(CONFIG, **RAGGED), 2, AMPERE),
     ],
     ids=["base", "base, eight rows", "all", "ragged"],
 )
