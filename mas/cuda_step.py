@@ -64,12 +64,12 @@ def sizes(
         return None
     if rows > MOST_ROWS or rows * config.heads > programs:
         return None
-    shares = _shares(programs // (rows * config.heads))
-    keys_a_warp = 8 * -(-config.layout.length // (8 * shares * THREADS // 32))
-    loads = keys_a_warp * head_width * 2 // 256
+    columns = head_width // _shares(programs // (rows * config.heads), head_width)
+    keys_a_warp = 8 * -(-config.layout.length // (8 * THREADS // 32))
+    loads = keys_a_warp // 8 * (head_width // 32) + -(-keys_a_warp * columns // 256)
     if loads > MOST_KEYS or -(-width // programs) * rows > THREADS:
         return None
-    attention = config.layout.length + 16 * (head_width + 64)  # floats, at most
+    attention = config.layout.length + 16 * (columns + 64)  # floats, at most
     norms = width * (2 if config.gated else 4) + 2 * head_width * config.qk_norm  # numbers
     others = (
         2 * norms
@@ -102,9 +102,9 @@ def sizes(
     }
 
 
-def _shares(programs: int) -> int:
+def _shares(programs: int, head_width: int) -> int:
     """Programs that share a head."""
-    return 2 ** (max(1, min(programs, 8)).bit_length() - 1)
+    return 2 ** (max(1, min(programs, head_width // 8)).bit_length() - 1)
 
 
 def _slot_bytes(width: int, hidden: int, programs: int, *, gated: bool) -> int:

@@ -8,12 +8,12 @@
  *
  * All programs go through all stages of all blocks. Their parts of the matrices stream into shared
  * memory, up to a whole block ahead of what is computed, whatever a stage waits for: one warp does
- * nothing else. It asks for a piece at a time, so that little is on its way and what the others
- * load does not queue behind it. Numbers for other programs go to places that hold EMPTY until
- * then; who needs one loads it until it is another: no fence, no flag, and no barrier between
- * programs. Products are left to the tensor cores, where up to eight rows cost what one costs and
- * the sum over K needs no exchange between threads. Weights, and numbers on their way into a
- * product, are bfloat16, everything else float32.
+ * nothing else. It asks for a piece at a time, so that little is on its way and what the others load
+ * does not queue behind it. Numbers for other programs go to places that hold EMPTY until then; who needs one loads it
+ * until it is another: no fence, no flag, and no barrier between programs. Products are left to the
+ * tensor cores, where up to eight rows cost what one costs and the sum over K needs no exchange
+ * between threads. Weights, and numbers on their way into a product, are bfloat16, everything else
+ * float32.
  * After "Look Ma, No Bubbles!" (Hazy Research, 2025).
  *
  * Axes: R rows, N and K numbers out of and into a matrix, D width, F width of the feedforward,
@@ -43,8 +43,9 @@ constexpr int TASKS = ROWS * HEADS;
 __device__ constexpr int power_below(int x) { return x < 2 ? 1 : 2 * power_below(x / 2); }
 __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
-/* Programs that share a head of a row: each sees some of its keys. */
-constexpr int SHARES = power_below(larger(1, smaller(PROGRAMS / TASKS, 8)));
+/* Programs that share a head: each sums up some columns of its values, 8 or more. */
+constexpr int SHARES = power_below(larger(1, smaller(PROGRAMS / TASKS, H / 8)));
+constexpr int COLUMNS = H / SHARES;
 constexpr int WIDEST = larger(D, F);
 constexpr int SHARE_QKV = CEIL(3 * D, PROGRAMS);
 constexpr int SHARE_D = CEIL(D, PROGRAMS);
@@ -228,20 +229,17 @@ read_token(const Block *all_blocks, const long long *tokens, long long *place,
     normalise(states, stream.norms, x, norm_sums);
     meet();
     QKVTile::multiply_by(stream.slot(item), x, sums);
-    attention.load(block.cache, position);
     meet();
     for (int i = this_thread(); i < SHARE_QKV * ROWS; i += THREADS) {
       const int row = i % SHARE_QKV, r = i / SHARE_QKV, n = blockIdx.x * SHARE_QKV + row;
       if (n < 3 * D)
         give(qkv + r * 3 * D + n, __float_as_uint(QKVTile::total(sums, row, r)));
     }
+    attention.load(block.cache, position);
     attention.attend(block, qkv, attended, position, stream.norms + NORM, cosine, sine,
                      attention_sums);
 
-    if (SHARES > 1)
-      combine(attended, x);
-    else
-      copy_rows<D>(attended, x);
+    copy_rows<D>(attended, x);
     meet();
     OutTile::multiply_by(stream.slot(item) + QKVTile::BYTES, x, sums);
     meet();

@@ -1,5 +1,4 @@
-/* The attention of mas/step.cu: one program takes one head of one row, or shares it with others,
- * each of which sees some of the keys (as Flash-Decoding, Dao et al. 2023). */
+/* The attention of mas/step.cu: one program takes one head of one row, or shares it with others. */
 
 /* Norms and rotates a query or key as the network wants it. Four threads share it: this one's are
  * eight of every chunk. */
@@ -45,8 +44,7 @@ __device__ void prepare(float (&x)[8 * KEY_CHUNKS], const u16 *norm, const u16 *
 }
 
 /* Stores keys and values of a token and lets it see all up to it. One program takes one head of one
- * row and some of its keys, the first share also the token's own; one too many repeats the last
- * work. */
+ * row and some columns of its values; one too many repeats the last work. */
 struct Attention {
   uint4 keys[KEY_STEPS][KEY_CHUNKS], values[VALUE_STEPS];
   int pair, share;
@@ -60,13 +58,12 @@ struct Attention {
   __device__ u16 *key(u16 *cache, int t) const { return cache + ((u64)pair * LENGTH + t) * H; }
   __device__ u16 *value(u16 *cache, int t) const { return key(cache, t) + (u64)TASKS * LENGTH * H; }
 
-  /* The position of the i-th key of this warp: shares of warps take eight in turn. */
-  __device__ int at(int i) const {
-    const int eight = (i / KEYS_AT_ONCE * WARPS + this_thread() / 32) * SHARES + share;
-    return eight * KEYS_AT_ONCE + i % KEYS_AT_ONCE;
+  /* The position of the i-th key of this warp: warps take eight in turn. */
+  __device__ static int at(int i) {
+    return (i / KEYS_AT_ONCE * WARPS + this_thread() / 32) * KEYS_AT_ONCE + i % KEYS_AT_ONCE;
   }
 
-  /* Eight keys as the tensor cores want a matrix of eight rows. */
+  /* Eight keys as the tensor cores want a matrix of eight rows; of the values some columns. */
   __device__ void load(u16 *cache, int position) {
     const int lane = this_thread() % 32;
 #pragma unroll
@@ -84,7 +81,8 @@ struct Attention {
       const int t = at(step * VALUES_AT_ONCE + lane / VALUE_LANES);
       values[step] = {0, 0, 0, 0};
       if (t < position)
-        values[step] = load_constant(value(cache, t) + lane % VALUE_LANES * 8);
+        values[step] =
+            load_constant(value(cache, t) + share * COLUMNS + lane % VALUE_LANES * 8);
     }
   }
 
@@ -92,12 +90,12 @@ struct Attention {
                          const u16 *norms, const u16 *cosine, const u16 *sine,
                          float *shared) const {
     const int thread = this_thread(), warp = thread / 32, lane = thread % 32, part = lane % 4;
-    float *weights = shared + warp * (KEY_STEPS * KEYS_AT_ONCE);
-    float *sums = shared + WARPS * (KEY_STEPS * KEYS_AT_ONCE); /* WARPS x H */
-    float *highest = sums + WARPS * H, *totals = highest + WARPS, *owns = totals + WARPS;
+    float *weights = shared + warp * (VALUE_STEPS * VALUES_AT_ONCE);
+    float *sums = shared + WARPS * (VALUE_STEPS * VALUES_AT_ONCE); /* WARPS x COLUMNS */
+    float *highest = sums + WARPS * COLUMNS, *totals = highest + WARPS, *owns = totals + WARPS;
     const u32 *here = qkv + pair / HEADS * 3 * D + pair % HEADS * H;
-    const int column = 2 * thread; /* of two that this thread finishes */
-    const bool finishes = thread < H / 2, sees_itself = share == 0;
+    const int column = share * COLUMNS + 2 * thread; /* of two that this thread finishes */
+    const bool finishes = thread < COLUMNS / 2;
 
     /* Of every eight threads four hold the query, the others the token's own key. */
     const bool is_key = lane / 4 % 2;
@@ -108,7 +106,7 @@ struct Attention {
           return i == LOADS ? here + 2 * D + column / 4 * 4
                             : here + is_key * D + i / 2 * CHUNK + part * 8 + i % 2 * 4;
         },
-        LOADS + (finishes && sees_itself), bits);
+        LOADS + finishes, bits);
     float x[8 * KEY_CHUNKS];
 #pragma unroll
     for (int i = 0; i < 8 * KEY_CHUNKS; i++) x[i] = __uint_as_float(bits[i]);
@@ -129,7 +127,7 @@ struct Attention {
       for (int i = 0; i < 8 * KEY_CHUNKS; i++) own += x[i] * __shfl_xor_sync(0xffffffffu, x[i], 4);
       own = sum_over(own, 1, 4);
       if (lane == 0) *owns = own;
-      if (lane / 4 == 1 && sees_itself)
+      if (lane / 4 == 1 && share == 0)
 #pragma unroll
         for (int chunk = 0; chunk < KEY_CHUNKS; chunk++)
           *(uint4 *)(key(block.cache, position) + chunk * CHUNK + part * 8) = packed[chunk];
@@ -165,7 +163,7 @@ struct Attention {
 #pragma unroll
     for (int step = 0; step < VALUE_STEPS; step++) {
       const int i = step * VALUES_AT_ONCE + lane / VALUE_LANES;
-      const float weight = weights[i];
+      const float weight = i < KEY_STEPS * KEYS_AT_ONCE ? weights[i] : 0.0f;
       float numbers[8];
       unpack(values[step], numbers);
 #pragma unroll
@@ -190,7 +188,7 @@ struct Attention {
     }
     constexpr int LEFT = larger(1, 8 * VALUE_LANES / 32);
 #pragma unroll
-    for (int j = 0; j < LEFT; j++) sums[warp * H + first + j] = y[j];
+    for (int j = 0; j < LEFT; j++) sums[warp * COLUMNS + first + j] = y[j];
     if (lane == 0) {
       highest[warp] = most;
       totals[warp] = total;
@@ -200,60 +198,21 @@ struct Attention {
       const u32 *four = bits + 4 * LOADS;
       const float v[2] = {__uint_as_float(column % 4 ? four[2] : four[0]),
                           __uint_as_float(column % 4 ? four[3] : four[1])};
-      most = sees_itself ? *owns : NOTHING;
+      most = *owns;
 #pragma unroll
       for (int i = 0; i < WARPS; i++) most = fmaxf(most, highest[i]);
-      const float base = most == NOTHING ? 0.0f : most;
-      total = sees_itself ? fast_exp(*owns - base) : 0.0f;
-      float a = sees_itself ? total * v[0] : 0.0f, b = sees_itself ? total * v[1] : 0.0f;
+      total = fast_exp(*owns - most);
+      float a = total * v[0], b = total * v[1];
 #pragma unroll
       for (int i = 0; i < WARPS; i++) {
-        const float weight = fast_exp(highest[i] - base); /* 0 where a warp saw nothing */
+        const float weight = fast_exp(highest[i] - most); /* 0 where a warp saw nothing */
         total += weight * totals[i];
-        a += weight * sums[i * H + column];
-        b += weight * sums[i * H + column + 1];
+        a += weight * sums[i * COLUMNS + 2 * thread];
+        b += weight * sums[i * COLUMNS + 2 * thread + 1];
       }
-      const float scale = total > 0 ? 1 / total : 0.0f;
-      give(attended + ((pair * SHARES + share) * H + column) / 2, round_pair(a * scale, b * scale));
-      if (LOGS && thread < LOGS / SHARES) /* some places are nobody's */
-        give(attended + OUTPUT_WORDS + pair * LOGS + thread * SHARES + share,
-             __float_as_uint(thread || total == 0 ? NOTHING : most + logf(total)));
-      if (sees_itself) *(u32 *)(value(block.cache, position) + column) = round_pair(v[0], v[1]);
+      give(attended + (pair / HEADS * D + pair % HEADS * H + column) / 2,
+           round_pair(a / total, b / total));
+      *(u32 *)(value(block.cache, position) + column) = round_pair(v[0], v[1]);
     }
   }
 };
-
-/* What attention gave, R rows of D: the mean over the shares of each head, as bfloat16; rows of the
- * result have D + PAD. */
-__device__ void combine(const u32 *attended, u16 *result) {
-  constexpr int LOG_LOADS = LOGS / 4;
-#pragma unroll 1
-  for (int eight = this_thread(); eight < ROWS * D / 8; eight += THREADS) {
-    const int pair = eight / (H / 8), r = pair / HEADS, d = eight * 8 % D;
-    u32 bits[4 * (SHARES + LOG_LOADS)];
-    take<SHARES + LOG_LOADS>(
-        [&](int i) {
-          return i < SHARES ? attended + ((pair * SHARES + i) * H + d % H) / 2
-                            : attended + OUTPUT_WORDS + pair * LOGS + 4 * (i - SHARES);
-        },
-        SHARES + LOG_LOADS, bits);
-    const u32 *logs = bits + 4 * SHARES;
-    float most = NOTHING, total = 0, y[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-#pragma unroll
-    for (int i = 0; i < SHARES; i++) most = fmaxf(most, __uint_as_float(logs[i]));
-#pragma unroll
-    for (int i = 0; i < SHARES; i++) {
-      const float weight = fast_exp(__uint_as_float(logs[i]) - most);
-      total += weight;
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        y[2 * j] += weight * low_of(bits[4 * i + j]);
-        y[2 * j + 1] += weight * high_of(bits[4 * i + j]);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < 8; j++) y[j] /= total;
-    *(uint4 *)(result + r * (D + PAD) + d) = {round_pair(y[0], y[1]), round_pair(y[2], y[3]),
-                                              round_pair(y[4], y[5]), round_pair(y[6], y[7])};
-  }
-}

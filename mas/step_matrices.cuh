@@ -91,15 +91,15 @@ constexpr int X_BYTES = ROWS * (WIDEST + PAD) * 2;
 constexpr int SUMS = ROWS * WARPS * 16; /* floats of one product */
 constexpr int SUMS_BYTES = SUMS * (GATED ? 2 : 1) * 4;
 constexpr int KEYS_AT_ONCE = 8, KEY_CHUNKS = H / CHUNK;
-constexpr int KEY_STEPS = CEIL(LENGTH, SHARES * WARPS * KEYS_AT_ONCE);
-constexpr int VALUE_LANES = H / 8, VALUES_AT_ONCE = 32 / VALUE_LANES;
-constexpr int VALUE_STEPS = KEY_STEPS * KEYS_AT_ONCE / VALUES_AT_ONCE;
-constexpr int ATTENTION_BYTES = CEIL(WARPS * (KEY_STEPS * KEYS_AT_ONCE + H + 2) + 1, 4) * 16;
+constexpr int KEY_STEPS = CEIL(LENGTH, WARPS * KEYS_AT_ONCE);
+constexpr int VALUE_LANES = COLUMNS / 8, VALUES_AT_ONCE = 32 / VALUE_LANES;
+constexpr int VALUE_STEPS = CEIL(KEY_STEPS * KEYS_AT_ONCE, VALUES_AT_ONCE);
+constexpr int ATTENTION_BYTES =
+    CEIL(WARPS * (VALUE_STEPS * VALUES_AT_ONCE + COLUMNS + 2) + 1, 4) * 16;
 constexpr int NORM_SUM_BYTES = 2 * WARPS * 4;
 constexpr int NORM = D * (GATED ? 1 : 2), QK_NORMS = QK_NORM ? 2 * H : 0; /* numbers */
 constexpr int NORMS_BYTES = (2 * NORM + QK_NORMS) * 2; /* of attention, queries, keys; feedforward */
-/* And the number of the launch. */
-constexpr int BARRIER_BYTES = CEIL(8 * ITEMS * (PIECES + 1) + 4, 16) * 16;
+constexpr int BARRIER_BYTES = CEIL(8 * ITEMS * (PIECES + 1) + 4, 16) * 16; /* and the launch's number */
 constexpr int BLOCKS_BYTES = LAYERS * (int)sizeof(Block);
 constexpr int OTHER_BYTES =
     X_BYTES + SUMS_BYTES + ATTENTION_BYTES + NORM_SUM_BYTES + NORMS_BYTES + BARRIER_BYTES +
@@ -112,9 +112,8 @@ constexpr int SHARED_BYTES = SLOTS * SLOT + OTHER_BYTES;
  * keys and values; what attention and the first half of the feedforward gave, in pairs. Each number
  * has a place of its own in every block. There are two such memories: a launch uses one and empties
  * the other. */
-constexpr int STATE_WORDS = ROWS * D, QKV_WORDS = 3 * ROWS * D, HIDDEN_WORDS = ROWS * F / 2;
-constexpr int LOGS = SHARES > 1 ? CEIL(SHARES, 4) * 4 : 0; /* of the weights of all shares */
-constexpr int OUTPUT_WORDS = SHARES * ROWS * D / 2, ATTENDED_WORDS = OUTPUT_WORDS + LOGS * TASKS;
+constexpr int STATE_WORDS = ROWS * D, QKV_WORDS = 3 * ROWS * D, ATTENDED_WORDS = ROWS * D / 2,
+              HIDDEN_WORDS = ROWS * F / 2;
 constexpr int LAYER_WORDS = 2 * STATE_WORDS + QKV_WORDS + ATTENDED_WORDS + HIDDEN_WORDS;
 constexpr int SCRATCH_WORDS = LAYERS * LAYER_WORDS + STATE_WORDS;
 extern "C" { /* for who launches the kernel */

@@ -99,23 +99,12 @@ def error(a, b):
     [
         ({}, 2, 4, HOPPER, {"LATE": 1}),
         ({}, 1, 8, HOPPER, {}),
-        ({}, 1, 4, HOPPER, {"LATE": 1, "PIECES": 3, "WINDOW": 1}),
-        ({}, 1, 16, AMPERE, {"PIECES": 1}),
         ({"gated": True}, 3, 8, AMPERE, {"LATE": 1}),
         (ALL, 2, 4, AMPERE, {}),
         (ALL, 8, 16, HOPPER, {"SHARED_LIMIT": 34000}),
         (RAGGED, 2, 7, HOPPER, {"LATE": 1}),
     ],
-    ids=[
-        "default",
-        "four shares",
-        "two shares",
-        "eight shares",
-        "gated",
-        "all",
-        "eight rows, two slots",
-        "ragged",
-    ],
+    ids=["default", "one row", "gated", "all", "eight rows, two slots", "ragged"],
 )
 @torch.inference_mode()
 def test_a_step_is_nearer_to_the_exact_gpt_than_pytorchs(
