@@ -25,8 +25,7 @@ from mas.gpt import GPTConfig, hidden_width
 
 SOURCE = Path(__file__).with_name("step.cu")
 PARTS = ("step_device.cuh", "step_matrices.cuh", "step_attention.cuh")  # which it includes
-THREADS = 512  # of a program, that compute; what the file says, as the next three
-LOADERS = 32  # that bring the matrices
+THREADS = 512  # a program; what the file says, as the next two
 EMPTY = -1  # in scratch memory: what nobody has given yet
 MOST_ROWS = 8  # that the tensor cores take at a time
 MOST_KEYS = 20  # of 16 bytes, that a thread holds of keys and values
@@ -77,7 +76,7 @@ def sizes(
         + 4 * rows * THREADS // 2 * (2 if config.gated else 1)
         + 4 * attention
         + 88 * config.layers
-        + 512
+        + 256
     )
     if 2 * _slot_bytes(width, hidden, programs, gated=config.gated) + others > (
         processors.shared_bytes
@@ -243,7 +242,7 @@ class _Kernel:
         pointers = tuple(tensor.data_ptr() for tensor in tensors)
         arguments = (pointers, (ctypes.c_void_p,) * len(pointers))
         stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
-        sizes = (programs, 1, 1, THREADS + LOADERS, 1, 1, self.shared)
+        sizes = (programs, 1, 1, THREADS, 1, 1, self.shared)
         _check(self.driver.cuLaunchCooperativeKernel(self.function, *sizes, stream, arguments))
 
 

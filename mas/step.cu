@@ -3,13 +3,12 @@
  * In: a token a row, the matrices of all blocks, the cache of keys and values. Out: the state that
  * predicts the next token. mas/cuda_step.py compiles this file for one network and one number of
  * rows, whose sizes it defines (LAYERS ROWS D F HEADS H LENGTH PROGRAMS GATED QK_NORM ROTARY
- * NORM_EPSILON QK_EPSILON SHARED_LIMIT COPY_ENGINE), and launches one program of 512 + 32 threads a
+ * NORM_EPSILON QK_EPSILON SHARED_LIMIT COPY_ENGINE), and launches one program of 512 threads a
  * multiprocessor.
  *
  * All programs go through all stages of all blocks. Their parts of the matrices stream into shared
- * memory, up to a whole block ahead of what is computed, whatever a stage waits for: one warp does
- * nothing else. It asks for a piece at a time, so that little is on its way and what the others load
- * does not queue behind it. Numbers for other programs go to places that hold EMPTY until then; who needs one loads it
+ * memory, up to a whole block ahead of what is computed, whatever a stage waits for: memory never
+ * rests. Numbers for other programs go to places that hold EMPTY until then; who needs one loads it
  * until it is another: no fence, no flag, and no barrier between programs. Products are left to the
  * tensor cores, where up to eight rows cost what one costs and the sum over K needs no exchange
  * between threads. Weights, and numbers on their way into a product, are bfloat16, everything else
@@ -24,14 +23,8 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-#define THREADS 512 /* that compute; a warp more brings the matrices */
+#define THREADS 512
 #define WARPS 16
-#ifndef PIECES
-#define PIECES 8 /* of a slot, asked for one by one */
-#endif
-#ifndef WINDOW
-#define WINDOW 2 /* of which are on their way at most */
-#endif
 #define CHUNK 32 /* numbers of a row of a matrix that four threads load at once */
 #define PAD 32   /* numbers between rows of the state, against bank conflicts */
 #define EMPTY 0xffffffffu /* not a number, and not the one that arithmetic gives */
@@ -125,7 +118,7 @@ __device__ void normalise(const u32 *x, const u16 *weights, u16 *result, float *
     sums[2 * warp] = total;
     sums[2 * warp + 1] = squares;
   }
-  meet();
+  __syncthreads();
   total = squares = 0;
 #pragma unroll
   for (int i = 0; i < ROW_THREADS / 32; i++) {
@@ -172,7 +165,7 @@ template <int K> __device__ void copy_rows(const u32 *x, u16 *result) {
 __device__ inline float gelu(float x) { return 0.5f * x * (1 + erff(x * 0.70710678118654752f)); }
 __device__ inline float silu(float x) { return x / (1 + fast_exp(-x)); }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 read_token(const Block *all_blocks, const long long *tokens, long long *place,
            const u16 *embedding, const u16 *positions, const u16 *cosine, const u16 *sine,
            const u16 *norm_weight, const u16 *norm_bias, u32 *scratch, u16 *state, u32 *counts) {
@@ -187,20 +180,19 @@ read_token(const Block *all_blocks, const long long *tokens, long long *place,
   stream.more_norms = stream.norms + NORM + QK_NORMS;
   stream.last_weight = norm_weight;
   stream.last_bias = norm_bias;
-  stream.arrived = (u64 *)((unsigned char *)stream.norms + NORMS_BYTES);
-  stream.released = stream.arrived + ITEMS * PIECES;
-  u32 *launch = (u32 *)(stream.released + ITEMS);
-  Block *blocks = (Block *)((unsigned char *)stream.arrived + BARRIER_BYTES);
+  stream.barriers = (u64 *)((unsigned char *)stream.norms + NORMS_BYTES);
+  u32 *launch = (u32 *)(stream.barriers + ITEMS);
+  Block *blocks = (Block *)((unsigned char *)stream.barriers + BARRIER_BYTES);
   stream.blocks = blocks;
   if (threadIdx.x == 0) {
-    stream.start();
+    for (int i = 0; i < SLOTS; i++) start_barrier(stream.barriers + i, COPY_ENGINE ? 1 : THREADS);
     show_barriers();
     *launch = count_up(counts) / PROGRAMS;
   }
-  for (int i = threadIdx.x; i < BLOCKS_BYTES / 8; i += THREADS + 32)
+  for (int i = threadIdx.x; i < BLOCKS_BYTES / 8; i += THREADS)
     ((u64 *)blocks)[i] = ((const u64 *)all_blocks)[i];
   __syncthreads();
-  if (threadIdx.x >= THREADS) return stream.bring();
+  for (int item = 0; item < SLOTS; item++) stream.request(item);
   const int position = (int)*place;
   u32 *next = scratch + (*launch + 1) % 2 * SCRATCH_WORDS;
   for (int i = blockIdx.x * THREADS + threadIdx.x; i < SCRATCH_WORDS / 4; i += PROGRAMS * THREADS)
@@ -227,9 +219,9 @@ read_token(const Block *all_blocks, const long long *tokens, long long *place,
     int item = ITEMS * layer;
     stream.wait(item);
     normalise(states, stream.norms, x, norm_sums);
-    meet();
+    __syncthreads();
     QKVTile::multiply_by(stream.slot(item), x, sums);
-    meet();
+    __syncthreads();
     for (int i = this_thread(); i < SHARE_QKV * ROWS; i += THREADS) {
       const int row = i % SHARE_QKV, r = i / SHARE_QKV, n = blockIdx.x * SHARE_QKV + row;
       if (n < 3 * D)
@@ -240,22 +232,22 @@ read_token(const Block *all_blocks, const long long *tokens, long long *place,
                      attention_sums);
 
     copy_rows<D>(attended, x);
-    meet();
+    __syncthreads();
     OutTile::multiply_by(stream.slot(item) + QKVTile::BYTES, x, sums);
-    meet();
+    __syncthreads();
     if (owner) {
       own += OutTile::total(sums, own_row, own_r);
       give(between + own_r * D + own_d, __float_as_uint(own));
     }
-    stream.release(item);
+    stream.request(item + SLOTS);
     item++;
 
     stream.wait(item);
     normalise(between, stream.more_norms, x, norm_sums);
-    meet();
+    __syncthreads();
     ExpandTile::multiply_by(stream.slot(item), x, sums);
     if (GATED) ExpandTile::multiply_by(stream.slot(item) + ExpandTile::BYTES, x, more_sums);
-    meet();
+    __syncthreads();
     for (int i = this_thread(); i < SHARE_F / 2 * ROWS; i += THREADS) {
       const int row = i % (SHARE_F / 2) * 2, r = i / (SHARE_F / 2);
       const int n = blockIdx.x * SHARE_F + row;
@@ -267,25 +259,25 @@ read_token(const Block *all_blocks, const long long *tokens, long long *place,
       }
       if (n < F) give(hidden + (r * F + n) / 2, round_pair(y[0], y[1]));
     }
-    stream.release(item);
+    stream.request(item + SLOTS);
     item++;
 
     copy_rows<F>(hidden, x);
     stream.wait(item);
-    meet();
+    __syncthreads();
     ContractTile::multiply_by(stream.slot(item), x, sums);
-    meet();
+    __syncthreads();
     if (owner) {
       own += ContractTile::total(sums, own_row, own_r);
       give(after + own_r * D + own_d, __float_as_uint(own));
     }
-    stream.release(item);
+    stream.request(item + SLOTS);
     states = after;
   }
   if (blockIdx.x == 0) {
     stream.wait(LAST);
     normalise(states, stream.norms, x, norm_sums);
-    meet();
+    __syncthreads();
     for (int i = threadIdx.x; i < ROWS * D; i += THREADS) state[i] = x[i / D * (D + PAD) + i % D];
   }
   if (threadIdx.x == 0 && count_up(counts + 1) % PROGRAMS == PROGRAMS - 1) ++*place; /* all read it */

@@ -193,7 +193,7 @@ struct Attention {
       highest[warp] = most;
       totals[warp] = total;
     }
-    meet();
+    __syncthreads();
     if (finishes) {
       const u32 *four = bits + 4 * LOADS;
       const float v[2] = {__uint_as_float(column % 4 ? four[2] : four[0]),

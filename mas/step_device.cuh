@@ -23,9 +23,6 @@ __device__ inline int this_thread() {
   return i;
 }
 
-/* Waits for all threads of the program but those of the last warp. */
-__device__ inline void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
-
 /* sums += a b for 16 rows of a matrix, 16 numbers each, and 8 columns. */
 __device__ inline void multiply(float sums[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
@@ -84,10 +81,6 @@ __device__ inline void await(const u64 *barrier, int parity) {
                  : "r"(shared_address(barrier)), "r"(parity)
                  : "memory");
   } while (!done);
-}
-
-__device__ inline void sign(u64 *barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 #if COPY_ENGINE

@@ -99,7 +99,7 @@ constexpr int ATTENTION_BYTES =
 constexpr int NORM_SUM_BYTES = 2 * WARPS * 4;
 constexpr int NORM = D * (GATED ? 1 : 2), QK_NORMS = QK_NORM ? 2 * H : 0; /* numbers */
 constexpr int NORMS_BYTES = (2 * NORM + QK_NORMS) * 2; /* of attention, queries, keys; feedforward */
-constexpr int BARRIER_BYTES = CEIL(8 * ITEMS * (PIECES + 1) + 4, 16) * 16; /* and the launch's number */
+constexpr int BARRIER_BYTES = 32; /* and the number of the launch */
 constexpr int BLOCKS_BYTES = LAYERS * (int)sizeof(Block);
 constexpr int OTHER_BYTES =
     X_BYTES + SUMS_BYTES + ATTENTION_BYTES + NORM_SUM_BYTES + NORMS_BYTES + BARRIER_BYTES +
@@ -121,113 +121,69 @@ __device__ int shared_bytes = SHARED_BYTES;
 __device__ int scratch_words = SCRATCH_WORDS;
 }
 
-/* Sends some bytes on their way: one thread with the copy engine, else a warp. */
+/* Sends some bytes on their way, by one thread with the copy engine, else by all. */
 __device__ inline void request_bytes(const void *from, void *to, int bytes, u64 *barrier) {
 #if COPY_ENGINE
   if (bytes > 0) copy(to, from, bytes, barrier);
 #else
-  for (int i = 16 * (this_thread() % 32); i < bytes; i += 16 * 32)
+  for (int i = 16 * this_thread(); i < bytes; i += 16 * THREADS)
     copy((unsigned char *)to + i, (const unsigned char *)from + i, 16, barrier);
 #endif
 }
-
-/* A piece of this program's rows of a matrix. */
-template <class Tile> struct Piece {
-  int first, bytes;
-
-  __device__ explicit Piece(int piece) {
-    const int sixteens = Tile::bytes() / 16;
-    first = sixteens * piece / PIECES * 16;
-    bytes = sixteens * (piece + 1) / PIECES * 16 - first;
-  }
-
-  __device__ void request(const u16 *matrix, unsigned char *to, u64 *barrier) const {
-    const u64 offset = (u64)blockIdx.x * Tile::BYTES + first;
-    request_bytes((const unsigned char *)matrix + offset, to + first, bytes, barrier);
-  }
-};
 
 /* Brings the matrices, item by item, into the slots in turn, and the norms, which come with them,
  * into places of their own. */
 struct Stream {
   unsigned char *slots;
   u16 *norms, *more_norms; /* in front of attention, with queries' and keys'; of the feedforward */
-  u64 *arrived, *released; /* barriers: of every piece of every slot; of every slot */
+  u64 *barriers;
   const Block *blocks;
   const u16 *last_weight, *last_bias;
 
-  /* By one thread. */
-  __device__ void start() const {
-    for (int i = 0; i < SLOTS * PIECES; i++) start_barrier(arrived + i, COPY_ENGINE ? 1 : 32);
-    for (int i = 0; i < SLOTS; i++) start_barrier(released + i, 1);
-  }
-
   __device__ unsigned char *slot(int item) const { return slots + item % SLOTS * SLOT; }
 
-  __device__ u64 *barrier(int item, int piece) const {
-    return arrived + item % SLOTS * PIECES + piece;
-  }
-
-  __device__ void wait(int item) const {
-#pragma unroll
-    for (int piece = 0; piece < PIECES; piece++) await(barrier(item, piece), item / SLOTS & 1);
-  }
-
-  /* When all threads are done with an item. */
-  __device__ void release(int item) const {
-    if (this_thread() == 0) sign(released + item % SLOTS);
-  }
+  __device__ void wait(int item) const { await(barriers + item % SLOTS, item / SLOTS & 1); }
 
   __device__ static void request_norm(const u16 *weight, const u16 *bias, u16 *to, u64 *barrier) {
     request_bytes(weight, to, D * 2, barrier);
     if (!GATED) request_bytes(bias, to + D, D * 2, barrier);
   }
 
-  __device__ void request(int item, int piece) const {
-    const Block &block = blocks[item / ITEMS];
-    unsigned char *to = slot(item);
-    u64 *bar = barrier(item, piece);
-    const bool with_norm = piece == 0;
-    if (item == LAST) {
-      announce(bar, with_norm * NORM * 2);
-      if (with_norm) request_norm(last_weight, last_bias, norms, bar);
-    } else if (item % ITEMS == 0) {
-      const Piece<QKVTile> qkv(piece);
-      const Piece<OutTile> out(piece);
-      announce(bar, with_norm * (NORM + QK_NORMS) * 2 + qkv.bytes + out.bytes);
-      if (with_norm) request_norm(block.attention_norm, block.attention_bias, norms, bar);
-      if (with_norm && QK_NORM) {
-        request_bytes(block.q_norm, norms + NORM, H * 2, bar);
-        request_bytes(block.k_norm, norms + NORM + H, H * 2, bar);
-      }
-      qkv.request(block.to_qkv, to, bar);
-      out.request(block.to_out, to + QKVTile::BYTES, bar);
-    } else if (item % ITEMS == 1) {
-      const Piece<ExpandTile> expand(piece);
-      announce(bar, with_norm * NORM * 2 + (GATED ? 2 : 1) * expand.bytes);
-      if (with_norm) request_norm(block.feedforward_norm, block.feedforward_bias, more_norms, bar);
-      expand.request(block.expand, to, bar);
-      if (GATED) expand.request(block.expand + (u64)F * D, to + ExpandTile::BYTES, bar);
-    } else {
-      const Piece<ContractTile> contract(piece);
-      announce(bar, contract.bytes);
-      contract.request(block.contract, to, bar);
-    }
-    if (!COPY_ENGINE) arrive(bar);
+  template <class Tile>
+  __device__ static void request_rows(const u16 *matrix, unsigned char *to, u64 *barrier) {
+    const u64 first = (u64)blockIdx.x * Tile::BYTES;
+    request_bytes((const unsigned char *)matrix + first, to, Tile::bytes(), barrier);
   }
 
-  /* By the last warp: everything in its turn, WINDOW pieces at a time. */
-  __device__ void bring() const {
-    if (COPY_ENGINE && this_thread() % 32) return;
-    const int items = LAST + (blockIdx.x == 0); /* one program needs the last */
-#pragma unroll 1
-    for (int piece = 0; piece < items * PIECES; piece++) {
-      const int item = piece / PIECES, before = piece - WINDOW;
-      if (piece % PIECES == 0 && item >= SLOTS)
-        await(released + item % SLOTS, item / SLOTS - 1 & 1);
-      if (before >= 0) await(barrier(before / PIECES, before % PIECES), before / PIECES / SLOTS & 1);
-      request(item, piece % PIECES);
+  /* By all threads, when all are done with this item of the block before and with the slot. */
+  __device__ void request(int item) const {
+    if (item > LAST || (item == LAST && blockIdx.x > 0)) return; /* one program needs the last */
+    if (COPY_ENGINE && this_thread() != THREADS - 1) return;
+    const Block &block = blocks[item / ITEMS];
+    unsigned char *to = slot(item);
+    u64 *barrier = barriers + item % SLOTS;
+    if (item == LAST) {
+      announce(barrier, NORM * 2);
+      request_norm(last_weight, last_bias, norms, barrier);
+    } else if (item % ITEMS == 0) {
+      announce(barrier, (NORM + QK_NORMS) * 2 + QKVTile::bytes() + OutTile::bytes());
+      request_norm(block.attention_norm, block.attention_bias, norms, barrier);
+      if (QK_NORM) {
+        request_bytes(block.q_norm, norms + NORM, H * 2, barrier);
+        request_bytes(block.k_norm, norms + NORM + H, H * 2, barrier);
+      }
+      request_rows<QKVTile>(block.to_qkv, to, barrier);
+      request_rows<OutTile>(block.to_out, to + QKVTile::BYTES, barrier);
+    } else if (item % ITEMS == 1) {
+      announce(barrier, NORM * 2 + (GATED ? 2 : 1) * ExpandTile::bytes());
+      request_norm(block.feedforward_norm, block.feedforward_bias, more_norms, barrier);
+      request_rows<ExpandTile>(block.expand, to, barrier);
+      if (GATED)
+        request_rows<ExpandTile>(block.expand + (u64)F * D, to + ExpandTile::BYTES, barrier);
+    } else {
+      announce(barrier, ContractTile::bytes());
+      request_rows<ContractTile>(block.contract, to, barrier);
     }
+    if (!COPY_ENGINE) arrive(barrier);
   }
 };
-static_assert(WINDOW < SLOTS * PIECES, "a piece is waited for before its place is asked for again");

@@ -33,7 +33,7 @@ struct Warp : Meeting { Message slots[2][32]; };
 
 struct Program {
   unsigned char *shared;
-  Meeting all, computing;
+  Meeting all;
   std::vector<Warp> warps;
 };
 
@@ -62,9 +62,6 @@ static void meet(Meeting &meeting, int threads) {
 }
 
 static void __syncthreads() { meet(emulated->all, (int)emulated->warps.size() * 32); }
-
-/* But the last warp. */
-static void meet() { meet(emulated->computing, (int)emulated->warps.size() * 32 - 32); }
 
 static const Message *exchange(const Message &message) {
   Warp &warp = emulated->warps[threadIdx.x / 32];
@@ -171,10 +168,6 @@ static void arrive(const void *place) {
   Barrier &barrier = barriers.at(place);
   barrier.missing--;
   if (!LATE) land(barrier);
-}
-static void sign(const void *place) {
-  barriers.at(place).missing--;
-  barriers.at(place).turn();
 }
 static void copy(void *to, const void *from, int bytes, const void *place) {
   Barrier &barrier = barriers.at(place);
