@@ -10,8 +10,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mas/__init__.py").read_tex
 
 EXTRAS = {
     "preprocess": ["ray[data]>=2.50", "transformers>=5", "face-alignment>=1.5"],
-    "train": ["pytorch-lightning>=2.6.6", "tensorboard>=2.18", "scipy>=1.13"],
-    "eval": ["torchmetrics>=1.6", "scipy>=1.13", "transformers>=5"],
+    "train": ["pytorch-lightning>=2.6.6", "tensorboard>=2.18"],
+    "eval": ["torchmetrics>=1.6", "transformers>=5"],
     "studio": ["gradio>=6.31"],
     "dev": [
         "pytest>=8",
@@ -46,8 +46,9 @@ setup(
     package_data={"mas": ["py.typed", "step.cu", "step_*.cuh", "models/*/*", "models/*/*/*"]},
     ext_modules=[STEP],
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.9",
         "numpy>=1.26",
+        "scipy>=1.13",
         "einops>=0.8",
         "tokenizers>=0.20",
         "pillow>=11",

@@ -45,7 +45,9 @@ COMMANDS = {
     ),
     "fit-bpe": Command("train.bpe:fit_bpe", "fit the text tokenizer on captions"),
     "train": Command(
-        "train.cli:train", "train vqseg, vqgan, gpt or reader with Lightning", "train"
+        "train.cli:train",
+        "train vqseg, vqgan, gpt, reader, judge or refiner with Lightning",
+        "train",
     ),
     "tokenize": Command("preprocess.tokens:tokenize", "scene shards → token shards", "preprocess"),
     "import-vqgan": Command(

@@ -262,9 +262,9 @@ def _fastest(function: Callable[[], Any], seconds: float, device: torch.device) 
     best, spent = float("inf"), 0.0
     function()
     for _ in range(MOST):
-        start = _now(device)
+        start = now(device)
         function()
-        took = _now(device) - start
+        took = now(device) - start
         best, spent = min(best, took), spent + took
         if spent >= seconds:
             break
@@ -275,7 +275,8 @@ def _casting(device: torch.device, *, bfloat16: bool) -> AbstractContextManager[
     return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torchmetrics  # noqa: F401 - used far below; where it is missing, nothing is painted first
 from tqdm import tqdm
 
 from mas.cases import Case, Cases, read_cases
@@ -88,9 +89,14 @@ def evaluate(
         precision: of the GPT; auto takes what is best on the device.
         as_json: print the figures as one JSON object.
     """
-    for name, value in (("count", count), ("sweep-count", sweep_count), ("batch", batch)):
-        if value < 2:
-            raise ValueError(f"--{name} is {value}, use 2 or more")
+    for name, value, least in (
+        ("count", count, 2),
+        ("sweep-count", sweep_count, 2),
+        ("seeds", seeds, 2),
+        ("batch", batch, 1),
+    ):
+        if value < least:
+            raise ValueError(f"--{name} is {value}, use {least} or more")
     if output.suffix != ".json":
         raise ValueError(f"--output must end in .json, got {output}")
     if guidance is not None and len(set(guidance)) != len(guidance):
@@ -167,7 +173,7 @@ def examine(
     asked = cases.cases
     tried = spread_out(asked, sweep_count) if len(guidances) > 1 else []
     examiner.bar.total = (
-        4 * len(asked)
+        5 * len(asked)
         + len(guidances) * len(tried)
         + seeds * min(DIVERSE, len(asked))
         + 2 * len(others.cases if others else ())

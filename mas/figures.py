@@ -73,7 +73,8 @@ def compare_scenes(sets: Mapping[str, Made]) -> dict[str, Any]:
         figures[f"miou{suffix}"] = metrics.compute()["miou"]
         figures[f"pixel_accuracy{suffix}"] = metrics.compute()["pixel_accuracy"]
         figures |= {f"{name}{suffix}": miou for name, miou in group_mious(metrics).items()}
-    return {**figures, "share_of_real": figures["miou"] / figures["miou_real"]}
+    real = figures["miou_real"]
+    return {**figures, "share_of_real": figures["miou"] / real if real else float("nan")}
 
 
 def group_mious(metrics: SceneMetrics) -> dict[str, float]:

@@ -237,9 +237,15 @@ def write_folder(
             content["classes"] = list(classes)
         write_json(new / INDEX, content)
         (new / CARD).write_text(card or _write_card(sizes, sampling), "utf-8")
-        if folder.exists():
-            folder.rename(temporary / "old")
-        new.rename(folder)
+        old = temporary / "old"
+        try:
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        except BaseException:  # a signal may come between the two
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
 
 
 def list_files(extras: tuple[str, ...] = ()) -> tuple[str, ...]:

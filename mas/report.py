@@ -225,11 +225,11 @@ def _scenes(figures: Mapping[str, Any]) -> str:
         for group in groups
         if group in scene
     ]
-    return (
-        "## Pictures read again, against the scene they should show\n\n"
-        + _table(["", *suffixes], rows)
-        + f"\n\nThe model reaches {scene['share_of_real']:.1%} of what real pictures reach."
-    )
+    text = "## Pictures read again, against the scene they should show\n\n"
+    text += _table(["", *suffixes], rows)
+    if (share := scene["share_of_real"]) is None:
+        return f"{text}\n\nThe reader sees nothing right in real pictures: it is no judge of these."
+    return f"{text}\n\nThe model reaches {share:.1%} of what real pictures reach."
 
 
 def _others(figures: Mapping[str, Any]) -> str:

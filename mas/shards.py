@@ -29,9 +29,10 @@ from mas.shard_files import (
     seekable,
     write_file,
 )
-from mas.token_shards import TOKEN_FORMAT, TokenShards, write_token_shard
+from mas.token_shards import MANIFEST, TOKEN_FORMAT, TokenShards, write_token_shard
 
 __all__ = [
+    "MANIFEST",
     "TOKEN_FORMAT",
     "OnReject",
     "Sample",

@@ -11,6 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from mas.scene import FACE_IDS, HUMAN_IDS, PERSON, THINGS, SceneMap, find_edges
 
@@ -51,15 +54,11 @@ def _between(scene: SceneMap) -> np.ndarray:
 
     Where such an edge ends at another label, its last pixel is an edge of both kinds.
     """
-    from scipy import ndimage
-
     inner_HW = scene.edges & ~find_edges(scene.labels)
     return scene.edges & ndimage.binary_dilation(inner_HW, np.ones((3, 3)))
 
 
 def _find_class(mask_HW: np.ndarray, between_HW: np.ndarray, class_id: int) -> list[Found]:
-    from scipy import ndimage
-
     parts_HW, count = _split(mask_HW, between_HW)
     areas = ndimage.sum_labels(mask_HW, parts_HW, range(1, count + 1))
     boxes = ndimage.find_objects(parts_HW, count)
@@ -95,10 +94,6 @@ def _split(mask_HW: np.ndarray, between_HW: np.ndarray) -> tuple[np.ndarray, int
     An edge is one pixel wide and has gaps for steps to a diagonal neighbour. So diagonal steps
     join only where both other pixels of the four lie outside the mask, as in thin things.
     """
-    from scipy import ndimage
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     parts_HW, count = ndimage.label(mask_HW & ~between_HW)
     pairs = []
     for flipped in (False, True):

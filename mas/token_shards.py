@@ -22,6 +22,7 @@ import numpy as np
 
 from mas.shard_files import ShardError, write_file
 
+MANIFEST = "manifest.json"
 TOKEN_FORMAT = 1  # version of manifest.json and the arrays it lists
 STREAMS = ("text", "scene", "image")
 MIRRORED = "mirrored-"  # before the stream's name, in the names of files
@@ -186,12 +187,12 @@ def _map_array(path: Path) -> np.ndarray:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ShardError(
-            f"{folder}: no manifest.json; this is no finished output of mas tokenize"
+            f"{folder}: no {MANIFEST}; this is no finished output of mas tokenize"
         ) from None
     except (OSError, ValueError) as error:
         raise ShardError(f"{path}: cannot be read ({error}); tokenize again") from error

@@ -19,12 +19,12 @@ import torch
 
 from mas.scene import PERSON, VOID, Segments
 from preprocess.batching import fitted_size, pick_device, plan_batches, resize
+from preprocess.landmarks import LANDMARKS
 from preprocess.weights import WEIGHTS, WeightsError, find_weights, weights_folder
 
 if TYPE_CHECKING:
     from preprocess.segment import Photo
 
-LANDMARKS = 68
 DETECTOR_WEIGHTS = {
     "sfd": ("s3fd",),
     "yunet": ("yunet",),

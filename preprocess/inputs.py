@@ -37,6 +37,7 @@ class TarSource:
 
 
 Entry = tuple[str, dict[str, str], dict[str, bytes]]  # key; ending -> path; ending -> content
+Sizes = dict[str, int]  # bytes of the files, by path
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,11 @@ def find_jobs(input: str, *, captions: str = "", samples_per_shard: int = 1000) 
         raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
     filesystem, inner = fsspec.core.url_to_fs(input)
     if captions:
-        return _cut(input, _coco_entries(input, captions), samples_per_shard)
+        return _cut(input, _coco_entries(input, captions), {}, samples_per_shard)
     if filesystem.isdir(inner):
         shards = any(name.endswith(".tar") for name in filesystem.ls(inner, detail=False))
         if not shards:
-            return _cut(input, _folder_entries(input), samples_per_shard)
+            return _cut(input, *_folder_entries(input), samples_per_shard)
     _list_once(filesystem, inner)
     jobs = []
     for path in expand_shards(input):
@@ -103,28 +104,35 @@ def _list_once(filesystem: Any, pattern: str) -> None:
             filesystem.ls(folder)
 
 
-def _cut(name: str, entries: Sequence[Entry], samples_per_shard: int) -> list[Job]:
+def _cut(name: str, entries: Sequence[Entry], sizes: Sizes, samples_per_shard: int) -> list[Job]:
     jobs: list[Job] = []
     for start in range(0, len(entries), samples_per_shard):
         part = tuple(entries[start : start + samples_per_shard])
-        digest = hashlib.sha256(repr([key for key, *_ in part]).encode()).hexdigest()[:16]
-        jobs.append(Job(f"{len(jobs):05d}", FilesSource(name, part), fingerprint=f"keys {digest}"))
+        told = [
+            (key, [(ending, sizes.get(path)) for ending, path in paths.items()], contents)
+            for key, paths, contents in part
+        ]
+        digest = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        jobs.append(Job(f"{len(jobs):05d}", FilesSource(name, part), fingerprint=f"files {digest}"))
     return jobs
 
 
-def _folder_entries(folder: str) -> list[Entry]:
+def _folder_entries(folder: str) -> tuple[list[Entry], Sizes]:
     """Every image below `folder` with its companions; the key is its path without the ending."""
     filesystem, inner = fsspec.core.url_to_fs(folder)
     root = inner.rstrip("/") + "/"
     found: dict[str, dict[str, str]] = defaultdict(dict)
     images: set[str] = set()
-    for path in sorted(filesystem.find(inner)):
+    sizes: Sizes = {}
+    for path, details in sorted(filesystem.find(inner, detail=True).items()):
         relative = path.removeprefix(root)
         companion = next((c for c in COMPANIONS if relative.lower().endswith(f".{c}")), None)
         ending = companion or PurePosixPath(relative).suffix[1:].lower()
         stem = relative[: -len(ending) - 1]
         if companion or ending in EXTENSIONS:
-            found[stem].setdefault(ending, _url(filesystem, path, folder))
+            url = _url(filesystem, path, folder)
+            found[stem].setdefault(ending, url)
+            sizes[url] = details["size"]
         if not companion and ending in EXTENSIONS:
             images.add(stem)
     if not images:
@@ -135,7 +143,7 @@ def _folder_entries(folder: str) -> list[Entry]:
         if key in entries:
             raise ShardError(f"{folder}: {stem} and another image would share the key {key}")
         entries[key] = found[stem]
-    return [(key, paths, {}) for key, paths in entries.items()]
+    return [(key, paths, {}) for key, paths in entries.items()], sizes
 
 
 def _coco_entries(folder: str, captions: str) -> list[Entry]:

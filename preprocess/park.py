@@ -90,7 +90,9 @@ def park(
     _claim(folder, config)
     missing = {n: r for n, r in config.shards().items() if not (folder / n).exists()}
     indices = [index for span in missing.values() for index in span]
-    processes = min(workers or len(os.sched_getaffinity(0)), -(-len(indices) // _CHUNK))
+    # macOS does not say which cores a process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = min(workers or cores or 1, -(-len(indices) // _CHUNK))
     with tqdm(total=len(indices), desc="park", unit="picture", disable=not indices) as bar:
         samples = _paint_all(config, indices, processes)
         for name, span in missing.items():

@@ -34,7 +34,7 @@ def picture(
         seed: of the world.
         index: of the picture.
         size: side in pixels.
-        held_out: see `preprocess.park_scene.compose`.
+        held_out: see `preprocess.park_compose.compose`.
     """
     if held_out not in HELD_OUT_MODES:
         raise ValueError(f"held_out is one of {', '.join(HELD_OUT_MODES)}, got {held_out!r}")

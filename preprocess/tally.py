@@ -28,6 +28,7 @@ class Tally:
         self.samples = 0
         self.rejected: Counter[str] = Counter()
         self._rejects: list[tuple[int, dict[str, str]]] = []
+        self._refused: set[str] = set()  # keys of which the reader refused something
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._pixels: Counter[str] = Counter()
         self._photos: Counter[str] = Counter()  # that show a class
@@ -64,6 +65,10 @@ class Tally:
         """Notes a dropped sample; `index` is its place in the shard, -1 what the reader refused."""
         reason = Reject(reason).value
         with self._lock:
+            if reason == Reject.NO_PHOTO.value and key in self._refused:
+                return  # the reader has said why
+            if index < 0:
+                self._refused.add(key)
             self.rejected[reason] += 1
             self._rejects.append((index, {"key": key, "reason": reason, "detail": detail}))
 

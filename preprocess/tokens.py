@@ -23,6 +23,7 @@ from PIL import Image
 
 from mas.scene import SceneError, SceneMap
 from mas.shards import (
+    MANIFEST,
     TOKEN_FORMAT,
     Sample,
     ShardError,
@@ -39,7 +40,6 @@ from preprocess.executor import ExecutorConfig, Job, Report, execute
 from preprocess.inputs import find_jobs
 from preprocess.run_folder import STATS, RunFolder
 
-MANIFEST = "manifest.json"
 MAX_VOCABULARY = 2**16  # tokens are stored as uint16
 
 

@@ -21,7 +21,6 @@ FAN = "https://www.adrianbulat.com/downloads/python-fan"
 HEIDELBERG = "https://heibox.uni-heidelberg.de/f"
 HUB = "https://huggingface.co"
 SCHP_DRIVE_ID = "1k4dllHpu0bdx38J7H28rVVLpU-kOHmnH"
-CHUNK = 1 << 20  # bytes read at a time when hashing
 
 
 class WeightsError(OSError):
@@ -266,14 +265,11 @@ def check_hash(path: Path, expected: str, *, algorithm: str = "sha256") -> None:
 
 def file_hash(path: Path, *, algorithm: str = "sha256") -> str:
     """Hexadecimal checksum of a file of any size."""
-    digest = hashlib.new(algorithm)
     try:
         with open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
+            return hashlib.file_digest(file, algorithm).hexdigest()
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
-    return digest.hexdigest()
 
 
 def fetch_weights(

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +24,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from mas.bench_vqseg import now, peak_mb, run_apart
 from mas.gpt import GPT, GPTConfig
 from mas.sequence import Streams
-from mas.shards import write_token_shard
+from mas.shards import MANIFEST, TOKEN_FORMAT, write_token_shard
 from mas.storage import parse_config
 from train.data import TokenData
 from train.flops import peak_flops, training_flops
@@ -105,9 +103,9 @@ def bench_train(
     results, references = [], []
     for kind in kinds:
         for compiled in (False, True) if compile else (False,):
-            results.append(measure_apart(replace(ours, precision=kind, compiled=compiled)))
+            results.append(run_apart(measure, replace(ours, precision=kind, compiled=compiled)))
         if reference:
-            references.append(measure_apart(replace(ours, precision=kind, reference=True)))
+            references.append(run_apart(measure, replace(ours, precision=kind, reference=True)))
     best = max(results, key=lambda result: result["tokens_per_second"])
     loader = measure_loader(network, batch_size)
     figures = {
@@ -162,13 +160,6 @@ def read_network(path: str) -> GPTConfig:
     return parse_config(GPTConfig, network, path)
 
 
-def measure_apart(setting: Setting) -> dict[str, Any]:
-    """`measure` in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(measure, setting).result()
-
-
 def measure(setting: Setting) -> dict[str, Any]:
     """Tokens a second, MFU and peak memory of one setting."""
     torch.manual_seed(0)
@@ -183,15 +174,15 @@ def measure(setting: Setting) -> dict[str, Any]:
     for step in range(WARM_UP + setting.steps):
         if step == WARM_UP:
             warm = time.perf_counter() - start
-        begin = _now(device)
+        begin = now(device)
         with context:
             loss = training_loss(network, tokens)
         loss.backward()
-        both.append(_now(device) - begin)
+        both.append(now(device) - begin)
         nn.utils.clip_grad_norm_(network.parameters(), optimiser.clip)
         optimizer.step()
         optimizer.zero_grad()
-        whole.append(_now(device) - begin)
+        whole.append(now(device) - begin)
     length = setting.batch_size * setting.network.layout.length
     step_seconds = statistics.median(whole[WARM_UP:])
     passes = statistics.median(both[WARM_UP:])
@@ -201,7 +192,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "tokens_per_second": round(length / step_seconds, 1),
         "forward_backward_tokens_per_second": round(length / passes, 1),
-        "peak_mb": round(_peak_mb(device), 1),
+        "peak_mb": round(peak_mb(device), 1),
         "warm_up_seconds": round(warm, 1),
     }
     if not setting.reference:
@@ -263,22 +254,9 @@ def write_random_shard(folder: str, config: GPTConfig) -> None:
         for s in config.layout.streams
     }
     write_token_shard(folder, "00000", row=np.arange(PICTURES, dtype=np.int32), **streams)
-    manifest: dict[str, Any] = {"format": 1}
+    manifest: dict[str, Any] = {"format": TOKEN_FORMAT}
     for stream in config.layout.streams:
         size = {"length": stream.length} if stream.grid is None else {"grid": stream.grid}
         manifest[stream.name] = {"vocabulary": stream.vocabulary, "sha256": "random", **size}
     manifest["shards"] = [{"name": "00000", "pictures": PICTURES, "captions": PICTURES}]
-    Path(folder, "manifest.json").write_text(json.dumps(manifest))
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _peak_mb(device: torch.device) -> float:
-    """Most memory held at once: of the card's allocator, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    Path(folder, MANIFEST).write_text(json.dumps(manifest))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from scipy import ndimage
 
 from mas.scene import CLASS_NAMES, FACE_IDS, HUMAN_IDS, PERSON, THINGS, SceneMap, find_edges
 
@@ -75,13 +76,6 @@ Box = tuple[int, int, int, int]
 
 def _patches(mask: np.ndarray) -> Iterator[tuple[Box, np.ndarray]]:
     """Boxes of the connected (side by side) pixels of a mask, each with its part of the mask."""
-    try:
-        from scipy import ndimage
-    except ImportError as error:
-        raise ValueError(
-            "the crop terms of the VQ-GAN need scipy: pip install 'mini-make-a-scene[train]', or "
-            "set model.crops.face_weight and model.crops.object_weight to 0"
-        ) from error
     numbers, _ = ndimage.label(mask)
     for number, (rows, columns) in enumerate(ndimage.find_objects(numbers), start=1):
         box = (columns.start, rows.start, columns.stop, rows.stop)

@@ -159,6 +159,13 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stepped = trainer.global_step
+        # The validation that follows a checkpoint is not in it, and is not repeated.
+        best = Path(trainer.default_root_dir) / BEST
+        if trainer.global_step and best.is_file():
+            found = read_checkpoint(best)
+            state = found["callbacks"].get(self.state_key, {})
+            if found["global_step"] <= trainer.global_step:
+                self.best = min(self.best, self._best_of(state))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -180,17 +187,22 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         value = trainer.callback_metrics.get(self.monitor or "")
-        if trainer.sanity_checking or value is None or float(value) >= self.best:
-            return
+        if trainer.sanity_checking or value is None or not float(value) < self.best:
+            return  # no better; a loss that is no number is better than none
         self.best = float(value)
         trainer.save_checkpoint(Path(trainer.default_root_dir) / BEST)
         self._weights = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "monitor": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        self.best = self._best_of(state_dict)
+
+    def _best_of(self, state: dict[str, Any]) -> float:
+        """The best value that a checkpoint knows of; of another metric it says nothing."""
+        same = state.get("monitor", self.monitor) == self.monitor
+        return state.get("best", float("inf")) if same else float("inf")
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What the three trainings read: pictures and scenes from scene shards, tokens from token shards.
+"""What the trainings read: pictures and scenes from scene shards, tokens from token shards.
 
 In: folders written by `mas preprocess` and `mas tokenize`. Out: batches (dicts of tensors), by
 `stream`, so that a run resumed in mid-epoch goes on with exactly the next sample. Every

@@ -173,8 +173,11 @@ class GPTTraining(Stage):
 
     def setup(self, stage: str) -> None:
         check_manifest(self._manifest, self.network.config)
-        if self.init_from is not None:
-            check_tokens(self._manifest, self.init_from)
+        if self.checkpoint is not None:
+            run = Path(self.checkpoint).parent.parent
+            check_tokens(self._manifest, run, instead="train a new GPT in another folder")
+        elif self.init_from is not None:
+            check_tokens(self._manifest, self.init_from, instead="leave out model.init_from")
         if self.trainer.is_global_zero and self.preview.complete:
             self.painter = Painter(self.preview, self._manifest)
 

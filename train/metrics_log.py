@@ -82,7 +82,7 @@ class MetricsLog(Logger):
     def _stays(self, row: dict[str, str]) -> bool:
         # Training rows carry the steps before theirs; validation comes after a checkpoint's step.
         step = int(row["step"])
-        return step < self.resumed_step or (step == self.resumed_step and not row["train/loss"])
+        return step < self.resumed_step or (step == self.resumed_step and not row.get("train/loss"))
 
     def _read(self) -> list[dict[str, str]]:
         if not self.path.is_file():

@@ -59,6 +59,8 @@ class PictureTraining(Stage):
         seed: int,
     ) -> None:
         super().__init__(network, optimiser, seed=seed)
+        if accumulate < 1:
+            raise ValueError(f"model.accumulate is {accumulate}, use 1 or more")
         self.automatic_optimization = False
         self.adversary, self.gradient_weight = adversary, gradient_weight
         self.focus, self.accumulate = focus, accumulate
@@ -70,18 +72,18 @@ class PictureTraining(Stage):
         """What the network makes of a batch; `real_BCHW` are its pictures in [0, 1]."""
         raise NotImplementedError
 
+    def watch(self, drawn: Drawn) -> dict[str, Tensor]:
+        """What is logged of a training step besides its losses."""
+        return {}
+
     @property
     def boxes(self) -> int:
         """Faces and things that each photo must bring along; tells the data."""
         return self.crops.boxes
 
-    def on_fit_start(self) -> None:
+    def setup(self, stage: str) -> None:
         """Raises ValueError for settings under which the two players cannot take turns."""
-        super().on_fit_start()
-        if self.trainer.precision == "16-mixed":  # its loss scale would be shared by both
-            raise ValueError(
-                "a picture's losses do not train in float16: set trainer.precision bf16-mixed"
-            )
+        super().setup(stage)
         strategy = self.trainer.strategy
         if self.discriminator is not None and isinstance(strategy, DDPStrategy):
             if not strategy._ddp_kwargs.get("find_unused_parameters"):
@@ -130,7 +132,7 @@ class PictureTraining(Stage):
                 self.judge(real_BCHW), self.judge(fake_BCHW.detach())
             )
             self.manual_backward(values["discriminator"] / self.accumulate)
-        values |= {**drawn.values, "loss": loss}
+        values |= {**drawn.values, **self.watch(drawn), "loss": loss}
         self.log_losses(
             "train", {name: x.detach() for name, x in values.items()}, count=len(real_BCHW)
         )
@@ -224,6 +226,9 @@ class PictureTraining(Stage):
     def measure(self, drawn: Drawn, real_BCHW: Tensor) -> None:
         """Adds a validation batch to the metrics."""
         self._pictures.update(drawn.image_BCHW, true_image_BCHW=real_BCHW)
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Keeps the gradients, which may be those of half a step; Lightning would drop them."""
 
     def on_validation_epoch_start(self) -> None:
         self._pictures = PictureMetrics()

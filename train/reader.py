@@ -9,6 +9,7 @@ Axes: B batch, C channels, H W pixels, P sampled pixels, K classes.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from mas.shards import ShardIndex, expand_shards
 from train.data import Part, PictureData, PictureItems
 from train.stage import Optimiser, Rows, Stage
 from train.start import start_from
+from train.totals import log_totals
 
 UNKNOWN = -100  # cross-entropy passes over this target
 
@@ -55,6 +57,38 @@ class PixelChoice:
         return torch.multinomial(chances_BP, count, replacement=True)
 
 
+class LabelMetrics(SceneMetrics):
+    """What a reader's labels are worth; it reads no edges."""
+
+    def compute(self) -> dict[str, float]:
+        """As of SceneMetrics, without `edge_f1`."""
+        return {name: value for name, value in super().compute().items() if name != "edge_f1"}
+
+
+class Accuracy:
+    """How often the reader is right about a fact, where it is known."""
+
+    def __init__(self, fact: str) -> None:
+        self.fact = fact
+        self.counts = torch.zeros(2, dtype=torch.long)  # right, known
+
+    def update(self, guess_B: Tensor, truth_B: Tensor) -> None:
+        """Adds a batch; UNKNOWN truths are passed over."""
+        known_B = truth_B != UNKNOWN
+        right = ((guess_B == truth_B) & known_B).sum()
+        self.counts += torch.stack([right, known_B.sum()]).cpu()
+
+    @property
+    def totals(self) -> tuple[Tensor, ...]:
+        """What is summed up over ranks."""
+        return (self.counts,)
+
+    def compute(self) -> dict[str, float]:
+        """The share; NaN where nothing is known."""
+        right, known = self.counts.tolist()
+        return {f"{self.fact}_accuracy": right / known if known else math.nan}
+
+
 class ReaderTraining(Stage):
     """The reader with its losses.
 
@@ -82,7 +116,6 @@ class ReaderTraining(Stage):
     ) -> None:
         super().__init__(Reader(network), optimiser, seed=seed)
         self.pixels, self.time_weight = pixels, time_weight
-        self.seen = SceneMetrics()
         if init_from is not None:
             start_from(self.network, init_from)
 
@@ -93,32 +126,23 @@ class ReaderTraining(Stage):
         return losses["loss"]
 
     def on_validation_epoch_start(self) -> None:
-        self.seen = SceneMetrics()
+        self._scenes = LabelMetrics()
+        self._facts = {fact: Accuracy(fact) for fact in ("time", "place")}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         losses = self._losses(batch)
         reading = self.network.read(batch["image"].float() / 255)
         labels_BHW, edges_BHW = batch["labels"], batch["edges"]
-        self.seen.update(
+        self._scenes.update(
             reading.labels_BHW, edges_BHW, true_labels_BHW=labels_BHW, true_edges_BHW=edges_BHW
         )
-        right = {
-            "time": (reading.times_B, self._targets(batch, "time")),
-            "place": (
-                self.network.place_logits(labels_BHW).argmax(1),
-                self._targets(batch, "place"),
-            ),
-        }
-        for name, (guess_B, truth_B) in right.items():
-            known = truth_B != UNKNOWN
-            if known.any():
-                losses[f"{name}_accuracy"] = (guess_B == truth_B)[known].float().mean()
+        places_B = self.network.place_logits(labels_BHW).argmax(1)
+        for fact, guess_B in (("time", reading.times_B), ("place", places_B)):
+            self._facts[fact].update(guess_B, self._targets(batch, fact))
         self.log_losses("validation", losses, count=len(labels_BHW))
 
     def on_validation_epoch_end(self) -> None:
-        figures = self.seen.compute()
-        wanted = {name: torch.tensor(figures[name]) for name in ("miou", "pixel_accuracy")}
-        self.log_losses("validation", wanted, count=1)
+        log_totals(self, [self._scenes, *self._facts.values()])
 
     def header(self) -> list[str]:
         return ["picture", "its scene", "as it was read"]

@@ -157,6 +157,8 @@ class TrainCLI(LightningCLI):
         self.folder = Path(settings.default_root_dir)
         self.checkpoint = find_checkpoint(self.folder, self.config_init.ckpt_path)
         self.start_step = 0
+        self.model.averaged = bool(self.config_init.ema_decay)
+        self.model.checkpoint = self.checkpoint
         if self.checkpoint:
             checkpoint = read_checkpoint(self.checkpoint)
             self.model.on_load_checkpoint(checkpoint)
@@ -230,10 +232,11 @@ class TrainCLI(LightningCLI):
     def _loggers(self) -> list[Logger]:
         step = self.start_step
         loggers: list[Logger] = [MetricsLog(self.folder, resumed_step=step)]
+        purged = step + bool(step)  # the validation at that step stays: it is not repeated
         if importlib.util.find_spec("tensorboard"):
             from train.events import Events
 
-            loggers.append(Events(str(self.folder), name="", version=EVENTS, purge_step=step))
+            loggers.append(Events(str(self.folder), name="", version=EVENTS, purge_step=purged))
         return loggers
 
 

@@ -1,10 +1,10 @@
-"""What the trainings of the three networks share: optimiser, schedule, exactness, failing early.
+"""What the trainings of all networks share: optimiser, schedule, exactness, failing early.
 
 In: a network and the `Optimiser` settings. Out: a LightningModule whose subclass only adds losses.
 Learning rate and random numbers of a step are functions of the step and of the samples in its
 batch, so nothing about them has to be saved: a resumed run repeats an uninterrupted one exactly.
-A GPU is waited for once a step, to see that loss and gradient are numbers: what asks it more often
-leaves it without work meanwhile.
+A GPU is waited for once a step, to see that loss and gradient are numbers (and by codebooks, which
+look for codes to replace): what asks it more often leaves it without work meanwhile.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mas.vq_codebook import perplexity
 from train.muon import MuonAdamW
 from train.stream import mix
 
@@ -128,6 +129,8 @@ class Stage(LightningModule):
     network: Any  # which one, says the subclass
     unit = "pictures"  # of the throughput in the progress bar
     per_picture = 1  # units a picture
+    averaged = False  # whether a callback averages the weights
+    checkpoint: str | None = None  # that the run goes on from
     flops_per_picture = 0.0  # of forward and backward pass, for the MFU; 0 = not known
 
     def __init__(self, network: nn.Module, optimiser: Optimiser, *, seed: int) -> None:
@@ -156,7 +159,13 @@ class Stage(LightningModule):
         checkpoint["network"] = asdict(self.network.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError when the checkpoint is of a network of other sizes, naming them."""
+        """Takes the weights that were trained, not their average, where none is made any more.
+
+        Raises:
+            ValueError: the checkpoint is of a network of other sizes; names them.
+        """
+        if not self.averaged and "current_model_state" in checkpoint:
+            checkpoint["state_dict"] = checkpoint["current_model_state"]
         now = asdict(self.network.config)
         # What a config did not have yet when the checkpoint was written had its default.
         known = {field.name: field.default for field in fields(self.network.config)}
@@ -242,6 +251,12 @@ class Stage(LightningModule):
             on_epoch=on_validation,
             sync_dist=on_validation,
         )
+
+    def used_codes(self, tokens_BT: Tensor) -> dict[str, Tensor]:
+        """The perplexity of a batch's codes, at steps that are logged: counting waits for a GPU."""
+        if not self.trainer._logger_connector.should_update_logs:
+            return {}
+        return {"perplexity": torch.tensor(perplexity(tokens_BT, self.network.config.codes)[1])}
 
     def header(self) -> list[str]:
         """Names of the columns of `rows`."""

@@ -109,10 +109,15 @@ def find_token_parts(network: VQSEG | VQGAN, folder: str | None) -> list[nn.Modu
     return token_parts(network)
 
 
-def check_tokens(manifest: Mapping[str, Any], folder: str | Path) -> None:
+def check_tokens(manifest: Mapping[str, Any], folder: str | Path, *, instead: str) -> None:
     """Checks that the GPT in `folder` was trained on tokens of the tokenizers behind `manifest`.
 
     Only a run folder knows them; for a part of a model folder a warning says that they are unknown.
+
+    Args:
+        manifest: of the tokens that the GPT shall learn.
+        folder: of the run, or gpt/ of a model folder.
+        instead: what else can be done than to tokenize with the tokenizers of that run.
 
     Raises:
         ValueError: names the streams whose tokens mean something else, or a damaged record.
@@ -137,7 +142,7 @@ def check_tokens(manifest: Mapping[str, Any], folder: str | Path) -> None:
         raise ValueError(
             f"the GPT in {folder} was trained on other tokens: the tokenizer of "
             f"{' and '.join(other)} is another one; tokenize with the tokenizers of that run, or "
-            "leave out model.init_from"
+            f"{instead}"
         )
 
 

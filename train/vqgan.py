@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mas.metrics import CodeMetrics
-from mas.vq_codebook import perplexity
 from mas.vqgan import VQGAN, VQGANConfig
 from train.adversary import AdversaryConfig
 from train.crops import CropsConfig
@@ -93,9 +92,11 @@ class VQGANTraining(PictureTraining):
 
     def draw(self, batch: dict[str, Any], real_BCHW: Tensor) -> Drawn:
         image_BCHW, codebook_loss, tokens_BT = self.network(real_BCHW)
-        _, used = perplexity(tokens_BT, self.network.config.codes)
-        values = {"codebook": codebook_loss, "perplexity": torch.tensor(used)}
+        values = {"codebook": codebook_loss}
         return Drawn(image_BCHW, self.codebook_weight * codebook_loss, values, tokens_BT)
+
+    def watch(self, drawn: Drawn) -> dict[str, Tensor]:
+        return self.used_codes(drawn.source)
 
     def measure(self, drawn: Drawn, real_BCHW: Tensor) -> None:
         super().measure(drawn, real_BCHW)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mas.metrics import CodeMetrics, SceneMetrics
 from mas.scene import SceneMap
-from mas.vq_codebook import perplexity
 from mas.vqseg import VQSEG, VQSEGConfig
 from train.stage import Optimiser, Rows, Stage
 from train.start import find_token_parts, start_from
@@ -64,10 +63,7 @@ class VQSEGTraining(Stage):
             "reconstruction": losses.reconstruction,
             "codebook": losses.codebook,
         }
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set untyped
-        if every and (self.global_step + 1) % every == 0:  # counting codes waits for the GPU
-            _, used = perplexity(losses.tokens_BT, self.network.config.codes)
-            values["perplexity"] = torch.tensor(used)
+        values |= self.used_codes(losses.tokens_BT)
         self.log_losses("train", values, count=len(batch["labels"]))
         return losses.total
 

@@ -7,8 +7,10 @@ import signal
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train.cli import train
+from train.metrics_log import MetricsLog
 from train.stage import Stage
 
 STEPS = 7  # of 4 pictures from 20: more than an epoch
@@ -165,3 +167,80 @@ def test_changed_settings_are_told_and_another_network_is_refused(words, caplog,
     other = words("gpt", trainer__max_steps=4, model__network__layers=1)
     with pytest.raises(ValueError, match="of another network: layers is 2, not 1"):
         train([*other, "--ckpt_path=last"])
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """scripted({step: loss}): what the validations of a run say."""
+    original = Stage.log_losses
+
+    def arrange(losses):
+        def log_losses(self, part, values, *, count):
+            if part == "validation":
+                values = values | {"loss": torch.tensor(losses[self.global_step])}
+            original(self, part, values, count=count)
+
+        monkeypatch.setattr(Stage, "log_losses", log_losses)
+
+    return arrange
+
+
+@pytest.mark.parametrize("losses", [(1.0, 0.5, 0.8), (0.5, 0.5, 0.6), (1.0, 0.9, 0.8)])
+def test_the_best_network_is_the_best_of_the_whole_run(losses, words, scripted, at_step, tmp_path):
+    scripted(dict(zip((2, 4, 6), losses, strict=True)))
+    settings = dict(trainer__max_steps=6, trainer__val_check_interval=2)
+    settings |= dict(checkpoints__every_n_steps=2)
+    at_step(5, kill)  # the last checkpoint is that of step 4, written before its validation
+    with pytest.raises(Killed):
+        train(words("vqseg", "run", **settings))
+    at_step(None)
+    assert train([*words("vqseg", "run", **settings), "--ckpt_path=last"]) == 0
+    best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
+    assert best["global_step"] == 2 * (1 + losses.index(min(losses)))
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("validation/loss")] == [2, 4, 6]
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(words, scripted, tmp_path):
+    scripted({2: 0.5, 4: float("nan"), 6: 0.8})
+    settings = dict(trainer__max_steps=6, trainer__val_check_interval=2)
+    assert train(words("vqseg", **settings)) == 0
+    best = torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)
+    assert best["global_step"] == 2
+
+
+def test_without_averaging_a_run_goes_on_with_the_weights_it_trained(words, monkeypatch, tmp_path):
+    assert train(words("vqseg", trainer__max_steps=3)) == 0
+    checkpoint, _ = read_run(tmp_path / "run")
+    seen = []
+    original = Stage.on_train_batch_start
+
+    def look(self, batch, batch_idx):
+        seen.append({name: x.clone() for name, x in self.state_dict().items()})
+        original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Stage, "on_train_batch_start", look)
+    more = words("vqseg", trainer__max_steps=4, ema_decay=0)
+    assert train([*more, "--ckpt_path=last"]) == 0
+    trained, average = checkpoint["current_model_state"], checkpoint["state_dict"]
+    assert any(not torch.equal(trained[name], average[name]) for name in trained)
+    assert_equal(seen[0], dict(trained))
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "gpt"])
+def test_a_validation_amid_a_step_changes_nothing(stage, words, tmp_path):
+    key = "model__accumulate" if stage == "vqgan" else "trainer__accumulate_grad_batches"
+    settings = {"trainer__max_steps": 4, key: 2}
+    for interval in (3, 8):  # batches: amid the second step, and after the last
+        folder = f"every {interval}"
+        assert train(words(stage, folder, **settings, trainer__val_check_interval=interval)) == 0
+    (amid, _), (after, _) = read_run(tmp_path / "every 3"), read_run(tmp_path / "every 8")
+    assert_equal(dict(amid["current_model_state"]), dict(after["current_model_state"]))
+
+
+def test_a_log_without_training_rows_can_be_gone_on_with(tmp_path):
+    MetricsLog(tmp_path).log_metrics({"validation/loss": 1.0}, 2)
+    log = MetricsLog(tmp_path, resumed_step=2)
+    log.log_metrics({"validation/loss": 0.5}, 4)
+    with open(log.path, newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["2", "4"]

@@ -138,6 +138,7 @@ def test_a_step_goes_down_the_gradient_of_the_whole_loss(vgg_file, monkeypatch):
     monkeypatch.setattr(VQGANTraining, "global_step", 5)
     monkeypatch.setattr(module, "log_losses", log_losses)
     monkeypatch.setattr(module, "manual_backward", lambda loss: loss.backward())
+    monkeypatch.setattr(module, "watch", lambda drawn: {})
     for name in ("check", "log", "step"):
         monkeypatch.setattr(module, name, lambda *_, **__: None)
     module.training_step({"image": image_BCHW, "faces": boxes_BN4, "things": boxes_BN4}, 0)
@@ -325,25 +326,19 @@ def module(network_sizes):
     settings = (Optimiser(), AdversaryConfig(), PerceptualConfig(), CropsConfig())
     names = ("optimiser", "adversary", "perceptual", "crops")
     module = VQGANTraining(network=network, **dict(zip(names, settings, strict=True)))
-    module._trainer = SimpleNamespace(precision="32-true", strategy=None)
-    module.on_fit_start()
+    module._trainer = SimpleNamespace(strategy=None)
+    module.setup("fit")
     return module
-
-
-def test_float16_is_refused_before_it_spoils_the_discriminator(module):
-    module._trainer.precision = "16-mixed"
-    with pytest.raises(ValueError, match=r"set trainer\.precision bf16-mixed"):
-        module.on_fit_start()
 
 
 def test_ddp_that_waits_for_all_gradients_is_refused(module):
     module._trainer.strategy = DDPStrategy()
     with pytest.raises(ValueError, match=r"set trainer\.strategy ddp_find_unused_parameters_true"):
-        module.on_fit_start()
+        module.setup("fit")
     module._trainer.strategy = DDPStrategy(find_unused_parameters=True)
-    module.on_fit_start()
+    module.setup("fit")
     module._trainer.strategy, module.discriminator = DDPStrategy(), None
-    module.on_fit_start()
+    module.setup("fit")
 
 
 def test_two_ranks_keep_equal_players(words, tmp_path):
