@@ -35,6 +35,12 @@ class Case:
     place: str | None = None  # of the picture
     time: str | None = None
 
+    @property
+    def side(self) -> int:
+        """Pixels of the scene's shorter side."""
+        with Image.open(io.BytesIO(self.scene_png), formats=["PNG"]) as png:
+            return min(png.size)
+
     def scene(self, size: int) -> SceneMap:
         """The true scene, `size` pixels a side."""
         return SceneMap.from_png(io.BytesIO(self.scene_png)).resized(size)

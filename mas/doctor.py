@@ -49,7 +49,7 @@ def doctor(*, as_json: bool = False) -> None:
     for weights in report["weights"]:
         mark = "there" if weights["present"] else "-"
         print(f"  {weights['stage']:<10} {weights['name']:<22} {mark:<6} {weights['path']}")
-    print(f"\nshipped models: {', '.join(report['models']) or 'none'}")
+    print(f"\nshipped models: {', '.join(report['models']) or 'none'}, in {_models()}")
 
 
 def examine() -> dict[str, Any]:

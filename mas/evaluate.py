@@ -40,6 +40,7 @@ from mas.obedience import CLAIMS
 from mas.precision import Precision
 from mas.reader import Reader
 from mas.report import Row, name_guidance, write_report
+from mas.request import check_candidates
 from mas.storage import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def evaluate(
     extractor: Path | None = None,
     count: int = 200,
     guidance: list[float] | None = None,
+    scene_candidates: int | None = None,
     sweep_count: int = 50,
     seeds: int = 4,
     seed: int = 0,
@@ -81,6 +83,8 @@ def evaluate(
         count: pictures, spread evenly over the shards.
         guidance: of scene and picture, one or more; more are a sweep, whose best is used for
             everything else (default: the model's, which may differ for the two).
+        scene_candidates: scenes drawn for a picture, of which the model's judge keeps one (default:
+            the model's).
         sweep_count: captions each guidance of a sweep is tried on.
         seeds: pictures of one caption that diversity is measured on.
         seed: of the first picture.
@@ -107,6 +111,9 @@ def evaluate(
     eye = find_reader(reader, folder)
     features = Extractor(extractor) if extractor else None
     network = MakeAScene.from_pretrained(model, device=device, precision=precision)
+    if scene_candidates is not None:
+        check_candidates(scene_candidates, network.judge)
+        network.scene_candidates = scene_candidates
     start = time.perf_counter()
     examiner = Examiner(network, eye, seed=seed, batch=batch)
     with tqdm(desc="evaluate", unit=" pictures", disable=None) as examiner.bar:
@@ -171,6 +178,7 @@ def examine(
         extractor: of features for published distances; None: not asked.
     """
     asked = cases.cases
+    check_cases(examiner, cases, others, sweep=len(guidances) > 1)
     tried = spread_out(asked, sweep_count) if len(guidances) > 1 else []
     examiner.bar.total = (
         5 * len(asked)
@@ -207,15 +215,39 @@ def examine(
         "sweep": sweep,
     }
     sampling = examiner.sampling(guidance)
+    used = asdict(sampling)
+    if examiner.model.scene_candidates > 1:
+        used["scene"]["candidates"] = examiner.model.scene_candidates
+    if examiner.model.refiner is not None:
+        used["image"]["refined"] = True
     figures = {
         # one number, null where scene and picture differ
         "guidance": sampling.scene.guidance
         if sampling.scene.guidance == sampling.image.guidance
         else None,
-        "sampling": asdict(sampling),
+        "sampling": used,
         **{name: value for name, value in figures.items() if value},
     }
     return figures, show(asked, made=made, followed=followed, real=real)
+
+
+def check_cases(examiner: Examiner, cases: Cases, others: Cases | None, *, sweep: bool) -> None:
+    """Refuses what would show after hours only, or flatter.
+
+    Raises:
+        ValueError: there is nothing to choose a guidance by, or a scene is smaller than the
+            model's.
+    """
+    if sweep and not cases.has_facts and examiner.reader is None:
+        raise ValueError(
+            "a sweep over --guidance needs shards with the park's facts, or a --reader"
+        )
+    for case in (*cases.cases, *(others.cases if others else ())):
+        if case.side < examiner.size:
+            raise ValueError(
+                f"scene {case.key} has {case.side} pixels a side, the model's have "
+                f"{examiner.size}: preprocess with --photo.size {examiner.size}"
+            )
 
 
 def spread_out(cases: Sequence[Case], count: int) -> list[Case]:
@@ -237,20 +269,13 @@ def choose_guidance(sweep: Sequence[Mapping[str, Any]]) -> float:
     """The guidance that obeys captions best, on the average of the kinds of claims.
 
     Without facts the one whose pictures lie nearest to the real ones.
-
-    Raises:
-        ValueError: neither can be told.
     """
 
     def score(entry: Mapping[str, Any]) -> float:
         shares = [x for k, x in entry["caption"].items() if k in CLAIMS and not math.isnan(x)]
         if shares:
             return sum(shares) / len(shares)
-        if entry["distribution"]:
-            return -entry["distribution"]["fid"]
-        raise ValueError(
-            "a sweep over --guidance needs shards with the park's facts, or a --reader"
-        )
+        return -entry["distribution"]["fid"]
 
     return max(sweep, key=score)["guidance"]
 

@@ -175,8 +175,8 @@ def name_guidance(sampling: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _settings(sampling: Mapping[str, Any]) -> str:
-    said = {name: value for name, value in sampling.items() if value is not None}
-    return ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in said.items())
+    said = {name.replace("_", "-"): value for name, value in sampling.items() if value is not None}
+    return ", ".join(name if value is True else f"{name} {value:g}" for name, value in said.items())
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

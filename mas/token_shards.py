@@ -122,7 +122,7 @@ class TokenShards:
                 name = f"{self.manifest['shards'][shard]['name']}.{prefix}{stream}.npy"
                 raise ShardError(
                     f"{self.folder / name}: picture {picture} has token {largest}, "
-                    f"not of 0-{vocabulary - 1}; tokenize again"
+                    f"not of 0-{vocabulary - 1}; {_mend(self.manifest['shards'][shard])}"
                 )
         return tokens
 
@@ -145,19 +145,23 @@ class TokenShards:
             except (OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno == errno.EMFILE:
                     raise
-                raise ShardError(f"{path}: cannot be read ({error}); tokenize again") from error
+                raise ShardError(f"{path}: cannot be read ({error}); {_mend(shard)}") from error
             if array.shape != shape or array.dtype != dtype:
                 raise ShardError(
                     f"{path}: {array.dtype} {array.shape}, the manifest promises "
-                    f"{np.dtype(dtype)} {shape}; tokenize again"
+                    f"{np.dtype(dtype)} {shape}; {_mend(shard)}"
                 )
             streams[stream] = array
         row = streams["row"]
         if captions and (
             row[0] != 0 or row[-1] != pictures - 1 or not np.isin(np.diff(row), (0, 1)).all()
         ):
-            raise ShardError(f"{path}: not every picture has its captions; tokenize again")
+            raise ShardError(f"{path}: not every picture has its captions; {_mend(shard)}")
         return streams
+
+
+def _mend(shard: dict[str, Any]) -> str:
+    return f"remove {shard['name']}.stats.json there and tokenize again"
 
 
 # np.load would keep a file descriptor per array: with four to seven arrays a shard, the 1024 that a

@@ -66,7 +66,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         return checkpoint
     except (RuntimeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{path}: not a readable checkpoint of mas train ({error!s:.200})"
+            f"{path}: not a readable checkpoint of mas train; go on from another one, such as "
+            "best.ckpt beside it, or remove it to start afresh"
         ) from error
 
 

@@ -120,7 +120,8 @@ class PictureItems:
         if size != (self.size, self.size):
             raise ValueError(
                 f"picture {key} is {size[0]} x {size[1]} pixels, the network takes "
-                f"{self.size} x {self.size}: preprocess with --size {self.size}, "
+                f"{self.size} x {self.size}: preprocess with --photo.size "
+                f"{self.size}, "
                 "or set model.network.size"
             )
 
@@ -215,6 +216,14 @@ class StreamData(LightningDataModule):
             logger.info(
                 "%d pictures to train on, %d held out", len(self.training), len(self.validation)
             )
+            if not len(self.validation):
+                logger.warning(
+                    "nothing is validated, so no best.ckpt and no pictures/ come: of %d pictures "
+                    "every %d-th would be held out, set data.holdout to %d or less",
+                    count,
+                    self.holdout,
+                    max(2, count // 2),
+                )
 
     def train_dataloader(self) -> StreamLoader:
         rank, world = self._rank()

@@ -165,7 +165,9 @@ class TrainCLI(LightningCLI):
             self.start_step = checkpoint["global_step"]
         self.checkpoints: Checkpoints = self.config_init.checkpoints
         self.checkpoints.stage = self.name
-        self.checkpoints.config = self.parser.dump(self.config)
+        start_free = self.config.clone()
+        start_free.ckpt_path = None  # the file says how to train, not where this start began
+        self.checkpoints.config = self.parser.dump(start_free)
         self.checkpoints.defaults = self.parser.dump(
             self.parser.get_defaults(), skip_validation=True
         )
@@ -254,6 +256,11 @@ def find_checkpoint(folder: Path, wanted: str | None) -> str | None:
             raise ValueError(f"there is no checkpoint {path}{hint}")
         if not last.exists():
             check_folder(folder)
+        elif path.resolve().parent != last.parent.resolve():
+            raise ValueError(
+                f"{folder} already holds a run, which one from {path} would overwrite: "
+                "give a new --trainer.default_root_dir"
+            )
         return str(path)
     if last.exists():
         if wanted == "auto":
@@ -319,6 +326,7 @@ def _quieten() -> None:
         ".*args parameter is intended to run from within Python.*",
         ".*does not have many workers.*",
         ".*GPU available but not used.*",
+        "Total length of `PlainLoader` across ranks is zero.*",  # the data says more
         "(?s).*``instantiate_classes`` was deprecated.*",  # LightningCLI calls it
         "(?s).*JsonargparseDeprecationWarning per type.*",
         ".*LeafSpec.*",  # in Lightning's own code

@@ -157,13 +157,25 @@ class Stage(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["network"] = asdict(self.network.config)
+        checkpoint |= {"stage": self.name, "optimiser": self.optimiser.kind}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the weights that were trained, not their average, where none is made any more.
 
         Raises:
-            ValueError: the checkpoint is of a network of other sizes; names them.
+            ValueError: the checkpoint is of another stage, of a network of other sizes, or of
+                another kind of optimiser; names them.
         """
+        stage = checkpoint.get("stage", self.name)
+        if stage != self.name:
+            raise ValueError(f"the checkpoint is one of mas train {stage}, not of {self.name}")
+        kind = checkpoint.get("optimiser", self.optimiser.kind)
+        if kind != self.optimiser.kind:
+            raise ValueError(
+                f"the checkpoint was trained with {kind}, whose state {self.optimiser.kind} does "
+                "not know: keep model.optimiser.kind, or start a new run from this network with "
+                "model.init_from"
+            )
         if not self.averaged and "current_model_state" in checkpoint:
             checkpoint["state_dict"] = checkpoint["current_model_state"]
         now = asdict(self.network.config)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mas.gpt import GPT
 from mas.judge import SceneJudge
+from mas.model_folder import INDEX
 from mas.reader import Reader
 from mas.refiner import Refiner
 from mas.sequence import Streams
@@ -47,6 +48,7 @@ MAY_DIFFER = {
 # May be more, the last two only where there was none: what is new starts as nothing, a text head at
 # random.
 GROWS = {"blocks", "hidden", "text_head"}
+PARTS = {"vqseg": VQSEG, "vqgan": VQGAN, "gpt": GPT, "judge": SceneJudge, "refiner": Refiner}
 Network = VQSEG | VQGAN | GPT | Reader | SceneJudge | Refiner
 
 
@@ -63,6 +65,9 @@ def start_from(network: Network, folder: str | Path) -> None:
         ValueError: another network; names the keys of its config that must be copied.
     """
     source = Path(folder) / CONFIG_FILE
+    if not source.is_file() and (Path(folder) / INDEX).is_file():
+        part = next(name for name, kind in PARTS.items() if isinstance(network, kind))
+        raise ValueError(f"{folder} is a whole model: start from its part {Path(folder) / part}")
     config = parse_config(type(network.config), read_json(source), source)
     before, now = asdict(config), asdict(network.config)
     differing = {key for key in now if before[key] != now[key]}

@@ -13,12 +13,13 @@ from torch import nn
 import mas.examiner
 from mas import evaluate as command
 from mas.__main__ import main
-from mas.cases import choose_caption, read_cases
+from mas.cases import Case, choose_caption, read_cases
 from mas.distances import disagreement, frechet_distance, kernel_distance, spread
 from mas.evaluate import choose_guidance, evaluate, spread_out
 from mas.examiner import Examiner
 from mas.filter import Sampling, StreamSampling
 from mas.generate import generate
+from mas.metrics import SceneMetrics
 from mas.model import MakeAScene
 from mas.obedience import CLAIMS
 from mas.reader import Reader, ReaderConfig
@@ -247,9 +248,35 @@ def test_the_reader_beside_a_shipped_model_is_taken(reader_folder, tmp_path, mon
     assert agree.float().mean() > 0.95  # float16 rounds
 
 
-def test_a_sweep_needs_something_to_choose_by(run):
+@pytest.fixture
+def unpainted(monkeypatch):
+    """Whoever paints fails."""
+    monkeypatch.setattr(Examiner, "paint", lambda *_, **__: pytest.fail("painted"))
+
+
+def test_a_sweep_needs_something_to_choose_by(run, unpainted):
     with pytest.raises(ValueError, match="needs shards with the park's facts, or a --reader"):
         run("photos", reader=None, guidance=[1.0, 2.0])
+
+
+def test_scenes_smaller_than_the_models_are_refused(run, unpainted, monkeypatch):
+    monkeypatch.setattr(Case, "side", 16)
+    with pytest.raises(ValueError, match=r"has 16 pixels a side, .* preprocess with --photo\.size"):
+        run("park")
+
+
+@pytest.mark.parametrize("wrong", [{"count": 1}, {"seeds": 1}, {"sweep_count": 1}, {"batch": 0}])
+def test_counts_that_cannot_be_are_refused_before_anything_is_read(wrong, tmp_path):
+    with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')} is"):
+        command.evaluate(input="nowhere", output=tmp_path / "r.json", **wrong)
+
+
+def test_a_reader_that_sees_nothing_right_is_said_to_be_no_judge(run, monkeypatch):
+    original = SceneMetrics.compute
+    monkeypatch.setattr(SceneMetrics, "compute", lambda self: original(self) | {"miou": 0.0})
+    output, figures = run("park")
+    assert figures["scene"]["share_of_real"] is None
+    assert "is no judge of these" in output.with_suffix(".md").read_text()
 
 
 def test_the_guidance_that_obeys_best_is_chosen():

@@ -100,6 +100,48 @@ def test_a_fresh_run_does_not_overwrite_another(words):
         train(words("gpt", trainer__max_steps=1))
 
 
+def test_a_run_from_elsewhere_does_not_overwrite_another(words, tmp_path):
+    for folder in ("run", "other"):
+        assert train(words("gpt", folder, trainer__max_steps=1)) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")}
+    elsewhere = tmp_path / "other/checkpoints/last.ckpt"
+    with pytest.raises(ValueError, match="already holds a run, which one from"):
+        train(words("gpt", trainer__max_steps=2, ckpt_path=elsewhere))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*")} == before
+    assert train(words("gpt", "new", trainer__max_steps=2, ckpt_path=elsewhere)) == 0
+    own = tmp_path / "run/checkpoints/../checkpoints/last.ckpt"
+    assert train(words("gpt", trainer__max_steps=2, ckpt_path=own)) == 0
+
+
+def test_a_run_folders_config_starts_afresh_elsewhere(words, tmp_path):
+    assert train(words("gpt", trainer__max_steps=1)) == 0
+    assert train([*words("gpt", trainer__max_steps=2), "--ckpt_path=last"]) == 0
+    new = tmp_path / "new"
+    config = f"--config={tmp_path / 'run/config.yaml'}"
+    assert train(["gpt", config, f"--trainer.default_root_dir={new}"]) == 0
+    assert torch.load(new / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "message"),
+    [
+        ("vqseg", {}, "the checkpoint is one of mas train gpt, not of vqseg"),
+        ("gpt", {"model__optimiser.kind": "muon"}, "was trained with adamw, whose state muon does"),
+        ("gpt", {"model__network.width": 64}, "another network: width is 32, not 64"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(stage, settings, message, words):
+    assert train(words("gpt", trainer__max_steps=1)) == 0
+    with pytest.raises(ValueError, match=message):
+        train([*words(stage, trainer__max_steps=2, **settings), "--ckpt_path=last"])
+
+
+def test_a_run_without_held_out_pictures_says_what_it_lacks(words, caplog):
+    assert train(words("gpt", trainer__max_steps=1, data__holdout=25)) == 0
+    assert "nothing is validated" in caplog.text
+    assert "of 24 pictures every 25-th would be held out, set data.holdout to 12" in caplog.text
+
+
 def test_a_finished_run_is_left_as_it_is(words, tmp_path, caplog):
     caplog.set_level("INFO", "train")
     assert train(words("gpt", trainer__max_steps=2)) == 0

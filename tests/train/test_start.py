@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -165,6 +166,12 @@ def test_a_folder_without_a_network_is_named(tmp_path):
         start_from(build(VQGAN, GAN), tmp_path)
 
 
+def test_of_a_whole_model_the_part_is_named(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"a whole model: start from its part {tmp_path}/vqgan"):
+        start_from(build(VQGAN, GAN), tmp_path)
+
+
 def test_a_gpt_knows_only_the_tokens_it_was_trained_on(tmp_path, caplog):
     manifest = {stream: {"sha256": stream} for stream in ("text", "scene", "image")}
     check_tokens(manifest, tmp_path, instead="stop")
@@ -199,6 +206,21 @@ def test_a_gpt_goes_on_with_its_tokens_and_refuses_others(words, token_shards, t
     file.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="the tokenizer of image is another one"):
         train(words("gpt", "third", **settings, **start))
+
+
+def test_a_gpt_that_goes_on_refuses_other_tokens(words, token_shards, tmp_path):
+    tokens = tmp_path / "tokens"
+    shutil.copytree(token_shards, tokens)
+    settings = dict(pictures__count=0, data__input=tokens)
+    assert train(words("gpt", trainer__max_steps=1, **settings)) == 0
+    manifest = json.loads((tokens / "manifest.json").read_text())
+    manifest["scene"]["sha256"] = "other"
+    (tokens / "manifest.json").write_text(json.dumps(manifest))
+    before = (tmp_path / "run/tokens.json").read_bytes()
+    message = r"the tokenizer of scene is another one; .* or train a new GPT in another folder"
+    with pytest.raises(ValueError, match=message):
+        train([*words("gpt", trainer__max_steps=2, **settings), "--ckpt_path=auto"])
+    assert (tmp_path / "run/tokens.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("stage", ["vqseg", "vqgan", "gpt"])

@@ -280,7 +280,7 @@ def test_a_damaged_token_shard_is_named(damage, stream, arguments, token_shards,
     log = tmp_path / "log"
     whole_epoch = arguments("run", data__input=tokens, trainer__max_steps=6)
     assert run(whole_epoch, log=log) == 1
-    assert_one_line(log.read_text(), f"00000.{stream}.npy", "tokenize again")
+    assert_one_line(log.read_text(), f"00000.{stream}.npy", "remove 00000.stats.json")
 
 
 def test_damage_that_a_worker_finds_ends_the_run(arguments, token_shards, tmp_path):
