@@ -412,9 +412,35 @@ def test_a_failure_keeps_the_older_samples_and_no_half_written_ones(run, tmp_pat
     assert files(tmp_path / "out") == before and not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("failure", "status"), [(KeyboardInterrupt(), 130), (OSError("No space left"), 1)]
+)
+def test_a_failure_leaves_the_files_of_others_alone(run, tmp_path, monkeypatch, failure, status):
+    def fail(*arguments, **options):
+        for folder in ("new", "new/newer"):
+            (tmp_path / folder / "thesis.tex").write_text("precious")
+        raise failure
+
+    monkeypatch.setattr(mas.sample, "contact_sheet", fail)
+    assert run(CAPTION, "--count=1", "--output", "new/newer/out")[0] == status
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"new/thesis.tex", "new/newer/thesis.tex"}
+    assert not (tmp_path / "new/newer/out").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_a_second_run_into_the_same_folder_is_refused_and_the_first_ends_well(run, tmp_path):
+    with mas.sample.writing(tmp_path / "out") as folder:
+        (folder / "0000.png").write_text("first")
+        status, out, err = run(CAPTION, "--count=1", "--output", "out")
+        assert (status, out) == (1, "")
+        assert err == "mas: error: out: another run is writing there; choose another folder\n"
+    assert files(tmp_path / "out") == {"0000.png": b"first"}
+
+
 def test_what_a_killed_run_left_is_cleared_away(run, tmp_path):
     (tmp_path / "out/.writing.abc").mkdir(parents=True)
-    for name in (".writing.abc/0000.png", "0007.png"):
+    for name in (".writing.abc/0000.png", ".writing.lock", "0007.png"):
         (tmp_path / "out" / name).write_text("half")
     assert run(CAPTION, "--count=1", "--output", "out")[0] == 0
     names = {"0000.png", "0000.scene.png", "grid.png", "samples.json"}
