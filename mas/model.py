@@ -51,6 +51,7 @@ from mas.request import (
     check_candidates,
     check_memory,
     check_request,
+    fill_free,
     fill_void,
     release,
     room_for,
@@ -237,7 +238,8 @@ class MakeAScene(Codec):
             scene_free: bool H W like `scene`, True where the model shall choose; a grid cell with
                 any such pixel is predicted.
             image: a square picture of which part is given, together with `image_free`.
-            image_free: bool H W like `image`, True where the model shall paint.
+            image_free: bool H W like `image`, True where the model shall paint; what lies there
+                counts for nothing.
             count: pictures a caption.
             guidance: how much more the caption counts, 1 = as it is (None: the model's default
                 for each stream, likewise below).
@@ -415,4 +417,4 @@ class MakeAScene(Codec):
         if image is None or free is None:
             return self.decoder.layout.free(self.decoder.layout.image, 1)
         free_hw = to_cells(free, grid=self.vqgan.config.grid, name="image_free")
-        return release(self.encode_image(image), free_hw)
+        return release(self.encode_image(fill_free(image, free)), free_hw)

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from mas.generate import Decoder
@@ -125,6 +127,23 @@ def release(tokens_1T: Tensor, free_hw: np.ndarray) -> Tensor:
     """Sets the tokens of free cells to `FREE`."""
     free_1T = rearrange(torch.from_numpy(free_hw), "h w -> 1 (h w)")
     return tokens_1T.masked_fill(free_1T, FREE)
+
+
+def fill_free(image: Image.Image, free_HW: np.ndarray) -> Image.Image:
+    """The picture with its free pixels replaced by the nearest kept ones.
+
+    A token knows of pixels far beyond its cell, and nobody has said what is where the model paints.
+
+    Args:
+        image: of any size.
+        free_HW: bool, square, of any size; where all of it is free nothing is replaced.
+    """
+    rows, columns = (np.arange(n) * len(free_HW) // n for n in (image.height, image.width))
+    free_HW = free_HW[np.ix_(rows, columns)]
+    if free_HW.all():
+        return image
+    nearest = distance_transform_edt(free_HW, return_distances=False, return_indices=True)
+    return Image.fromarray(np.asarray(image.convert("RGB"))[tuple(nearest)])
 
 
 def fill_void(scene: SceneMap, free_hw: np.ndarray) -> SceneMap:

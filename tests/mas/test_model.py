@@ -12,7 +12,7 @@ from mas.filter import Sampling, StreamSampling
 from mas.gpt import GPT
 from mas.model_folder import ModelError
 from mas.precision import StoredGPT, choose_device, choose_precision
-from mas.request import fill_void
+from mas.request import fill_free, fill_void
 from mas.scene import VOID, SceneError, SceneMap
 from mas.storage import StoredTensors
 
@@ -144,9 +144,30 @@ def test_part_of_a_picture_can_be_given(tiny_model):
     free = np.zeros((32, 32), np.bool_)
     free[16:] = True
     out = tiny_model.generate(CAPTION, image=image, image_free=free, count=2)
-    expected = tiny_model.encode_image(image)
+    expected = tiny_model.encode_image(fill_free(image, free))
     assert torch.equal(out.tokens.image[:, :8], expected[:, :8].repeat(2, 1))
     assert not torch.equal(out.tokens.image[0], out.tokens.image[1])
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_what_is_hidden_of_a_picture_counts_for_nothing(tiny_model, size):
+    free = np.zeros((size, size), np.bool_)
+    free[size // 2 :] = True
+    pictures = [np.tile(np.arange(32, dtype=np.uint8)[:, None, None] * 7, (1, 32, 3))] * 3
+    pictures = [picture.copy() for picture in pictures]
+    for picture, hidden in zip(pictures, (0, 255, 15 * 7), strict=True):
+        picture[16:] = hidden  # black, white, what the last kept row is
+    tokens = [
+        tiny_model.generate(CAPTION, image=Image.fromarray(x), image_free=free).tokens.image
+        for x in pictures
+    ]
+    expected = tiny_model.encode_image(Image.fromarray(pictures[2]))
+    assert all(torch.equal(x, tokens[0]) for x in tokens)
+    assert torch.equal(tokens[0][:, :8], expected[:, :8])
+    whole = Image.fromarray(pictures[0])
+    assert fill_free(whole, np.ones((size, size), np.bool_)) == whole
+    with pytest.raises(ModelError, match="must be square, this one is 32x48"):
+        tiny_model.generate(CAPTION, image=Image.new("RGB", (32, 48)), image_free=free)
 
 
 def test_settings_reach_the_stream_they_are_meant_for(tiny_model):
