@@ -56,6 +56,7 @@ from mas.request import (
     release,
     room_for,
     to_cells,
+    warn_of_void,
 )
 from mas.rounding import Weights
 from mas.scene import SceneMap
@@ -234,7 +235,8 @@ class MakeAScene(Codec):
 
         Args:
             caption: one or several; empty where a scene or picture alone shall decide.
-            scene: the layout to follow, square, any size; None: the model invents one.
+            scene: the layout to follow, square, any size; None: the model invents one. Void is
+                followed like a label, with a warning where there is much of it.
             scene_free: bool H W like `scene`, True where the model shall choose; a grid cell with
                 any such pixel is predicted.
             image: a square picture of which part is given, together with `image_free`.
@@ -278,6 +280,8 @@ class MakeAScene(Codec):
         start = time.perf_counter()
         if scene is not None:
             scene = scene.resized(self.vqseg.config.size)
+            if scene_free is None:
+                warn_of_void(scene)
         given = Streams(
             self.tokenizer.encode(captions).repeat_interleave(count, dim=0),
             self._given_scene(scene, scene_free).repeat(len(captions) * count, 1),

@@ -7,6 +7,7 @@ Axes: T tokens, H W pixels, h w grid.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -26,7 +27,10 @@ from mas.scene import VOID, SceneMap, find_edges
 from mas.sequence import FREE
 
 LARGEST_SEED = 2**63 - 1
+MUCH_VOID = 0.05  # of a scene; the park has none
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # how torch's error begins when the CPU's memory is used up
+
+logger = logging.getLogger(__name__)
 
 
 def check_request(
@@ -83,6 +87,17 @@ def check_memory(decoder: Decoder, config: GPTConfig, pictures: int) -> None:
             f"use batch {fitting}"
             if fitting
             else "not even one picture fits into the free memory: use a smaller model"
+        )
+
+
+def warn_of_void(scene: SceneMap) -> None:
+    """Says so where much of a scene that shall be followed as it is carries no label."""
+    share = scene.void_fraction()
+    if share > MUCH_VOID:
+        logger.warning(
+            "%.0f %% of the scene is void, of which a model may have seen none: anything may be "
+            "painted there; let the model choose with --fill-void (scene_free)",
+            100 * share,
         )
 
 

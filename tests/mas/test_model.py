@@ -322,3 +322,18 @@ def test_void_in_a_scene_is_a_label_like_any_other_unless_it_is_freed(tiny_model
     scene = SceneMap.from_labels(labels)
     out = tiny_model.generate(CAPTION, scene=scene, count=3)
     assert torch.equal(out.tokens.scene, tiny_model.encode_scene(scene).repeat(3, 1))
+
+
+@pytest.mark.parametrize(("rows", "warned"), [(1, False), (2, True), (16, True)])
+def test_much_void_that_is_not_freed_is_warned_of_once(tiny_model, caplog, rows, warned):
+    labels = make_scene().labels.copy()
+    labels[:rows] = VOID
+    scene = SceneMap.from_labels(labels)
+    tiny_model.generate(CAPTION, scene=scene, count=2)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == warned
+    for message in messages:
+        assert f"{rows / 32:.0%}".replace("%", " %") in message and "--fill-void" in message
+    caplog.clear()
+    tiny_model.generate(CAPTION, scene=scene, scene_free=labels == VOID)
+    assert not caplog.records
