@@ -169,7 +169,7 @@ def read_captions(caption: str | None, prompts: Path | None, *, empty_is_fine: b
     if caption is not None:
         raise ValueError("give a caption or --prompts, not both")
     try:
-        lines = prompts.read_text("utf-8").splitlines()
+        lines = prompts.read_text("utf-8-sig").splitlines()  # a BOM may begin it
     except UnicodeDecodeError as error:
         raise ValueError(f"{prompts}: not a UTF-8 text file ({error.reason})") from error
     captions = [line.strip() for line in lines if line.strip()]

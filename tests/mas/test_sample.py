@@ -167,6 +167,12 @@ def test_captions_come_from_a_file_one_a_line(run, tmp_path):
     assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
+def test_a_file_of_captions_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog\ntwo cats\n", "utf-8-sig")
+    captions = mas.sample.read_captions(None, tmp_path / "prompts.txt", empty_is_fine=False)
+    assert captions == ["a dog", "two cats"]
+
+
 def test_a_config_file_may_hold_the_caption_and_the_command_line_replaces_it(run, tmp_path):
     (tmp_path / "dog.yaml").write_text("caption: a dog\noutput: out\ncount: 1\n")
     for more, caption in (((), "a dog"), (("a cat",), "a cat")):
