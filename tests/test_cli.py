@@ -72,8 +72,9 @@ def test_values_come_from_a_config_file_and_unknown_keys_are_refused(run, tmp_pa
     assert status == 2 and "vocabulary" in err
 
 
-def test_print_config_can_be_read_back(run, tmp_path):
-    status, out, _ = run("--output", "there", "--print_config")
+@pytest.mark.parametrize("option", ["--print_config", "--print-config"])
+def test_print_config_can_be_read_back(run, tmp_path, option):
+    status, out, _ = run("--output", "there", option)
     assert status == 0
     (tmp_path / "a.yaml").write_text(out)
     assert json.loads(run("--config", str(tmp_path / "a.yaml"))[1])[1] == "there"
