@@ -204,7 +204,9 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
             optional = parameter.default is not inspect.Parameter.empty
             # Suppressed, or its absence would undo what --config says.
             extra: Any = {"nargs": "?", "default": argparse.SUPPRESS} if optional else {}
-            parser.add_argument(key, type=parameter.annotation, help=helps.get(key), **extra)
+            # A text that is not there is left out, so "null" is a word like any other.
+            kind = str if parameter.annotation == str | None else parameter.annotation
+            parser.add_argument(key, type=kind, help=helps.get(key), **extra)
         elif parameter.annotation is bool and parameter.default is False:
             option = next((o for o, name in FLAGS.items() if name == key), key)
             parser.add_argument(f"--{option}", action="store_true", help=helps.get(key))
