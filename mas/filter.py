@@ -29,9 +29,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.guidance <= MOST_GUIDANCE:
-            raise ValueError(
-                f"guidance is {self.guidance}, use a number from 0 to {MOST_GUIDANCE}; 3 to 5 is much"
-            )
+            raise ValueError(f"guidance is {self.guidance}, use a number from 0 to {MOST_GUIDANCE}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature is {self.temperature}, use a number of 0 or more")
         k = self.top_k
@@ -61,20 +59,21 @@ def by_stream(
     Args:
         base: what holds where nothing else is said.
         common: for both streams, by all names of the settings; None: as in `base`.
-        scene: for the scene only, by the same names.
+        scene: for the scene only, by the same names; a dash counts as an underscore.
         image: for the image only.
 
     Raises:
         ValueError: an unknown name, or a setting out of its range.
     """
     said = {name: value for name, value in common.items() if value is not None}
+    own = []
     for stream, overrides in (("scene", scene), ("image", image)):
-        unknown = sorted(set(overrides) - set(common))
+        own.append({name.replace("-", "_"): value for name, value in overrides.items()})
+        unknown = sorted(set(own[-1]) - set(common))
         if unknown:
             raise ValueError(f"{stream}_sampling knows {', '.join(common)}, not {unknown[0]}")
     return StreamSampling(
-        scene=replace(base.scene, **(said | dict(scene))),
-        image=replace(base.image, **(said | dict(image))),
+        scene=replace(base.scene, **(said | own[0])), image=replace(base.image, **(said | own[1]))
     )
 
 

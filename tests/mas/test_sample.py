@@ -254,8 +254,9 @@ def test_the_progress_bar_counts_tokens(run, monkeypatch):
     assert status == 0 and "64/64" in err and "tokens/s]" in err
 
 
-def test_settings_for_one_stream_only(run, tmp_path):
-    flags = ("--image_sampling", '{"temperature": 0}', "--scene-sampling.top_p", "0.5")
+@pytest.mark.parametrize("dashed", ["--scene-sampling.top_p", "--scene-sampling.top-p"])
+def test_settings_for_one_stream_only(run, tmp_path, dashed):
+    flags = ("--image_sampling", '{"temperature": 0}', dashed, "0.5")
     assert run(CAPTION, *flags, "--count=1", "--output", "out")[0] == 0
     settings = json.loads((tmp_path / "out/samples.json").read_text())["settings"]
     assert settings["image"]["temperature"] == 0 and settings["scene"]["temperature"] == 1
