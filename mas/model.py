@@ -8,6 +8,7 @@ Axes: B pictures, T tokens, H W pixels, C colours.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -238,7 +239,7 @@ class MakeAScene(Codec):
             scene: the layout to follow, square, any size; None: the model invents one. Void is
                 followed like a label, with a warning where there is much of it.
             scene_free: bool H W like `scene`, True where the model shall choose; a grid cell with
-                any such pixel is predicted.
+                any such pixel is predicted. Where it is False throughout, as without it.
             image: a square picture of which part is given, together with `image_free`.
             image_free: bool H W like `image`, True where the model shall paint; what lies there
                 counts for nothing.
@@ -270,9 +271,13 @@ class MakeAScene(Codec):
             image=image_sampling or {},
         )
         conditioned = scene is not None or image is not None
+        seed = operator.index(seed)  # of NumPy, too
         check_request(captions, conditioned=conditioned, count=count, seed=seed, batch=batch)
         candidates = self.scene_candidates if scene_candidates is None else scene_candidates
         check_candidates(candidates, self.judge)
+        if scene is not None and scene_free is not None:
+            free_hw = to_cells(scene_free, grid=self.vqseg.config.grid, name="scene_free")
+            scene_free = scene_free if free_hw.any() else None
         if scene is not None and scene_free is None:
             candidates = 1  # there is nothing to choose
         at_a_time = min(batch, len(captions) * count * candidates)

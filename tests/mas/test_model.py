@@ -108,6 +108,23 @@ def test_a_partial_scene_keeps_the_given_cells_and_predicts_the_rest(tiny_model)
     )
 
 
+def test_a_scene_of_which_nothing_is_free_comes_back_as_it_is(tiny_model):
+    scene = make_scene()
+    nothing = np.zeros((32, 32), np.bool_)
+    out = tiny_model.generate(CAPTION, scene=scene, scene_free=nothing, count=2)
+    assert out.scenes == [scene, scene] and tiny_model.decode_scenes(out.tokens.scene)[0] != scene
+    assert same(out, tiny_model.generate(CAPTION, scene=scene, count=2))
+
+
+def test_a_seed_may_be_any_kind_of_integer(tiny_model):
+    expected = tiny_model.generate(CAPTION, seed=3)
+    for kind in (np.int64, np.uint8, np.int32):
+        out = tiny_model.generate(CAPTION, seed=kind(3))
+        assert same(out, expected) and type(out.seeds[0]) is int
+    with pytest.raises(TypeError):
+        tiny_model.generate(CAPTION, seed=1.5)
+
+
 @pytest.mark.parametrize("size", [4, 30, 101])
 def test_a_free_part_of_a_scene_of_any_size_is_predicted(tiny_model, size):
     scene = make_scene().resized(size)
@@ -245,6 +262,7 @@ def test_sampling_never_holds_the_whole_float32_network(tiny_folder, precision, 
         ({"image_free": np.ones((32, 32), np.bool_)}, "give both or neither"),
         ({"scene": make_scene(), "scene_free": np.ones((3, 3), np.bool_)}, "4 pixels a side"),
         ({"scene": make_scene(), "scene_free": np.ones((32, 32))}, "square bool array"),
+        ({"scene": make_scene(), "scene_free": np.zeros((3, 3), np.bool_)}, "4 pixels a side"),
     ],
 )
 def test_impossible_requests_are_refused_in_one_line(tiny_model, request_, message):
