@@ -124,6 +124,10 @@ def sample(
     with writing(output) as folder:
         judge = None if rerank is None else Clip.from_pretrained(clip, device=device)
         network = MakeAScene.from_pretrained(model, device=device, precision=precision)
+        if image is not None and picture is not None:
+            check_side(image, picture.width, grid=network.vqgan.config.grid)
+        if scene is not None and layout is not None and fill_void:
+            check_side(scene, layout.size[0], grid=network.vqseg.config.grid)
         with tqdm(desc="sample", unit=" tokens", disable=None) as bar:
             result = network.generate(
                 captions,
@@ -216,6 +220,12 @@ def read_picture(path: Path) -> tuple[Image.Image, np.ndarray]:
     if not free_HW.any():
         raise ValueError(f"{path}: nothing is left to paint; make the part to paint transparent")
     return Image.fromarray(bands_HWC[..., :3].copy()), free_HW
+
+
+def check_side(path: Path, side: int, *, grid: int) -> None:
+    """Refuses what is too small to say which tokens of a `grid` x `grid` are given."""
+    if side < grid:
+        raise ValueError(f"{path}: {side}x{side} pixels are too few, use {grid}x{grid} or more")
 
 
 def advance(bar: tqdm, progress: Progress) -> None:

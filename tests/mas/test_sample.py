@@ -268,6 +268,7 @@ def prepare_bad_input():
     SceneMap.from_labels(np.zeros((32, 48), np.uint8)).to_png("wide.png")
     Image.new("RGBA", (32, 48)).save("wide-picture.png")
     Image.new("RGB", (32, 32)).save("whole.png")
+    Image.new("RGBA", (2, 2)).save("tiny.png")
     with open("empty.txt", "w") as file:
         file.write("\n \n")
     with open("binary.txt", "wb") as file:
@@ -296,6 +297,8 @@ def prepare_bad_input():
         ([CAPTION, "--image", "wide-picture.png"], "a picture must be square, this one is 32x48"),
         ([CAPTION, "--image", "whole.png"], "whole.png: nothing is left to paint"),
         ([CAPTION, "--image", "none.png"], "none.png: no such file"),
+        ([CAPTION, "--image", "tiny.png"], "tiny.png: 2x2 pixels are too few, use 4x4 or more"),
+        ([CAPTION, "--scene", "tiny.png", "--fill-void"], "tiny.png: 2x2 pixels are too few"),
         ([CAPTION, "--image", "file"], "not a readable PNG or WebP"),
         ([CAPTION, "--keep", "2"], "--keep keeps the best by --rerank"),
         ([CAPTION, "--rerank", "clip", "--keep", "5"], "keep is 5, use 1 to 4"),
