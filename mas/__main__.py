@@ -2,7 +2,7 @@
 
 Functions are imported only when their command runs, so `mas --help` is quick and a machine that
 only samples needs neither Ray nor Lightning. Arguments come from the function's signature and
-docstring (jsonargparse): typed, `--config FILE.yaml`, `--print_config`, unknown keys refused.
+docstring (jsonargparse): typed, `--config FILE.yaml`, `--print-config`, unknown keys refused.
 Exit status: 0 done, 1 failed, 2 usage. MAS_DEBUG=1 shows tracebacks.
 """
 
@@ -133,7 +133,9 @@ def run(name: str, arguments: list[str]) -> int:
     if name in OWN_PARSER:
         return function(arguments) or 0
     parser = build_parser(name, function)
-    values = parser.instantiate(parser.parse_args(arguments))
+    # With "=" jsonargparse reads an option that may have a value; only its own spelling needs none.
+    words = [f"{word}=" if word == "--print-config" else word for word in arguments]
+    values = parser.instantiate(parser.parse_args(words))
     parameters = inspect.signature(function).parameters
     given = {FLAGS.get(k, k): v for k, v in values.as_dict().items()}
     if "config" not in parameters:
@@ -202,7 +204,9 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
             optional = parameter.default is not inspect.Parameter.empty
             # Suppressed, or its absence would undo what --config says.
             extra: Any = {"nargs": "?", "default": argparse.SUPPRESS} if optional else {}
-            parser.add_argument(key, type=parameter.annotation, help=helps.get(key), **extra)
+            # A text that is not there is left out, so "null" is a word like any other.
+            kind = str if parameter.annotation == str | None else parameter.annotation
+            parser.add_argument(key, type=kind, help=helps.get(key), **extra)
         elif parameter.annotation is bool and parameter.default is False:
             option = next((o for o, name in FLAGS.items() if name == key), key)
             parser.add_argument(f"--{option}", action="store_true", help=helps.get(key))

@@ -32,6 +32,7 @@ from mas.decoder import CPUDecoder
 from mas.filter import Sampling
 from mas.generate import Decoder, generate
 from mas.gpt import GPT, GPTConfig
+from mas.model_folder import find_folder
 from mas.precision import Precision, StoredGPT, choose_device, free_memory, make_decoder
 from mas.sequence import Streams
 from mas.storage import build_unfilled
@@ -73,7 +74,7 @@ class Setting:
 
 def bench_sample(
     *,
-    model: Path | None = None,
+    model: str | Path | None = None,
     network: GPTConfig = NETWORK,
     precisions: list[Precision] | None = None,
     counts: list[int] | None = None,
@@ -87,7 +88,7 @@ def bench_sample(
     """Measure how fast tokens are sampled, and what fewer bits do to what the GPT predicts.
 
     Args:
-        model: a model or GPT folder; default: random weights.
+        model: park, a model folder, one of a GPT, or a model of the hub; default: random weights.
         network: sizes of the network with random weights.
         precisions: number formats; default: float32, bfloat16 and int8; on a GPU bfloat16.
         counts: pictures at once; default: 1 and 4; on a GPU 1 and 64.
@@ -145,8 +146,13 @@ def bench_sample(
     }
 
 
-def find_gpt(folder: Path) -> Path:
-    """The GPT of a model folder, or the folder itself where it is one of a GPT."""
+def find_gpt(model: str | Path) -> Path:
+    """The GPT of a model, or the folder itself where it is one of a GPT.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    folder = find_folder(model)
     return folder / "gpt" if (folder / "gpt").is_dir() else folder
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+MOST_GUIDANCE = 1000  # far beyond any use; without a limit the logits would overflow
 FIRST_SORT = 512  # tokens sorted first by top-p
 
 
@@ -21,16 +22,16 @@ FIRST_SORT = 512  # tokens sorted first by top-p
 class Sampling:
     """How tokens of one stream are drawn."""
 
-    guidance: float = 3.0  # ≥ 0; 1 = the caption as it is, 0 = no caption, 3-5 = obey it more
+    guidance: float = 3.0  # 0-1000; 1 = the caption as it is, 0 = no caption, 3-5 = obey it more
     temperature: float = 1.0  # ≥ 0; 0 = always the likeliest token
     top_k: float | None = None  # keep the k likeliest; below 1: this share of the vocabulary
     top_p: float | None = None  # keep the likeliest tokens that together have this probability
 
     def __post_init__(self) -> None:
-        for name in ("guidance", "temperature"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} is {value}, use a number of 0 or more")
+        if not 0 <= self.guidance <= MOST_GUIDANCE:
+            raise ValueError(f"guidance is {self.guidance}, use a number from 0 to {MOST_GUIDANCE}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature is {self.temperature}, use a number of 0 or more")
         k = self.top_k
         if k is not None and not (0 < k < 1 or (k >= 1 and math.isfinite(k) and k == int(k))):
             raise ValueError(f"top_k is {k}, use a whole number, or a share between 0 and 1")
@@ -58,20 +59,21 @@ def by_stream(
     Args:
         base: what holds where nothing else is said.
         common: for both streams, by all names of the settings; None: as in `base`.
-        scene: for the scene only, by the same names.
+        scene: for the scene only, by the same names; a dash counts as an underscore.
         image: for the image only.
 
     Raises:
         ValueError: an unknown name, or a setting out of its range.
     """
     said = {name: value for name, value in common.items() if value is not None}
+    own = []
     for stream, overrides in (("scene", scene), ("image", image)):
-        unknown = sorted(set(overrides) - set(common))
+        own.append({name.replace("-", "_"): value for name, value in overrides.items()})
+        unknown = sorted(set(own[-1]) - set(common))
         if unknown:
             raise ValueError(f"{stream}_sampling knows {', '.join(common)}, not {unknown[0]}")
     return StreamSampling(
-        scene=replace(base.scene, **(said | dict(scene))),
-        image=replace(base.image, **(said | dict(image))),
+        scene=replace(base.scene, **(said | own[0])), image=replace(base.image, **(said | own[1]))
     )
 
 

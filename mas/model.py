@@ -8,6 +8,7 @@ Axes: B pictures, T tokens, H W pixels, C colours.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -51,10 +52,12 @@ from mas.request import (
     check_candidates,
     check_memory,
     check_request,
+    fill_free,
     fill_void,
     release,
     room_for,
     to_cells,
+    warn_of_void,
 )
 from mas.rounding import Weights
 from mas.scene import SceneMap
@@ -233,11 +236,13 @@ class MakeAScene(Codec):
 
         Args:
             caption: one or several; empty where a scene or picture alone shall decide.
-            scene: the layout to follow, square, any size; None: the model invents one.
+            scene: the layout to follow, square, any size; None: the model invents one. Void is
+                followed like a label, with a warning where there is much of it.
             scene_free: bool H W like `scene`, True where the model shall choose; a grid cell with
-                any such pixel is predicted.
+                any such pixel is predicted. Where it is False throughout, as without it.
             image: a square picture of which part is given, together with `image_free`.
-            image_free: bool H W like `image`, True where the model shall paint.
+            image_free: bool H W like `image`, True where the model shall paint; what lies there
+                counts for nothing.
             count: pictures a caption.
             guidance: how much more the caption counts, 1 = as it is (None: the model's default
                 for each stream, likewise below).
@@ -266,9 +271,13 @@ class MakeAScene(Codec):
             image=image_sampling or {},
         )
         conditioned = scene is not None or image is not None
+        seed = operator.index(seed)  # of NumPy, too
         check_request(captions, conditioned=conditioned, count=count, seed=seed, batch=batch)
         candidates = self.scene_candidates if scene_candidates is None else scene_candidates
         check_candidates(candidates, self.judge)
+        if scene is not None and scene_free is not None:
+            free_hw = to_cells(scene_free, grid=self.vqseg.config.grid, name="scene_free")
+            scene_free = scene_free if free_hw.any() else None
         if scene is not None and scene_free is None:
             candidates = 1  # there is nothing to choose
         at_a_time = min(batch, len(captions) * count * candidates)
@@ -276,6 +285,8 @@ class MakeAScene(Codec):
         start = time.perf_counter()
         if scene is not None:
             scene = scene.resized(self.vqseg.config.size)
+            if scene_free is None:
+                warn_of_void(scene)
         given = Streams(
             self.tokenizer.encode(captions).repeat_interleave(count, dim=0),
             self._given_scene(scene, scene_free).repeat(len(captions) * count, 1),
@@ -415,4 +426,4 @@ class MakeAScene(Codec):
         if image is None or free is None:
             return self.decoder.layout.free(self.decoder.layout.image, 1)
         free_hw = to_cells(free, grid=self.vqgan.config.grid, name="image_free")
-        return release(self.encode_image(image), free_hw)
+        return release(self.encode_image(fill_free(image, free)), free_hw)

@@ -75,11 +75,14 @@ class Painter:
     def paint(self, wish: Wish, visitor: str = "") -> Iterator[Shown]:
         """Yields what there is to see, the finished pictures last; nothing more when stopped.
 
+        A visitor has one wish at a time: a new one stops the one before.
+
         Raises:
             ValueError: as `MakeAScene.generate`; or a drawing too thin to hold a single cell.
         """
-        stop = self._stops[visitor] = threading.Event()
         with self._moved:
+            self.stop(visitor)
+            stop = self._stops[visitor] = threading.Event()
             self._line.append(stop)
         news: News = queue.SimpleQueue()
         worker = threading.Thread(target=self._work, args=(wish, stop, news), daemon=True)

@@ -7,12 +7,15 @@ Axes: T tokens, H W pixels, h w grid.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from mas.generate import Decoder
@@ -24,7 +27,10 @@ from mas.scene import VOID, SceneMap, find_edges
 from mas.sequence import FREE
 
 LARGEST_SEED = 2**63 - 1
+MUCH_VOID = 0.05  # of a scene; the park has none
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # how torch's error begins when the CPU's memory is used up
+
+logger = logging.getLogger(__name__)
 
 
 def check_request(
@@ -84,6 +90,17 @@ def check_memory(decoder: Decoder, config: GPTConfig, pictures: int) -> None:
         )
 
 
+def warn_of_void(scene: SceneMap) -> None:
+    """Says so where much of a scene that shall be followed as it is carries no label."""
+    share = scene.void_fraction()
+    if share > MUCH_VOID:
+        logger.warning(
+            "%.0f %% of the scene is void, of which a model may have seen none: anything may be "
+            "painted there; let the model choose with --fill-void (scene_free)",
+            100 * share,
+        )
+
+
 @contextmanager
 def room_for(pictures: int) -> Iterator[None]:
     """Says what to do when the memory runs out all the same: others take from it, too."""
@@ -125,6 +142,23 @@ def release(tokens_1T: Tensor, free_hw: np.ndarray) -> Tensor:
     """Sets the tokens of free cells to `FREE`."""
     free_1T = rearrange(torch.from_numpy(free_hw), "h w -> 1 (h w)")
     return tokens_1T.masked_fill(free_1T, FREE)
+
+
+def fill_free(image: Image.Image, free_HW: np.ndarray) -> Image.Image:
+    """The picture with its free pixels replaced by the nearest kept ones.
+
+    A token knows of pixels far beyond its cell, and nobody has said what is where the model paints.
+
+    Args:
+        image: of any size.
+        free_HW: bool, square, of any size; where all of it is free nothing is replaced.
+    """
+    rows, columns = (np.arange(n) * len(free_HW) // n for n in (image.height, image.width))
+    free_HW = free_HW[np.ix_(rows, columns)]
+    if free_HW.all():
+        return image
+    nearest = distance_transform_edt(free_HW, return_distances=False, return_indices=True)
+    return Image.fromarray(np.asarray(image.convert("RGB"))[tuple(nearest)])
 
 
 def fill_void(scene: SceneMap, free_hw: np.ndarray) -> SceneMap:

@@ -2,18 +2,19 @@
 
 In: caption or file of captions, scene file, picture to complete, model. Out: 0000.png …,
 0000.scene.png …, grid.png and samples.json. The caption and the settings also stand in the text
-chunks of every PNG. The same command writes the same PNGs; a command that fails leaves nothing
-behind.
+chunks of every PNG. The same command writes the same PNGs; a command that fails leaves nothing of
+its own behind.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,10 +33,16 @@ from mas.scene import MAX_PIXELS, VOID, SceneMap, read_scene
 from mas.sheet import contact_sheet
 from mas.storage import write_json
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 SAMPLES = "samples.json"
 SHEET = "grid.png"
 OPAQUE = 255  # alpha of a pixel that is given
 WRITING = ".writing."  # prefix of the hidden folder that a run fills first
+LOCK = f"{WRITING}lock"  # file in the output folder that a run holds as long as it lasts
 OWN_FILE = re.compile(r"\d{4,}(\.scene)?\.png|grid\.png|samples\.json")
 SMALLEST_CELL, LARGEST_CELL = 128, 256  # pixels of a picture in the contact sheet
 
@@ -117,6 +124,10 @@ def sample(
     with writing(output) as folder:
         judge = None if rerank is None else Clip.from_pretrained(clip, device=device)
         network = MakeAScene.from_pretrained(model, device=device, precision=precision)
+        if image is not None and picture is not None:
+            check_side(image, picture.width, grid=network.vqgan.config.grid)
+        if scene is not None and layout is not None and fill_void:
+            check_side(scene, layout.size[0], grid=network.vqseg.config.grid)
         with tqdm(desc="sample", unit=" tokens", disable=None) as bar:
             result = network.generate(
                 captions,
@@ -162,7 +173,7 @@ def read_captions(caption: str | None, prompts: Path | None, *, empty_is_fine: b
     if caption is not None:
         raise ValueError("give a caption or --prompts, not both")
     try:
-        lines = prompts.read_text("utf-8").splitlines()
+        lines = prompts.read_text("utf-8-sig").splitlines()  # a BOM may begin it
     except UnicodeDecodeError as error:
         raise ValueError(f"{prompts}: not a UTF-8 text file ({error.reason})") from error
     captions = [line.strip() for line in lines if line.strip()]
@@ -211,6 +222,12 @@ def read_picture(path: Path) -> tuple[Image.Image, np.ndarray]:
     return Image.fromarray(bands_HWC[..., :3].copy()), free_HW
 
 
+def check_side(path: Path, side: int, *, grid: int) -> None:
+    """Refuses what is too small to say which tokens of a `grid` x `grid` are given."""
+    if side < grid:
+        raise ValueError(f"{path}: {side}x{side} pixels are too few, use {grid}x{grid} or more")
+
+
 def advance(bar: tqdm, progress: Progress) -> None:
     bar.total = progress.total
     bar.update(progress.done - bar.n)
@@ -220,35 +237,77 @@ def advance(bar: tqdm, progress: Progress) -> None:
 def writing(output: Path) -> Iterator[Path]:
     """Hands out a hidden folder; what lies in it replaces the samples in `output` at the end.
 
+    A run that fails takes this folder with it, and those made for it that nobody else uses.
+
     Raises:
-        ModelError: `output` is a file or holds anything that is not of this command.
+        ModelError: `output` is a file, holds anything that is not of this command, or is being
+            written by another run.
         OSError: `output` cannot be written.
     """
-    existed = output.exists()
-    if existed and not output.is_dir():
-        raise ModelError(f"{output}: is a file; choose a folder")
-    old = sorted(output.iterdir()) if existed else []
-    killed = [path for path in old if path.name.startswith(WRITING)]  # left by a run that was
-    old = [path for path in old if path not in killed]
-    foreign = [path.name for path in old if not OWN_FILE.fullmatch(path.name)]
-    if foreign or (old and not killed and not (output / SAMPLES).is_file()):
-        name = foreign[0] if foreign else old[0].name
-        raise ModelError(f"{output}: holds something else ({name}); choose a new folder")
+    check_output(output)
     made = [path for path in (output, *output.parents) if not path.exists()]
     output.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=output, prefix=WRITING) as temporary:
+        with alone(output), tempfile.TemporaryDirectory(dir=output, prefix=WRITING) as temporary:
             yield Path(temporary)
-            for path in killed:
-                shutil.rmtree(path)
-            for path in old:
-                path.unlink()
-            for path in sorted(Path(temporary).iterdir()):
-                path.replace(output / path.name)
+            replace_samples(output, Path(temporary))
     except BaseException:
-        if made:
-            shutil.rmtree(made[-1])
+        with suppress(OSError):  # others have put something there
+            for path in made:
+                path.rmdir()
         raise
+
+
+def check_output(output: Path) -> None:
+    """Refuses a folder in which there is anything that `mas sample` did not write."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ModelError(f"{output}: is a file; choose a folder")
+    names = sorted(path.name for path in output.iterdir())
+    others = [name for name in names if not name.startswith(WRITING)]
+    foreign = [name for name in others if not OWN_FILE.fullmatch(name)]
+    half_written = len(others) < len(names)  # by a run that was killed
+    if foreign or (others and not half_written and SAMPLES not in others):
+        name = foreign[0] if foreign else others[0]
+        raise ModelError(f"{output}: holds something else ({name}); choose a new folder")
+
+
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder; what hidden ones lie there then was left by killed runs.
+
+    Without locks, as on Windows, nobody is kept out.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = output / LOCK
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.fstat(file.fileno()).st_nlink > 0  # else its run has ended this moment
+        except BlockingIOError:
+            free = False
+        except OSError:  # a file system without locks
+            free = True
+        if not free:
+            raise ModelError(f"{output}: another run is writing there; choose another folder")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def replace_samples(output: Path, finished: Path) -> None:
+    """Clears away older samples and what killed runs left, then moves the finished ones there."""
+    for path in sorted(output.iterdir()):
+        if path.name.startswith(WRITING) and path != finished and path.is_dir():
+            shutil.rmtree(path)
+        elif OWN_FILE.fullmatch(path.name):
+            path.unlink()
+    for path in sorted(finished.iterdir()):
+        path.replace(output / path.name)
 
 
 def write_result(

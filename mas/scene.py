@@ -116,6 +116,7 @@ def _mirrored_ids() -> np.ndarray:
 
 MIRRORED = _mirrored_ids()
 SNAP_DISTANCE = 12.0  # RGB distance above which a colour counts as "not of the palette"
+OPAQUE = 128  # alpha below which a drawn pixel is void
 MAX_PIXELS = 64_000_000  # larger scene files are refused
 
 
@@ -309,10 +310,11 @@ def from_coco(ids_rgb: np.ndarray, segments_info: Sequence[Mapping[str, Any]]) -
 def read_scene(path: str | Path, *, segments: str | Path | None = None) -> SceneMap:
     """Reads a scene in any form a person may hand in.
 
-    Mode LA as `to_png` writes it; a grey PNG of ids; a palette PNG or an RGB(A) image in palette
-    colours (snapped to the nearest, transparent = void); a COCO panoptic PNG, recognised by
-    `segments` or by a JSON with `segments_info` beside it (same stem, or KEY.segments.json for
-    KEY.panoptic.png). Edges are computed where the form does not carry them.
+    Mode LA as `to_png` writes it; a grey PNG of ids, which may be of mode LA, too, if more than
+    half of it is opaque (edges are fewer); a palette PNG or an RGB(A) image in palette colours
+    (snapped to the nearest); a COCO panoptic PNG, recognised by `segments` or by a JSON with
+    `segments_info` beside it (same stem, or KEY.segments.json for KEY.panoptic.png). Transparent
+    is void. Edges are computed where the form does not carry them.
 
     Raises:
         SceneError: with the file's name and the mend.
@@ -326,9 +328,12 @@ def read_scene(path: str | Path, *, segments: str | Path | None = None) -> Scene
             return merge(panoptic=from_coco(np.asarray(image.convert("RGB")), info))
     if image.mode == "LA":
         bands = np.asarray(image)
-        if not (bands[..., 1] == 255).all():
+        if (bands[..., 1] == 255).mean() <= 0.5:
             return _from_bands(bands, path)
-        image = image.convert("L")  # an opaque grey PNG of ids that a paint program saved
+        labels = bands[..., 0].copy()  # ids that a paint program saved
+        labels[bands[..., 1] < OPAQUE] = VOID
+        with _naming(str(path)):
+            return SceneMap.from_labels(labels)
     if image.mode == "L":
         with _naming(str(path)):
             return SceneMap.from_labels(np.array(image))
@@ -347,7 +352,7 @@ def snap_colours(rgba: np.ndarray, source: str | Path = "drawing") -> np.ndarray
         rgba: uint8 H W 4; what is less than half opaque is void.
         source: for the warning when colours are far from the palette's.
     """
-    opaque = rgba[..., 3] >= 128
+    opaque = rgba[..., 3] >= OPAQUE
     packed = rgba[..., :3].astype(np.int32) @ np.array([65536, 256, 1], np.int32)
     packed, inverse = np.unique(packed, return_inverse=True)  # much quicker than rows of three
     inverse = inverse.reshape(opaque.shape)

@@ -7,7 +7,9 @@ picture logs of training.
 from __future__ import annotations
 
 import textwrap
+import unicodedata
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,6 +20,20 @@ GAP = 8  # pixels between cells
 BACKGROUND = (250, 249, 246)
 INK = (45, 45, 48)
 FONT_SIZE = 13
+# Looked for in this order. The first is Pillow's own: ASCII, the same on every machine.
+FONTS = (
+    "",
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "Arial Unicode.ttf",
+    "arial.ttf",
+    "msyh.ttc",
+    "LiberationSans-Regular.ttf",
+)
+NO_LETTER = "\uffff"  # of no script, so that every font shows its box
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def contact_sheet(
@@ -27,18 +43,20 @@ def contact_sheet(
 
     Pictures are fitted into `cell` x `cell` pixels with their aspect kept: enlarged by nearest
     neighbour so that every pixel stays visible, reduced with antialiasing. Texts are wrapped and
-    cut with an ellipsis where they do not fit. `header` names the columns.
+    cut with an ellipsis where they do not fit. `header` names the columns. Texts of ASCII look the
+    same on every machine, others by the fonts that it has.
     """
     columns = max([len(row) for row in rows] + [len(header)], default=0)
     if columns == 0:
         raise ValueError("a contact sheet needs at least one cell")
-    font = ImageFont.load_default(size=FONT_SIZE)
+    texts = [*header, *(content for row in rows for content in row if isinstance(content, str))]
+    font = find_font("".join(texts), FONT_SIZE)
     top = FONT_SIZE + 2 * GAP if header else GAP
     size = (GAP + columns * (cell + GAP), top + len(rows) * (cell + GAP))
     sheet = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for column, name in enumerate(header):
-        draw.text((GAP + column * (cell + GAP), GAP), name, fill=INK, font=font)
+        draw.text((GAP + column * (cell + GAP), GAP), spell(name, font), fill=INK, font=font)
     for r, row in enumerate(rows):
         for c, content in enumerate(row):
             x, y = GAP + c * (cell + GAP), top + r * (cell + GAP)
@@ -59,6 +77,29 @@ def overlay(photo: Image.Image, scene: SceneMap, opacity: float = 0.5) -> Image.
     return Image.fromarray(mixed)
 
 
+def find_font(text: str, size: int) -> Font:
+    """The first font that has every letter of a text, else one that lacks the fewest.
+
+    Args:
+        text: what is to be drawn; see `spell` for what the font lacks.
+        size: pixels.
+    """
+    fonts = [font for name in FONTS if (font := _load(name, size)) is not None]
+    return min(fonts, key=lambda font: sum(not _has(font, letter) for letter in set(text)))
+
+
+def spell(text: str, font: Font) -> str:
+    """The text in letters that the font has: those it lacks without their accents, or as ?."""
+    spelled = []
+    for letter in text:
+        if not _has(font, letter):
+            parts = unicodedata.normalize("NFKD", letter)
+            bare = [part for part in parts if not unicodedata.combining(part)]
+            letter = "".join(part if _has(font, part) else "?" for part in bare)
+        spelled.append(letter)
+    return "".join(spelled)
+
+
 def _fit(picture: Image.Image, cell: int) -> Image.Image:
     scale = cell / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
@@ -66,13 +107,29 @@ def _fit(picture: Image.Image, cell: int) -> Image.Image:
     return picture.resize(size, resample)
 
 
-def _wrap(text: str, cell: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    widest = max((font.getlength(letter) for letter in "nw"), default=8.0)
-    width = max(4, int(cell / (0.85 * widest)))
+def _wrap(text: str, cell: int, font: Font) -> str:
+    text = spell(text, font)
+    letters = {"n", "w", *(letter for letter in text if not letter.isascii())}
+    width = max(4, int(cell / (0.85 * max(map(font.getlength, letters)))))
     lines = [
         line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, width) or [""]
     ]
-    fitting = max(1, cell // (FONT_SIZE + 4))
+    fitting = max(1, cell // (max(FONT_SIZE, int(font.getbbox("A")[3])) + 4))
     if len(lines) > fitting:
         lines = [*lines[: fitting - 1], lines[fitting - 1][: width - 1] + "…"]
     return "\n".join(lines)
+
+
+@cache
+def _load(name: str, size: int) -> Font | None:
+    try:
+        return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
+    except OSError:  # not on this machine
+        return None
+
+
+@cache
+def _has(font: Font, letter: str) -> bool:
+    """Whether a font draws a letter as something else than the box for what it does not have."""
+    shown, box = (font.getmask(x) for x in (letter, NO_LETTER))
+    return letter in "\n\t" or shown.size != box.size or bytes(shown) != bytes(box)

@@ -63,6 +63,11 @@ def test_options_may_be_written_with_dashes_or_underscores(run):
         assert status == 0 and json.loads(out) == expected
 
 
+@pytest.mark.parametrize("text", ["null", "~", "true", "5", "[a]", "a: b"])
+def test_a_positional_text_stays_as_it_is(run, text):
+    assert json.loads(run(text, "--output", "out")[1])[0] == text
+
+
 def test_values_come_from_a_config_file_and_unknown_keys_are_refused(run, tmp_path):
     config = tmp_path / "a.yaml"
     config.write_text("output: there\nvocab_size: 9\ncrop:\n  short_side: 32\njson: true\n")
@@ -72,8 +77,9 @@ def test_values_come_from_a_config_file_and_unknown_keys_are_refused(run, tmp_pa
     assert status == 2 and "vocabulary" in err
 
 
-def test_print_config_can_be_read_back(run, tmp_path):
-    status, out, _ = run("--output", "there", "--print_config")
+@pytest.mark.parametrize("option", ["--print_config", "--print-config"])
+def test_print_config_can_be_read_back(run, tmp_path, option):
+    status, out, _ = run("--output", "there", option)
     assert status == 0
     (tmp_path / "a.yaml").write_text(out)
     assert json.loads(run("--config", str(tmp_path / "a.yaml"))[1])[1] == "there"

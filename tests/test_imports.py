@@ -15,7 +15,7 @@ MAS_ORDER = """
     scene shard_files token_shards shards rounding packing storage sheet text vq_codebook vq vq_fast
     vqseg_loss vqseg vqseg_tune vqgan bench_vqseg unet reader refiner pretrained things judge
     sequence heap cache gpt filter quantize decoder fast_decoder generate candidates cuda_kernels
-    cuda_blocks cuda_step cuda_decoder precision bench_sample progress model_folder codec request
+    cuda_blocks cuda_step cuda_decoder precision progress model_folder bench_sample codec request
     model rerank metrics weights_file sample drawing painter studio_page studio
     obedience cases distances inception features examiner figures report evaluate bench doctor
 """.split()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mas.__main__ import main
 from mas.gpt import GPT, GPTConfig
 from mas.model import MakeAScene
 from mas.text import Tokenizer
@@ -104,6 +105,22 @@ def clip_folder(tmp_path_factory):
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def run(tiny_folder, tmp_path, monkeypatch, capsys):
+    """Runs `mas sample` in an empty folder with the tiny model; gives status, output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, model=tiny_folder, device="cpu"):
+        try:
+            status = main(["sample", *arguments, "--model", str(model), "--device", device])
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
 
 
 @pytest.fixture

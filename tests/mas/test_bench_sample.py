@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mas.bench_sample import bench_sample, compare, count_parameters, predict
+from mas.bench_sample import bench_sample, compare, count_parameters, find_gpt, predict
 from mas.fast_decoder import can_step
 from mas.gpt import GPT, GPTConfig
+from mas.model_folder import find_folder
 from mas.precision import make_decoder
 from mas.token_shards import TOKEN_FORMAT, write_token_shard
 
@@ -131,6 +132,13 @@ def test_the_figures_have_the_agreed_names_and_fit_together(folder, token_folder
         assert 50 < result["peak_mb"] < 2000
     assert figures["agreement"].keys() == {"int8"}
     assert figures["agreement"]["int8"]["image"]["argmax"] >= 0.97
+
+
+def test_models_are_named_as_everywhere_else(folder):
+    assert find_gpt("park") == find_folder("park") / "gpt"
+    assert find_gpt(folder.parent) == find_gpt(str(folder)) == folder
+    with pytest.raises(ValueError, match="no such model folder"):
+        find_gpt("no/such/model")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")

@@ -73,6 +73,12 @@ def test_guidance_of_one_is_the_conditional_and_of_zero_the_unconditional_stream
     torch.testing.assert_close(guide(conditional, unconditional, 3.0), expected)
 
 
+def test_the_strongest_guidance_still_gives_probabilities():
+    logits_BV = (100 * LOGITS_BV).float()
+    guided_BV = guide(logits_BV[:2], logits_BV[2:4], mas.filter.MOST_GUIDANCE)
+    assert probabilities(guided_BV, Sampling(guidance=mas.filter.MOST_GUIDANCE)).isfinite().all()
+
+
 def test_sampled_frequencies_match_the_distribution():
     expected = probabilities(LOGITS_BV[:1, :12] / 3, Sampling(top_k=9))
     count = 40_000
@@ -105,6 +111,7 @@ def test_uniforms_depend_on_the_seed_alone_and_stay_below_one():
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"guidance": -1.0}, "guidance is -1"),
         ({"guidance": float("inf")}, "guidance is inf"),
+        ({"guidance": 1e38}, r"guidance is 1e\+38, use a number from 0 to 1000"),
         ({"temperature": -0.1}, "temperature is"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": 0}, "top_k is 0"),

@@ -12,7 +12,7 @@ from mas.filter import Sampling, StreamSampling
 from mas.gpt import GPT
 from mas.model_folder import ModelError
 from mas.precision import StoredGPT, choose_device, choose_precision
-from mas.request import fill_void
+from mas.request import fill_free, fill_void
 from mas.scene import VOID, SceneError, SceneMap
 from mas.storage import StoredTensors
 
@@ -108,6 +108,23 @@ def test_a_partial_scene_keeps_the_given_cells_and_predicts_the_rest(tiny_model)
     )
 
 
+def test_a_scene_of_which_nothing_is_free_comes_back_as_it_is(tiny_model):
+    scene = make_scene()
+    nothing = np.zeros((32, 32), np.bool_)
+    out = tiny_model.generate(CAPTION, scene=scene, scene_free=nothing, count=2)
+    assert out.scenes == [scene, scene] and tiny_model.decode_scenes(out.tokens.scene)[0] != scene
+    assert same(out, tiny_model.generate(CAPTION, scene=scene, count=2))
+
+
+def test_a_seed_may_be_any_kind_of_integer(tiny_model):
+    expected = tiny_model.generate(CAPTION, seed=3)
+    for kind in (np.int64, np.uint8, np.int32):
+        out = tiny_model.generate(CAPTION, seed=kind(3))
+        assert same(out, expected) and type(out.seeds[0]) is int
+    with pytest.raises(TypeError):
+        tiny_model.generate(CAPTION, seed=1.5)
+
+
 @pytest.mark.parametrize("size", [4, 30, 101])
 def test_a_free_part_of_a_scene_of_any_size_is_predicted(tiny_model, size):
     scene = make_scene().resized(size)
@@ -144,9 +161,30 @@ def test_part_of_a_picture_can_be_given(tiny_model):
     free = np.zeros((32, 32), np.bool_)
     free[16:] = True
     out = tiny_model.generate(CAPTION, image=image, image_free=free, count=2)
-    expected = tiny_model.encode_image(image)
+    expected = tiny_model.encode_image(fill_free(image, free))
     assert torch.equal(out.tokens.image[:, :8], expected[:, :8].repeat(2, 1))
     assert not torch.equal(out.tokens.image[0], out.tokens.image[1])
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_what_is_hidden_of_a_picture_counts_for_nothing(tiny_model, size):
+    free = np.zeros((size, size), np.bool_)
+    free[size // 2 :] = True
+    pictures = [np.tile(np.arange(32, dtype=np.uint8)[:, None, None] * 7, (1, 32, 3))] * 3
+    pictures = [picture.copy() for picture in pictures]
+    for picture, hidden in zip(pictures, (0, 255, 15 * 7), strict=True):
+        picture[16:] = hidden  # black, white, what the last kept row is
+    tokens = [
+        tiny_model.generate(CAPTION, image=Image.fromarray(x), image_free=free).tokens.image
+        for x in pictures
+    ]
+    expected = tiny_model.encode_image(Image.fromarray(pictures[2]))
+    assert all(torch.equal(x, tokens[0]) for x in tokens)
+    assert torch.equal(tokens[0][:, :8], expected[:, :8])
+    whole = Image.fromarray(pictures[0])
+    assert fill_free(whole, np.ones((size, size), np.bool_)) == whole
+    with pytest.raises(ModelError, match="must be square, this one is 32x48"):
+        tiny_model.generate(CAPTION, image=Image.new("RGB", (32, 48)), image_free=free)
 
 
 def test_settings_reach_the_stream_they_are_meant_for(tiny_model):
@@ -224,6 +262,7 @@ def test_sampling_never_holds_the_whole_float32_network(tiny_folder, precision, 
         ({"image_free": np.ones((32, 32), np.bool_)}, "give both or neither"),
         ({"scene": make_scene(), "scene_free": np.ones((3, 3), np.bool_)}, "4 pixels a side"),
         ({"scene": make_scene(), "scene_free": np.ones((32, 32))}, "square bool array"),
+        ({"scene": make_scene(), "scene_free": np.zeros((3, 3), np.bool_)}, "4 pixels a side"),
     ],
 )
 def test_impossible_requests_are_refused_in_one_line(tiny_model, request_, message):
@@ -301,3 +340,18 @@ def test_void_in_a_scene_is_a_label_like_any_other_unless_it_is_freed(tiny_model
     scene = SceneMap.from_labels(labels)
     out = tiny_model.generate(CAPTION, scene=scene, count=3)
     assert torch.equal(out.tokens.scene, tiny_model.encode_scene(scene).repeat(3, 1))
+
+
+@pytest.mark.parametrize(("rows", "warned"), [(1, False), (2, True), (16, True)])
+def test_much_void_that_is_not_freed_is_warned_of_once(tiny_model, caplog, rows, warned):
+    labels = make_scene().labels.copy()
+    labels[:rows] = VOID
+    scene = SceneMap.from_labels(labels)
+    tiny_model.generate(CAPTION, scene=scene, count=2)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == warned
+    for message in messages:
+        assert f"{rows / 32:.0%}".replace("%", " %") in message and "--fill-void" in message
+    caplog.clear()
+    tiny_model.generate(CAPTION, scene=scene, scene_free=labels == VOID)
+    assert not caplog.records

@@ -323,6 +323,17 @@ def test_who_waits_is_told_and_may_stop_too(slow):
     assert slow.model.count == 2
 
 
+def test_a_second_wish_of_a_visitor_stops_the_first_and_can_be_stopped(slow):
+    first = slow.paint(wish(), "me")
+    next(first)
+    second = slow.paint(wish(), "me")
+    seen = itertools.islice(second, 10)  # without end if the first were never stopped
+    assert next(shown for shown in seen if not shown.ahead).share == 0
+    assert all(shown.result is None for shown in first)
+    slow.stop("me")
+    assert all(shown.result is None for shown in second)
+
+
 def test_who_leaves_holds_nobody_up(slow):
     running = slow.paint(wish(), "left")
     next(running)

@@ -11,30 +11,14 @@ from PIL import Image
 
 import mas.request
 import mas.sample
-from mas.__main__ import main
 from mas.filter import Sampling, StreamSampling
 from mas.model import MakeAScene
 from mas.model_folder import write_folder
+from mas.request import fill_free
 from mas.scene import COCO_CATEGORY_IDS, SceneMap
 from mas.vqgan import VQGAN
 
 CAPTION = "two dogs on a bench"
-
-
-@pytest.fixture
-def run(tiny_folder, tmp_path, monkeypatch, capsys):
-    """Runs `mas sample` in an empty folder with the tiny model; gives status, output, errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments, model=tiny_folder, device="cpu"):
-        try:
-            status = main(["sample", *arguments, "--model", str(model), "--device", device])
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
 
 
 def scene(size=32, void=False):
@@ -166,6 +150,12 @@ def test_captions_come_from_a_file_one_a_line(run, tmp_path):
     assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
+def test_a_file_of_captions_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog\ntwo cats\n", "utf-8-sig")
+    captions = mas.sample.read_captions(None, tmp_path / "prompts.txt", empty_is_fine=False)
+    assert captions == ["a dog", "two cats"]
+
+
 def test_a_config_file_may_hold_the_caption_and_the_command_line_replaces_it(run, tmp_path):
     (tmp_path / "dog.yaml").write_text("caption: a dog\noutput: out\ncount: 1\n")
     for more, caption in (((), "a dog"), (("a cat",), "a cat")):
@@ -193,7 +183,7 @@ def test_a_picture_is_completed_where_it_is_transparent(run, tmp_path, tiny_mode
     for i, image in enumerate(expected.images):
         written = np.asarray(Image.open(tmp_path / f"out/{i:04}.png"))
         assert np.array_equal(written, np.asarray(image))
-    given = tiny_model.encode_image(upper)
+    given = tiny_model.encode_image(fill_free(upper, free))
     assert (expected.tokens.image[:, :8] == given[:, :8]).all()
 
 
@@ -247,8 +237,9 @@ def test_the_progress_bar_counts_tokens(run, monkeypatch):
     assert status == 0 and "64/64" in err and "tokens/s]" in err
 
 
-def test_settings_for_one_stream_only(run, tmp_path):
-    flags = ("--image_sampling", '{"temperature": 0}', "--scene-sampling.top_p", "0.5")
+@pytest.mark.parametrize("dashed", ["--scene-sampling.top_p", "--scene-sampling.top-p"])
+def test_settings_for_one_stream_only(run, tmp_path, dashed):
+    flags = ("--image_sampling", '{"temperature": 0}', dashed, "0.5")
     assert run(CAPTION, *flags, "--count=1", "--output", "out")[0] == 0
     settings = json.loads((tmp_path / "out/samples.json").read_text())["settings"]
     assert settings["image"]["temperature"] == 0 and settings["scene"]["temperature"] == 1
@@ -260,6 +251,7 @@ def prepare_bad_input():
     SceneMap.from_labels(np.zeros((32, 48), np.uint8)).to_png("wide.png")
     Image.new("RGBA", (32, 48)).save("wide-picture.png")
     Image.new("RGB", (32, 32)).save("whole.png")
+    Image.new("RGBA", (2, 2)).save("tiny.png")
     with open("empty.txt", "w") as file:
         file.write("\n \n")
     with open("binary.txt", "wb") as file:
@@ -288,6 +280,8 @@ def prepare_bad_input():
         ([CAPTION, "--image", "wide-picture.png"], "a picture must be square, this one is 32x48"),
         ([CAPTION, "--image", "whole.png"], "whole.png: nothing is left to paint"),
         ([CAPTION, "--image", "none.png"], "none.png: no such file"),
+        ([CAPTION, "--image", "tiny.png"], "tiny.png: 2x2 pixels are too few, use 4x4 or more"),
+        ([CAPTION, "--scene", "tiny.png", "--fill-void"], "tiny.png: 2x2 pixels are too few"),
         ([CAPTION, "--image", "file"], "not a readable PNG or WebP"),
         ([CAPTION, "--keep", "2"], "--keep keeps the best by --rerank"),
         ([CAPTION, "--rerank", "clip", "--keep", "5"], "keep is 5, use 1 to 4"),
@@ -377,54 +371,3 @@ def test_wrong_values_are_told_in_plain_words(run, tmp_path, arguments, message)
         "mas sample: error: --output must be given (see mas sample --help)\n",
     )
     assert not list(tmp_path.iterdir())
-
-
-def test_folders_made_for_a_run_that_fails_go_with_it(run, tmp_path):
-    (tmp_path / "mine").mkdir()
-    status, _, _ = run(CAPTION, "--output", "mine/new/newer", device="cuda:99")
-    assert status == 1 and [path.name for path in tmp_path.rglob("*")] == ["mine"]
-
-
-def test_a_folder_with_something_else_is_left_alone(run, tmp_path):
-    for name in ("0000.png", "thesis.tex"):
-        folder = tmp_path / name.replace(".", "-")
-        folder.mkdir()
-        (folder / name).write_text("precious")
-        status, _, err = run(CAPTION, "--output", str(folder))
-        assert status == 1 and f"something else ({name})" in err
-        assert (folder / name).read_text() == "precious" and len(list(folder.iterdir())) == 1
-    (tmp_path / "file").write_text("x")
-    status, _, err = run(CAPTION, "--output", "file")
-    assert status == 1 and "is a file" in err
-
-
-def test_a_failure_keeps_the_older_samples_and_no_half_written_ones(run, tmp_path, monkeypatch):
-    assert run(CAPTION, "--count=1", "--output", "out")[0] == 0
-    before = files(tmp_path / "out")
-
-    def fail(*arguments, **options):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(mas.sample, "contact_sheet", fail)
-    for output in ("out", "new"):
-        status, _, err = run(CAPTION, "--count=2", "--seed=7", "--output", output)
-        assert status == 1 and "No space left" in err
-    assert files(tmp_path / "out") == before and not (tmp_path / "new").exists()
-
-
-def test_what_a_killed_run_left_is_cleared_away(run, tmp_path):
-    (tmp_path / "out/.writing.abc").mkdir(parents=True)
-    for name in (".writing.abc/0000.png", "0007.png"):
-        (tmp_path / "out" / name).write_text("half")
-    assert run(CAPTION, "--count=1", "--output", "out")[0] == 0
-    names = {"0000.png", "0000.scene.png", "grid.png", "samples.json"}
-    assert set(files(tmp_path / "out")) == names
-
-
-def test_an_unwritable_place_is_one_line(run, tmp_path, monkeypatch):
-    def refuse(*arguments, **options):
-        raise PermissionError(13, "Permission denied", str(tmp_path / "out"))
-
-    monkeypatch.setattr(mas.sample.Path, "mkdir", refuse)
-    status, _, err = run(CAPTION, "--output", "out")
-    assert status == 1 and err == f"mas: error: {tmp_path / 'out'}: Permission denied\n"

@@ -229,6 +229,16 @@ def test_transparent_pixels_are_void(tmp_path):
     assert read_scene(tmp_path / "a.png").labels.tolist() == [[GRASS, VOID]]
 
 
+def test_erased_pixels_of_grey_ids_are_void(tmp_path):
+    labels = np.full((4, 4), GRASS, np.uint8)
+    labels[:, 2:] = DOG
+    alpha = np.full((4, 4), 255, np.uint8)
+    alpha[0], alpha[1, 0], alpha[1, 1] = 0, 100, 200
+    Image.fromarray(np.stack([labels, alpha], axis=-1)).save(tmp_path / "a.png")
+    labels[0] = labels[1, 0] = VOID
+    assert read_scene(tmp_path / "a.png") == SceneMap.from_labels(labels)
+
+
 def test_colours_near_the_palette_snap_silently_others_with_a_warning(tmp_path, caplog):
     near = np.clip(PALETTE[[[GRASS, DOG]]].astype(int) - 2, 0, 255).astype(np.uint8)
     Image.fromarray(near).save(tmp_path / "near.png")

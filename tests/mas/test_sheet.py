@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import mas.sheet
 from mas.scene import PALETTE, SceneMap
-from mas.sheet import BACKGROUND, GAP, contact_sheet, overlay
+from mas.sheet import BACKGROUND, GAP, contact_sheet, find_font, overlay, spell
 
 
 def test_pictures_land_in_their_cells_with_their_aspect_kept():
@@ -30,6 +31,38 @@ def test_long_texts_stay_inside_their_cell():
     outside = sheet[:, GAP + 96 + GAP :]
     assert (outside == BACKGROUND).all()
     assert (np.abs(sheet - BACKGROUND).sum(-1) > 100).any()
+
+
+@pytest.mark.parametrize("text", ["слон и жираф " * 50, "砂浜の上の二匹の犬" * 50])
+def test_texts_of_any_script_stay_inside_their_cell(text):
+    sheet = np.asarray(contact_sheet([[text, ""], ["", ""]], cell=96)).astype(int)
+    outside = np.ones(sheet.shape[:2], np.bool_)
+    outside[: GAP + 96 + GAP, : GAP + 96 + GAP] = False
+    assert (sheet[outside] == BACKGROUND).all()
+
+
+FOREIGN = "Müllers Elephant, Слон, 象"
+
+
+def test_letters_that_no_font_has_are_spelled_without_boxes(monkeypatch):
+    monkeypatch.setattr(mas.sheet, "FONTS", ("",))
+    font = find_font(FOREIGN, 13)
+    assert spell(FOREIGN, font) == "Mullers Elephant, ????, ?"
+    assert spell("e\u0301\n", font) == "e\n"
+    foreign, plain = (contact_sheet([[text]]) for text in (FOREIGN, spell(FOREIGN, font)))
+    assert np.array_equal(np.asarray(foreign), np.asarray(plain))
+    monkeypatch.setattr(mas.sheet, "FONTS", ("", "no such font.ttf"))
+    assert find_font(FOREIGN, 13) is font
+
+
+def test_a_font_of_the_machine_is_taken_only_for_letters_that_pillow_lacks():
+    name = next((name for name in mas.sheet.FONTS[1:] if mas.sheet._load(name, 13)), None)
+    if name is None:
+        pytest.skip("the machine has none of the fonts")
+    assert find_font("two dogs", 13) is mas.sheet._load("", 13)
+    font = find_font("Müllers Слон", 13)
+    assert spell("Müllers Слон", font) == "Müllers Слон"
+    assert font is not mas.sheet._load("", 13)
 
 
 def test_a_header_names_the_columns():
