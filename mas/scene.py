@@ -367,10 +367,12 @@ def snap_colours(rgba: np.ndarray, source: str | Path = "drawing") -> np.ndarray
         distances[start : start + 4096] = np.sqrt(squared.min(1))
     far = opaque & (distances > SNAP_DISTANCE)[inverse]
     if far.any():
+        panoptic = "; a COCO panoptic PNG needs its JSON beside it" if far.mean() > 0.5 else ""
         logger.warning(
-            "%s: %.1f %% of the pixels are not in palette colours and were snapped to the nearest",
+            "%s: %.1f %% of the pixels are not in palette colours and were snapped to the nearest%s",
             source,
             100 * far.mean(),
+            panoptic,
         )
     return np.where(opaque, nearest[inverse], VOID).astype(np.uint8)
 

@@ -246,7 +246,12 @@ def test_colours_near_the_palette_snap_silently_others_with_a_warning(tmp_path, 
     assert not caplog.records
     Image.fromarray(np.full((1, 1, 3), (128, 255, 190), np.uint8)).save(tmp_path / "far.png")
     read_scene(tmp_path / "far.png")
-    assert "100.0 %" in caplog.text
+    assert "100.0 %" in caplog.text and "needs its JSON beside it" in caplog.text
+    half = np.stack([near[0, :1], np.full((1, 3), 90, np.uint8)], axis=1)
+    Image.fromarray(half).save(tmp_path / "half.png")
+    caplog.clear()
+    read_scene(tmp_path / "half.png")
+    assert "50.0 %" in caplog.text and "JSON" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.segments.json", "elsewhere/all.json"])
