@@ -369,7 +369,7 @@ def snap_colours(rgba: np.ndarray, source: str | Path = "drawing") -> np.ndarray
     if far.any():
         panoptic = "; a COCO panoptic PNG needs its JSON beside it" if far.mean() > 0.5 else ""
         logger.warning(
-            "%s: %.1f %% of the pixels are not in palette colours and were snapped to the nearest%s",
+            "%s: %.1f %% of the pixels are in no palette colour and were snapped to the nearest%s",
             source,
             100 * far.mean(),
             panoptic,
