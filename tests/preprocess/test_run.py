@@ -285,12 +285,6 @@ def test_a_folder_of_images_becomes_shards(tmp_path):
         run(tmp_path / "images", tmp_path / "out", samples_per_shard=2)
 
 
-def test_images_that_would_share_a_key_are_refused(tmp_path):
-    write_folder(tmp_path / "images", ["a.b.jpg", "a_b.jpg"])
-    with pytest.raises(ValueError, match="share the key a_b"):
-        find_jobs(str(tmp_path / "images"))
-
-
 def test_coco_as_it_is_downloaded_becomes_shards(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "panoptic").mkdir()
