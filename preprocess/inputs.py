@@ -7,9 +7,12 @@ COCO are cut into jobs by sorted key, so the same input always gives the same jo
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
-from collections import defaultdict
+import os
+import stat
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -19,6 +22,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mas.shards import (
+    MAX_MEMBER_BYTES,
     UNSAFE,
     OnReject,
     Sample,
@@ -31,10 +35,12 @@ from mas.shards import (
 )
 from preprocess.executor import Job
 from preprocess.photo import EXTENSIONS
-from preprocess.rejects import Reject
+from preprocess.rejects import Reject, RejectError
 
 # What may lie beside a photo in a folder, as `stem.ending`; the longer endings first.
 COMPANIONS = ("panoptic.png", "segments.json", "human.png", "landmarks.json", "json", "txt")
+# Errors that are one file's; all others may be those of the disk, and fail the shard.
+OF_ONE_FILE = {errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 @dataclass(frozen=True)
@@ -61,15 +67,18 @@ class FilesSource:
     refused: tuple[Refusal, ...] = ()  # what lay among them and is no sample
 
     def read(self, *, on_reject: OnReject) -> Iterator[Sample]:
+        """The samples in order; told are those that cannot be read, and what lay among them.
+
+        Raises:
+            OSError: trouble that is not one file's alone.
+        """
         for key, paths, contents in self.entries:
-            files = dict(contents)
             try:
-                for ending, path in paths.items():
-                    files[ending] = _read(path)
-            except FileNotFoundError as error:
-                on_reject(key, "no_photo", f"{error.filename or path} is not there")
+                files = {ending: _read_member(path) for ending, path in paths.items()}
+            except RejectError as error:
+                on_reject(key, error.reason.value, error.detail)
                 continue
-            yield Sample(key, files)
+            yield Sample(key, {**contents, **files})
         for refusal in self.refused:
             on_reject(*refusal)
 
@@ -113,8 +122,8 @@ def find_jobs(input: str, *, captions: str = "", samples_per_shard: int = 1000) 
         size = fsspec.core.url_to_fs(path)[0].size(path)
         name = PurePosixPath(path).name.removesuffix(".tar")
         jobs.append(Job(name, TarSource(path), fingerprint=f"{size} bytes"))
-    names = [job.name for job in jobs]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    counts = Counter(job.name for job in jobs)
+    twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
         raise ShardError(f"{input}: several shards are called {twice[0]}.tar; run them one by one")
     return jobs
@@ -264,5 +273,33 @@ def _url(filesystem: Any, path: str, like: str) -> str:
 
 
 def _read(path: str) -> bytes:
-    with fsspec.open(path, "rb") if local_path(path) is None else open(path, "rb") as file:
+    with _open(path) as file:
         return file.read()
+
+
+def _read_member(path: str) -> bytes:
+    """Content of one file of a sample.
+
+    Raises:
+        RejectError: it is missing, no file, too large, or cannot be read for its own sake.
+        OSError: the disk or the store cannot be read; a store that refuses everything, as it does
+            when a key has run out, is among these.
+    """
+    try:
+        if local_path(path) is not None and not stat.S_ISREG(os.stat(path).st_mode):
+            raise RejectError(Reject.NOT_A_FILE, f"{path} is a folder, a pipe or a device")
+        with _open(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size > MAX_MEMBER_BYTES:
+                raise RejectError(Reject.MEMBER_TOO_LARGE, f"{path} has {size} bytes")
+            file.seek(0)
+            return file.read()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno in OF_ONE_FILE:
+            reason = error.strerror or "no such file"
+            raise RejectError(Reject.NO_PHOTO, f"{path}: {reason}") from error
+        raise
+
+
+def _open(path: str) -> Any:
+    return fsspec.open(path, "rb") if local_path(path) is None else open(path, "rb")

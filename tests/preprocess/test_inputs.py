@@ -1,13 +1,15 @@
 """Loose files as shard jobs: every file that is no sample is told of, and costs no other one."""
 
+import errno
 import json
 import os
+import time
 
 import pytest
 from photo_world import photo_sample, write_photos
 
 from mas.shards import read_shard
-from preprocess.inputs import find_jobs
+from preprocess.inputs import FilesSource, TarSource, find_jobs
 
 
 def fill(folder, *names):
@@ -116,3 +118,90 @@ def test_the_same_holds_for_the_entries_of_coco(tmp_path):
     assert sorted(reasons) == ["duplicate_key"] + ["unsafe_name"] * 3
     (detail,) = (detail for _, reason, detail in rejects if reason == "duplicate_key")
     assert "a.b.jpg" in detail and "a_b.jpg" in detail
+
+
+def source_of(folder, *names):
+    """A source as a listing would give that saw all of `names`."""
+    return FilesSource(str(folder), tuple((n[:9], {"jpg": f"{folder}/{n}"}, {}) for n in names))
+
+
+def read_source(source):
+    rejects = []
+    samples = list(source.read(on_reject=lambda *reject: rejects.append(reject)))
+    return [sample.key for sample in samples], [(key, reason) for key, reason, _ in rejects]
+
+
+def test_files_that_cannot_be_read_are_rejected_alone(tmp_path):
+    fill(tmp_path, "good.jpg", "also.jpg", "file")
+    os.symlink("loop.jpg", tmp_path / "loop.jpg")
+    os.symlink("nowhere", tmp_path / "broken.jpg")
+    os.mkdir(tmp_path / "folder.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    bad = ["loop.jpg", "broken.jpg", "folder.jpg", "pipe.jpg", "file/x.jpg", f"{'x' * 300}.jpg"]
+    keys, rejects = read_source(source_of(tmp_path, "good.jpg", *bad, "also.jpg"))
+    assert keys == ["good.jpg", "also.jpg"]
+    assert rejects == [
+        ("loop.jpg", "no_photo"),
+        ("broken.jp", "no_photo"),
+        ("folder.jp", "not_a_file"),
+        ("pipe.jpg", "not_a_file"),
+        ("file/x.jp", "no_photo"),
+        ("xxxxxxxxx", "no_photo"),
+    ]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EISDIR])
+def test_a_file_that_may_not_be_read_is_rejected_alone(tmp_path, monkeypatch, number):
+    keys, rejects = read_with_error(tmp_path, monkeypatch, OSError(number, os.strerror(number)))
+    assert keys == ["good.jpg"] and rejects == [("bad.jpg", "no_photo")]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE])
+def test_a_disk_that_cannot_be_read_fails_the_shard(tmp_path, monkeypatch, number):
+    with pytest.raises(OSError) as failure:
+        read_with_error(tmp_path, monkeypatch, OSError(number, os.strerror(number)))
+    assert failure.value.errno == number
+
+
+def test_a_store_that_refuses_everything_fails_the_shard(tmp_path, monkeypatch):
+    """Object stores answer so when a key has run out; their errors bear no number."""
+    with pytest.raises(PermissionError):
+        read_with_error(tmp_path, monkeypatch, PermissionError("Forbidden"))
+
+
+def read_with_error(folder, monkeypatch, error):
+    def refuse(path, mode):
+        if "bad" in path:
+            raise error
+        return open(path, mode)
+
+    fill(folder, "good.jpg", "bad.jpg")
+    monkeypatch.setattr("preprocess.inputs.open", refuse, raising=False)
+    return read_source(source_of(folder, "good.jpg", "bad.jpg"))
+
+
+@pytest.mark.parametrize("root", ["local", "memory"])
+def test_a_file_that_would_fill_the_memory_is_rejected_unread(tmp_path, root):
+    from fsspec import filesystem
+
+    folder = str(tmp_path) if root == "local" else "memory://huge"
+    if root == "local":
+        fill(tmp_path, "a.jpg", "b.jpg")
+        os.truncate(tmp_path / "a.jpg", 6 * 10**9)
+        keys, rejects = read_source(source_of(folder, "a.jpg", "b.jpg"))
+    else:
+        filesystem("memory").pipe({"/huge/a.jpg": b"12345678901", "/huge/b.jpg": b"1"})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("preprocess.inputs.MAX_MEMBER_BYTES", 10)
+            keys, rejects = read_source(source_of(folder, "a.jpg", "b.jpg"))
+    assert keys == ["b.jpg"] and rejects == [("a.jpg", "member_too_large")]
+
+
+def test_naming_many_tars_takes_time_by_their_number_only(monkeypatch):
+    names = [f"memory://many/{number:06d}.tar" for number in range(20_000)]
+    monkeypatch.setattr("preprocess.inputs.expand_shards", lambda _: names)
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.size", lambda *_: 1)
+    start = time.process_time()
+    jobs = find_jobs("memory://many/*.tar")
+    assert time.process_time() - start < 3  # 0.4 s; a count for every name takes over 4 s more
+    assert len(jobs) == 20_000 and isinstance(jobs[0].source, TarSource)
