@@ -70,6 +70,7 @@ class Outcome:
     name: str
     stats: dict[str, Any] | None = None
     error: str = ""
+    host: str = ""  # where it failed, unless the data were the cause
     fatal: bool = False  # the other jobs would fail as well: full disk, missing weights
 
 
@@ -90,23 +91,51 @@ class Summary:
         return 1 if self.failed else 0
 
 
+class StartError(Exception):
+    """A worker that cannot be made again; the message names the machine and the reason."""
+
+
 class Runner:
-    """Takes jobs one by one: marks them as running, tries, writes the evidence. One a process."""
+    """Takes jobs one by one: marks them as running, tries, writes the evidence. One a process.
+
+    A worker that has met an error which is not the data's is not used again: what its process has
+    lost, a GPU or a mount, it would lack for every shard to come.
+    """
 
     def __init__(
-        self, factory: Callable[[], Worker], folder: RunFolder, common: Mapping[str, Any]
+        self,
+        factory: Callable[[], Worker],
+        folder: RunFolder,
+        common: Mapping[str, Any],
+        *,
+        leave: Callable[[], Any] | None = None,
     ) -> None:
-        self.worker = factory()
+        """Makes the worker.
+
+        Args:
+            factory: makes it, once more after each such error.
+            folder: of the evidence.
+            common: goes into every stats.json.
+            leave: ends this process, after which the next attempt is another one's; None = all
+                attempts are made here.
+        """
+        self.factory = factory
+        self.worker: Worker | None = factory()
         self.folder = folder
-        self.common = common  # goes into every stats.json
+        self.common = common
+        self.leave = leave
 
     def run(self, job: Job, report: Report) -> Outcome:
         """Never raises for what one shard may be the cause of."""
+        if self.worker is None and self.leave:
+            self.leave()
         report(0)
         if not job.again and (stats := self.folder.read(job.name + STATS)):
             return Outcome(job.name, stats=stats)  # made, but the word of it was lost on its way
         try:
             return self._try(job, report)
+        except StartError as error:
+            return Outcome(job.name, error=str(error), fatal=True)
         except OSError as error:  # not even the evidence can be written
             text = f"{self.folder.path} on {socket.gethostname()}: {error.strerror or error}"
             with contextlib.suppress(OSError):
@@ -118,13 +147,17 @@ class Runner:
 
         Raises:
             OSError: nothing can be written to the output.
+            StartError: the worker cannot be made again.
         """
-        mark = job.name + RUNNING
-        earlier = (self.folder.read(mark) or {}).get("attempt", 0)  # cut short by a killed worker
-        text, trace = f"killed its worker {earlier} times", ""
-        for attempt in range(earlier + 1, ATTEMPTS + 1):
+        name = job.name + RUNNING
+        mark = self.folder.read(name) or {"attempt": 0}  # of an attempt in another process
+        errors: list[dict[str, Any]] = mark.get("errors", [])
+        text, trace = f"killed its worker {mark['attempt'] - len(errors)} times", ""
+        for attempt in range(mark["attempt"] + 1, ATTEMPTS + 1):
+            self._renew_worker()
             try:
-                self.folder.write(mark, _whereabouts(attempt))
+                mark = {"attempt": attempt, **_whereabouts(), "errors": errors}
+                self.folder.write(name, mark)
                 return self._make(job, report)
             except Exception as error:  # one bad shard must not end the run
                 plain = isinstance(error, (ValueError, OSError))
@@ -132,14 +165,33 @@ class Runner:
                 if isinstance(error, OSError) and error.errno in OUTPUT_FULL:
                     raise
                 if isinstance(error, ValueError):  # the data; another attempt would see the same
-                    break
-                if attempt < ATTEMPTS:
-                    time.sleep(WAIT_SECONDS[attempt - 1])
-        self.folder.write(job.name + ERROR, {"error": text, "traceback": trace})
-        self.folder.remove(mark)
-        return Outcome(job.name, error=text)
+                    return self._set_aside(job, text, {**mark, "traceback": trace}, host="")
+                errors.append({"host": mark["host"], "pid": mark["pid"], "error": text})
+                self.worker = None
+            if attempt < ATTEMPTS:
+                self._wait_for(attempt, name, mark)
+        return self._set_aside(job, text, {**mark, "traceback": trace}, host=mark["host"])
+
+    def _renew_worker(self) -> None:
+        try:
+            self.worker = self.worker or self.factory()
+        except Exception as error:  # what the worker has lost, no shard is the cause of
+            raise StartError(f"{socket.gethostname()}: {error}") from error
+
+    def _wait_for(self, attempt: int, name: str, mark: Mapping[str, Any]) -> None:
+        """Until the attempt after this one may be made, by another process where there is one."""
+        time.sleep(WAIT_SECONDS[attempt - 1])
+        if self.leave:
+            self.folder.write(name, mark)
+            self.leave()
+
+    def _set_aside(self, job: Job, text: str, evidence: dict[str, Any], *, host: str) -> Outcome:
+        self.folder.write(job.name + ERROR, {"error": text, **evidence})
+        self.folder.remove(job.name + RUNNING)
+        return Outcome(job.name, error=text, host=host)
 
     def _make(self, job: Job, report: Report) -> Outcome:
+        assert self.worker is not None
         start = time.time()
         stats = {
             **self.worker(job, report),
@@ -155,10 +207,13 @@ class Runner:
         return Outcome(job.name, stats=stats)
 
 
-def _whereabouts(attempt: int) -> dict[str, Any]:
-    """Who is at a shard, for `mas preprocess-status` and for the next attempt."""
-    host, pid = socket.gethostname(), os.getpid()
-    return {"attempt": attempt, "host": host, "pid": pid, "started": round(time.time(), 3)}
+def _whereabouts() -> dict[str, Any]:
+    """Who is at a shard, for `mas preprocess-status` and for the record of a failure."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": round(time.time(), 3),
+    }
 
 
 def execute(
@@ -206,7 +261,8 @@ def execute(
                 raise OSError(f"{outcome.error}; finished shards are kept: mend it and run again")
             if outcome.error:
                 summary.failed[outcome.name] = outcome.error
-                logger.error("shard %s failed: %s", outcome.name, outcome.error)
+                where = f" (on {outcome.host})" if outcome.host else ""
+                logger.error("shard %s failed: %s%s", outcome.name, outcome.error, where)
             else:
                 summary.done += 1
                 _warn_of_rejects(outcome)

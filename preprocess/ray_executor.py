@@ -2,6 +2,8 @@
 
 Each actor holds one worker and writes its shards itself; only outcomes come back. An actor that is
 killed is started again by Ray and its shard with it; what was half written has a temporary name.
+One that has met an error which is not the data's leaves, so that a fresh process makes the next
+attempt.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class _RayRunner:
         common: Mapping[str, Any],
         counter: Any,
     ) -> None:
-        self.make_runner = lambda: Runner(factory, folder, common)
+        self.make_runner = lambda: Runner(factory, folder, common, leave=_leave)
         self.runner: Runner | None = None
         self.counter = counter
 
@@ -67,6 +69,14 @@ class _RayRunner:
         else:
             outcome = self.runner.run(job, self.counter.add.remote)
         return {"outcome": [pickle.dumps(outcome)]}
+
+
+def _leave() -> None:
+    """Ends the actor's process; Ray starts another one, perhaps elsewhere, with the same shard.
+
+    It would take any gentler end for one that was meant.
+    """
+    os._exit(1)
 
 
 def run_on_ray(

@@ -124,6 +124,40 @@ def test_killed_workers_are_replaced_and_deadly_shards_set_aside(world, local_ra
     assert world.results().keys() == WANTED.keys() - {"00002.txt", "00004.txt"}
 
 
+def test_a_worker_that_met_an_error_is_not_used_again(world):
+    world.plan(n00001="sick", n00004="sick bug")
+    summary = world.run()
+    assert summary.failed == {} and world.results() == WANTED
+
+
+def test_each_attempt_is_made_by_another_process(world, local_ray, caplog):
+    world.plan(n00001="lost", n00003="bug bug bug")
+    summary = world.run("ray")
+    assert summary.failed == {"00003": "RuntimeError('a bug')"}
+    assert world.results().keys() == WANTED.keys() - {"00003.txt"}
+    record = json.loads((world.output / "00003.error.json").read_text())
+    assert len({(error["host"], error["pid"]) for error in record["errors"]}) == 3
+    assert record["host"] == socket.gethostname() and record["pid"] and record["traceback"]
+    assert f"shard 00003 failed: RuntimeError('a bug') (on {record['host']})" in caplog.messages
+
+
+def test_a_worker_that_cannot_be_made_again_ends_the_run_and_spares_the_shards(world):
+    made = []
+
+    def factory():
+        if made:
+            raise OSError("no GPU here")
+        made.append(CountingWorker(str(world.output), str(world.trouble)))
+        return made[0]
+
+    world.plan(n00001="bug")
+    jobs = [Job(name, f"source {name}", fingerprint=name) for name in NAMES]
+    config = ExecutorConfig(kind="serial")
+    with pytest.raises(OSError, match=f"{socket.gethostname()}: no GPU here; .* run again"):
+        execute(jobs, factory, str(world.output), command="count", settings={}, config=config)
+    assert not world.names("*.error.json")
+
+
 def test_a_worker_that_cannot_start_ends_the_run_with_its_reason(world, kind):
     with pytest.raises(OSError, match="mas fetch-weights"):
         execute(
