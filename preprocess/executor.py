@@ -242,12 +242,12 @@ def execute(
     Raises:
         FolderError: the folder holds something else or was made with other settings.
         ShardError: a finished shard was made from another input.
-        OSError: the output cannot be written to, or is full.
+        OSError: the output cannot be written to, is full, or is not the one that the workers see.
     """
     folder = RunFolder(output)
     folder.prepare(command, settings, shards=len(jobs))
     folder.sweep()
-    summary = Summary(len(jobs))
+    summary, made = Summary(len(jobs)), []
     pending = _find_pending(jobs, folder, summary, config, passing)
     common = {"settings": settings_hash(settings), "python": platform.python_version()}
     with (
@@ -265,11 +265,25 @@ def execute(
                 logger.error("shard %s failed: %s%s", outcome.name, outcome.error, where)
             else:
                 summary.done += 1
+                made.append(outcome.name)
                 _warn_of_rejects(outcome)
             bar.shard_done(failed=bool(outcome.error))
         summary.seconds, summary.seen = bar.seconds, bar.items
     folder.sweep()  # what workers left behind that were killed for good
+    _check_visible(made, folder)
     return summary
+
+
+def _check_visible(made: Sequence[str], folder: RunFolder) -> None:
+    """Workers on other machines may have written to disks of their own."""
+    present = set(folder.list_names())
+    missing = [name for name in made if name + STATS not in present]
+    if missing:
+        raise OSError(
+            f"{folder.path}: {len(missing)} of {len(made)} shards that were made are not to be "
+            f"seen on {socket.gethostname()}, the first is {missing[0]}; is the output on a disk "
+            "that every node sees?"
+        )
 
 
 def _warn_of_rejects(outcome: Outcome) -> None:

@@ -247,7 +247,7 @@ def _list_coco(folder: str, captions: str) -> _Listing:
                 (first,) = entries[key][1].values()
                 listing.refuse(key, Reject.DUPLICATE_KEY, f"{name}: {first} was kept")
                 continue
-            paths = {PurePosixPath(name).suffix[1:].lower(): f"{folder.rstrip('/')}/{name}"}
+            paths = {PurePosixPath(name).suffix[1:].lower(): f"{absolute(folder)}/{name}"}
             entries[key] = (key, paths, {"json": json.dumps(fields).encode()})
     except FileNotFoundError:
         raise ShardError(f"{captions}: no such file") from None
@@ -260,6 +260,11 @@ def _list_coco(folder: str, captions: str) -> _Listing:
         raise ShardError(f"{captions}: names no image that could be used")
     listing.entries = [entries[key] for key in sorted(entries)]
     return listing
+
+
+def absolute(path: str) -> str:
+    """The same place for processes that work in another folder; URLs and "" stay as they are."""
+    return (local_path(path) if path else None) or path.rstrip("/")
 
 
 def _key(stem: str) -> str:

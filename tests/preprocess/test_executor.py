@@ -158,6 +158,19 @@ def test_a_worker_that_cannot_be_made_again_ends_the_run_and_spares_the_shards(w
     assert not world.names("*.error.json")
 
 
+def test_shards_that_are_not_to_be_seen_are_an_error(world, monkeypatch):
+    """As when workers on other machines write to disks of their own."""
+    write = RunFolder.write
+
+    def elsewhere(folder, name, content):
+        if name != "00004.stats.json":
+            write(folder, name, content)
+
+    monkeypatch.setattr(RunFolder, "write", elsewhere)
+    with pytest.raises(OSError, match=r"1 of 6 shards .* 00004; .* every node sees"):
+        world.run()
+
+
 def test_a_worker_that_cannot_start_ends_the_run_with_its_reason(world, kind):
     with pytest.raises(OSError, match="mas fetch-weights"):
         execute(

@@ -216,6 +216,27 @@ def test_other_settings_are_refused_by_name(shards, tmp_path):
         run(shards, tmp_path / "out", photo=PhotoConfig(size=48, min_side=16, quality=80))
 
 
+def test_workers_in_another_folder_find_what_the_config_names(tmp_path, monkeypatch):
+    from preprocess.run import settings_of, with_absolute_paths
+    from preprocess.worker import SceneConfig
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("net.pth", "schp-lip"):
+        (tmp_path / name).touch()
+    given = SceneConfig(
+        panoptic=PanopticConfig(json="panoptic.json", folder="memory://bucket/pngs"),
+        human=HumanConfig(source="schp", options={"weights": "schp-lip"}),  # a known name
+        face=FaceConfig(options={"weights": "net.pth", "batch": 3}),
+    )
+    config = with_absolute_paths(given)
+    assert config.panoptic.json == str(tmp_path / "panoptic.json")
+    assert config.panoptic.folder == "memory://bucket/pngs"
+    assert config.human.options == {"weights": "schp-lip"}
+    assert config.face.options == {"weights": str(tmp_path / "net.pth"), "batch": 3}
+    assert with_absolute_paths(SceneConfig()) == SceneConfig()
+    assert settings_of(given)["panoptic"]["json"] == "panoptic.json"
+
+
 def test_where_a_network_runs_is_no_setting():
     from preprocess.run import settings_of
     from preprocess.worker import SceneConfig
