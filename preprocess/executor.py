@@ -16,7 +16,7 @@ import resource
 import socket
 import time
 import traceback
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -24,6 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import ERROR, RUNNING, STATS, RunFolder, settings_hash
+from preprocess.termination import terminated_in_order
 
 logger = logging.getLogger(__name__)
 
@@ -245,33 +246,45 @@ def execute(
         OSError: the output cannot be written to, is full, or is not the one that the workers see.
     """
     folder = RunFolder(output)
-    folder.prepare(command, settings, shards=len(jobs))
-    folder.sweep()
-    summary, made = Summary(len(jobs)), []
-    pending = _find_pending(jobs, folder, summary, config, passing)
-    common = {"settings": settings_hash(settings), "python": platform.python_version()}
-    with (
-        ProgressBar(folder, len(jobs), unit=unit, failed=len(summary.failed)) as bar,
-        contextlib.closing(_outcomes(pending, factory, folder, common, config, bar)) as outcomes,
-        logging_redirect_tqdm(),
-    ):
-        bar.skip(summary.skipped)
-        for outcome in outcomes:
-            if outcome.fatal:
-                raise OSError(f"{outcome.error}; finished shards are kept: mend it and run again")
-            if outcome.error:
-                summary.failed[outcome.name] = outcome.error
-                where = f" (on {outcome.host})" if outcome.host else ""
-                logger.error("shard %s failed: %s%s", outcome.name, outcome.error, where)
-            else:
-                summary.done += 1
-                made.append(outcome.name)
-                _warn_of_rejects(outcome)
-            bar.shard_done(failed=bool(outcome.error))
-        summary.seconds, summary.seen = bar.seconds, bar.items
-    folder.sweep()  # what workers left behind that were killed for good
+    with folder.prepared(command, settings, shards=len(jobs)), terminated_in_order():
+        folder.sweep()
+        summary = Summary(len(jobs))
+        pending = _find_pending(jobs, folder, summary, config, passing)
+        common = {"settings": settings_hash(settings), "python": platform.python_version()}
+        try:
+            with (
+                ProgressBar(folder, len(jobs), unit=unit, failed=len(summary.failed)) as bar,
+                contextlib.closing(
+                    _outcomes(pending, factory, folder, common, config, bar)
+                ) as outcomes,
+                logging_redirect_tqdm(),
+            ):
+                made = _take_in(outcomes, summary, bar)
+        finally:
+            with contextlib.suppress(OSError):  # the output may be what broke
+                folder.sweep()  # what workers left behind that were killed for good, or stopped
     _check_visible(made, folder)
     return summary
+
+
+def _take_in(outcomes: Iterable[Outcome], summary: Summary, bar: ProgressBar) -> list[str]:
+    """Counts and shows outcomes as they come; returns the names of the shards that were made."""
+    made = []
+    bar.skip(summary.skipped)
+    for outcome in outcomes:
+        if outcome.fatal:
+            raise OSError(f"{outcome.error}; finished shards are kept: mend it and run again")
+        if outcome.error:
+            summary.failed[outcome.name] = outcome.error
+            where = f" (on {outcome.host})" if outcome.host else ""
+            logger.error("shard %s failed: %s%s", outcome.name, outcome.error, where)
+        else:
+            summary.done += 1
+            made.append(outcome.name)
+            _warn_of_rejects(outcome)
+        bar.shard_done(failed=bool(outcome.error))
+    summary.seconds, summary.seen = bar.seconds, bar.items
+    return made
 
 
 def _check_visible(made: Sequence[str], folder: RunFolder) -> None:

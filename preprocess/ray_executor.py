@@ -20,6 +20,7 @@ import numpy as np
 from preprocess.executor import ExecutorConfig, Job, Outcome, Runner, Worker
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import RunFolder
+from preprocess.termination import catch_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +96,10 @@ def run_on_ray(
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its handlers may be anybody's
     started = not ray.is_initialized()
-    if started:
-        _start(config)
     try:
+        if started:
+            _start(config)
+            catch_sigterm()
         context = ray.data.DataContext.get_current()
         context.execution_options = ray.data.ExecutionOptions(preserve_order=False)
         context.enable_progress_bars = False

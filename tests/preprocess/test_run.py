@@ -87,6 +87,28 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path):
     assert tar_bytes(output) == tar_bytes(whole) and not leftovers(output)
 
 
+@pytest.mark.parametrize("executor", ["serial", "ray"])
+def test_a_run_that_is_terminated_ends_in_order(tmp_path, executor):
+    photos = make_shards(tmp_path / "photos", shards=8, photos=40, width=480, height=320)
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "mas", "preprocess", "--executor", executor, "--workers", "1"]
+    command += ["--photo.size", "48", "--photo.min-side", "16", "--human.source", "none"]
+    command += ["--face.source", "none", "--input", str(photos), "--output", str(output)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not (output / "00001.running.json").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.001)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the same command goes on" in said.splitlines()[-1] and "Traceback" not in said
+    assert "SIGTERM received" not in said
+    names = {path.name for path in output.iterdir()}
+    assert "00000.stats.json" in names and "00007.stats.json" not in names
+    assert not {"lock.json", "progress.json"} & names and not leftovers(output)
+
+
 def test_a_local_run_joins_no_cluster_unasked(shards, undisturbed, tmp_path):
     command = [sys.executable, "-m", "mas", "preprocess", "--workers", "1", "--input", str(shards)]
     command += ["--photo.size", "48", "--photo.min-side", "16", "--output", str(tmp_path / "out")]
