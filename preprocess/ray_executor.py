@@ -21,6 +21,7 @@ from preprocess.executor import ExecutorConfig, Job, Outcome, Runner, Worker
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import RunFolder
 from preprocess.termination import catch_sigterm
+from preprocess.weights import FOLDER_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ def run_on_ray(
             num_cpus=1,
             num_gpus=config.gpus_per_worker or None,
             fn_constructor_args=(factory, folder, common, counter),
+            **_handed_on(config),
         )
 
         def pull() -> int | None:
@@ -131,6 +133,15 @@ def run_on_ray(
         bar.pull = lambda: None
         if started:
             ray.shutdown()
+
+
+def _handed_on(config: ExecutorConfig) -> dict[str, Any]:
+    """What workers of a cluster, started by others, take over from the driver's environment."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if not config.address or not folder:
+        return {}
+    path = os.path.abspath(os.path.expanduser(folder))
+    return {"runtime_env": {"env_vars": {FOLDER_VARIABLE: path}}}
 
 
 def _count_workers(config: ExecutorConfig, resources: Mapping[str, float]) -> int:

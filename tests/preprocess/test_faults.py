@@ -149,11 +149,15 @@ def test_an_undisturbed_run_keeps_each_good_sample_once(photos, undisturbed):
     assert not [path for path in undisturbed.iterdir() if path.name[0] == "."]
 
 
-def test_relative_paths_are_those_of_the_driver(cluster, photos, undisturbed, tmp_path):
+def test_paths_and_weights_are_those_of_the_driver(cluster, photos, undisturbed, tmp_path):
     (tmp_path / "photos").symlink_to(photos)
     run = Run(Path("photos"), tmp_path, address=cluster.address)
     run.output = Path("out")
-    assert run.start(cwd=tmp_path).finish() == 0, run.printed
+    run.stop_at(key(0, 0))
+    run.start(cwd=tmp_path, MAS_WEIGHTS="weights")
+    assert run.reached(key(0, 0))["weights"] == str(tmp_path / "weights")
+    run.go_on()
+    assert run.finish() == 0, run.printed
     run.output = tmp_path / "out"
     assert_as_if_nothing_happened(run, undisturbed)
 
