@@ -3,6 +3,7 @@ import json
 import os
 import socket
 import subprocess
+import threading
 import time
 from functools import partial
 
@@ -156,6 +157,32 @@ def test_a_worker_that_cannot_be_made_again_ends_the_run_and_spares_the_shards(w
     with pytest.raises(OSError, match=f"{socket.gethostname()}: no GPU here; .* run again"):
         execute(jobs, factory, str(world.output), command="count", settings={}, config=config)
     assert not world.names("*.error.json")
+
+
+def test_a_cluster_without_a_free_cpu_is_told_of(world, local_ray, caplog, monkeypatch):
+    @local_ray.remote(num_cpus=2)
+    class Other:
+        def ready(self):
+            return True
+
+    other = Other.remote()
+    assert local_ray.get(other.ready.remote())
+    release = threading.Event()
+
+    def wait_for_warning():
+        while "no worker has started" not in caplog.text and not release.wait(0.05):
+            pass
+        local_ray.kill(other)
+
+    monkeypatch.setattr("preprocess.ray_executor.START_SECONDS", 0.5)
+    waiting = threading.Thread(target=wait_for_warning)
+    waiting.start()
+    timer = threading.Timer(30, release.set)  # only a test that fails takes so long
+    timer.start()
+    assert world.run("ray").status == 0
+    timer.cancel()
+    waiting.join()
+    assert caplog.text.count("no worker has started after 0.5 s; each waits for a free CPU") == 1
 
 
 def test_shards_that_are_not_to_be_seen_are_an_error(world, monkeypatch):

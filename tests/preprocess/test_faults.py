@@ -158,6 +158,7 @@ def test_paths_and_weights_are_those_of_the_driver(cluster, photos, undisturbed,
     assert run.reached(key(0, 0))["weights"] == str(tmp_path / "weights")
     run.go_on()
     assert run.finish() == 0, run.printed
+    assert f"joined the Ray cluster {cluster.address}: 2 CPUs, 0 GPUs" in run.printed
     run.output = tmp_path / "out"
     assert_as_if_nothing_happened(run, undisturbed)
 

@@ -131,6 +131,30 @@ def test_a_cluster_that_cannot_be_joined_is_named_at_once(shards, tmp_path, addr
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("note", "variables", "said"),
+    [
+        (None, {}, "`ray start` was not called on this machine"),
+        ("127.0.0.1:1", {}, "no Ray cluster answers at 127.0.0.1:1"),
+        ("127.0.0.1:1", {"RAY_ADDRESS": "127.0.0.1:2"}, "no Ray cluster answers at 127.0.0.1:2"),
+    ],
+)
+def test_auto_joins_what_ray_start_has_started_and_nothing_else(
+    tmp_path, monkeypatch, note, variables, said
+):
+    from preprocess import ray_executor
+
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if note:
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"{note}\n")
+    with pytest.raises(OSError, match=said):
+        ray_executor._find_cluster("auto")
+
+
 def test_a_truncated_tar_fails_alone_and_can_be_mended(shards, undisturbed, tmp_path, capsys):
     photos, output = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
