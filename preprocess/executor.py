@@ -249,17 +249,15 @@ def execute(
     with folder.prepared(command, settings, shards=len(jobs)), terminated_in_order():
         folder.sweep()
         summary = Summary(len(jobs))
-        pending = _find_pending(jobs, folder, summary, config, passing)
         common = {"settings": settings_hash(settings), "python": platform.python_version()}
         try:
-            with (
-                ProgressBar(folder, len(jobs), unit=unit, failed=len(summary.failed)) as bar,
-                contextlib.closing(
+            with ProgressBar(folder, len(jobs), unit=unit) as bar, logging_redirect_tqdm():
+                pending = _find_pending(jobs, folder, summary, config, passing)
+                bar.skip(summary.skipped, failed=len(summary.failed))
+                with contextlib.closing(
                     _outcomes(pending, factory, folder, common, config, bar)
-                ) as outcomes,
-                logging_redirect_tqdm(),
-            ):
-                made = _take_in(outcomes, summary, bar)
+                ) as outcomes:
+                    made = _take_in(outcomes, summary, bar)
         finally:
             with contextlib.suppress(OSError):  # the output may be what broke
                 folder.sweep()  # what workers left behind that were killed for good, or stopped
@@ -270,7 +268,6 @@ def execute(
 def _take_in(outcomes: Iterable[Outcome], summary: Summary, bar: ProgressBar) -> list[str]:
     """Counts and shows outcomes as they come; returns the names of the shards that were made."""
     made = []
-    bar.skip(summary.skipped)
     for outcome in outcomes:
         if outcome.fatal:
             raise OSError(f"{outcome.error}; finished shards are kept: mend it and run again")
@@ -291,6 +288,8 @@ def _check_visible(made: Sequence[str], folder: RunFolder) -> None:
     """Workers on other machines may have written to disks of their own."""
     present = set(folder.list_names())
     missing = [name for name in made if name + STATS not in present]
+    found = folder.read_all([name + STATS for name in missing])  # NFS may list an older state
+    missing = [name for name, stats in zip(missing, found, strict=True) if stats is None]
     if missing:
         raise OSError(
             f"{folder.path}: {len(missing)} of {len(made)} shards that were made are not to be "

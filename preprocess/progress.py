@@ -30,12 +30,12 @@ class ProgressBar:
     A thread shows it and writes the heartbeat, for a single shard may take an hour.
     """
 
-    def __init__(self, folder: RunFolder, shards: int, *, unit: str, failed: int = 0) -> None:
+    def __init__(self, folder: RunFolder, shards: int, *, unit: str) -> None:
         self.folder = folder
         self.shards = shards
         self.unit = unit
         self.items = 0
-        self.failed = failed
+        self.failed = 0
         self.made = 0  # shards of this run
         self.skipped = 0  # shards of earlier runs
         self.pull: Callable[[], int | None] = lambda: None  # what workers elsewhere have seen
@@ -43,7 +43,7 @@ class ProgressBar:
         self._beat = 0.0
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=shards, initial=failed, unit="shard", dynamic_ncols=True)
+            self._bar = tqdm(total=shards, unit="shard", dynamic_ncols=True)
         self._told = time.time()  # when the last line was written
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -67,12 +67,13 @@ class ProgressBar:
         with contextlib.suppress(OSError):  # the output may be what broke
             self.folder.remove(PROGRESS)
 
-    def skip(self, shards: int) -> None:
-        """Shards that were done before; they do not count for the time left."""
+    def skip(self, shards: int, *, failed: int) -> None:
+        """Shards that were done or failed before; they do not count for the time left."""
         self.skipped += shards
+        self.failed += failed
         if self._bar is not None:
-            self._bar.initial += shards
-            self._bar.n += shards
+            self._bar.initial += shards + failed
+            self._bar.n += shards + failed
 
     def add(self, items: int | None) -> None:
         """Items that workers have seen since the last call; 0 when one begins, None = no word."""

@@ -185,6 +185,28 @@ def test_a_cluster_without_a_free_cpu_is_told_of(world, local_ray, caplog, monke
     assert caplog.text.count("no worker has started after 0.5 s; each waits for a free CPU") == 1
 
 
+def test_a_run_gives_a_sign_of_life_before_it_reads_what_is_done(world, monkeypatch):
+    """That takes minutes where many shards are done, and the lock alone is old by then."""
+    seen, finished = [], RunFolder.finished
+
+    def watch(folder, fingerprints):
+        seen.extend(
+            name for name in world.names("*.json") if name in ("lock.json", "progress.json")
+        )
+        return finished(folder, fingerprints)
+
+    monkeypatch.setattr(RunFolder, "finished", watch)
+    assert world.run().status == 0 and seen == ["lock.json", "progress.json"]
+
+
+def test_a_listing_of_an_older_state_is_not_believed(world, monkeypatch):
+    list_names = RunFolder.list_names
+    monkeypatch.setattr(
+        RunFolder, "list_names", lambda f: [n for n in list_names(f) if n != "00004.stats.json"]
+    )
+    assert world.run().status == 0
+
+
 def test_shards_that_are_not_to_be_seen_are_an_error(world, monkeypatch):
     """As when workers on other machines write to disks of their own."""
     write = RunFolder.write

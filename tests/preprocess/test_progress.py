@@ -23,8 +23,8 @@ def quick(monkeypatch):
 
 def run_until(folder, condition):
     """Ten shards: two done before, one failed before; three are made and one fails."""
-    with ProgressBar(RunFolder(str(folder)), 10, unit="photo", failed=1) as bar:
-        bar.skip(2)
+    with ProgressBar(RunFolder(str(folder)), 10, unit="photo") as bar:
+        bar.skip(2, failed=1)
         bar.add(0)
         for failed in (False, False, True, False):
             bar.add(50)
