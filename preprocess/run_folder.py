@@ -22,7 +22,7 @@ from typing import Any
 
 import fsspec
 
-from mas.shards import ShardError, local_path, remove_temporary, write_file
+from mas.shards import ShardError, local_path, write_file
 
 RUN, PROGRESS, SUMMARY, LOCK = "run.json", "progress.json", "summary.json", "lock.json"
 HISTOGRAM = "classes.png"
@@ -83,12 +83,11 @@ class RunFolder:
         write_file(self.file(name), (text + "\n").encode("utf-8", "backslashreplace"))
 
     def remove(self, *names: str) -> None:
+        """Removes files that may be there; half-written ones under other names are for `sweep`."""
         filesystem, inner = fsspec.core.url_to_fs(self.path)
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 filesystem.rm_file(f"{inner}/{name}")
-        for name in names:
-            remove_temporary(self.file(name))
 
     @contextlib.contextmanager
     def prepared(self, command: str, settings: Mapping[str, Any], *, shards: int) -> Iterator[None]:

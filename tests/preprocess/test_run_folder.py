@@ -121,3 +121,18 @@ def test_a_run_that_fails_lets_go_of_its_lock_and_of_no_other(tmp_path):
     with folder.prepared("count", {}, shards=1):
         hold(tmp_path / "out")
     assert (tmp_path / "out" / "lock.json").exists()
+
+
+def test_taking_marks_away_does_not_list_the_folder(tmp_path, monkeypatch):
+    """Which is done several times a shard, and takes as long as there are shards."""
+    folder = RunFolder(str(tmp_path))
+    folder.write("00000.running.json", {})
+
+    def refuse(*_, **__):
+        raise AssertionError("the folder was listed")
+
+    with monkeypatch.context() as patch:
+        for name in ("os.scandir", "os.listdir", "glob.glob"):
+            patch.setattr(name, refuse)
+        folder.remove("00000.running.json", "00000.error.json")
+    assert not list(tmp_path.iterdir())
