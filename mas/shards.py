@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from types import TracebackType
 from typing import IO
+from unicodedata import category
 
 import numpy as np
 
@@ -33,7 +34,9 @@ from mas.token_shards import MANIFEST, TOKEN_FORMAT, TokenShards, write_token_sh
 
 __all__ = [
     "MANIFEST",
+    "MAX_MEMBER_BYTES",
     "TOKEN_FORMAT",
+    "UNSAFE",
     "OnReject",
     "Sample",
     "ShardError",
@@ -41,6 +44,8 @@ __all__ = [
     "ShardWriter",
     "TokenShards",
     "expand_shards",
+    "in_utf8",
+    "is_safe_name",
     "local_path",
     "read_captions",
     "read_shard",
@@ -52,6 +57,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MAX_MEMBER_BYTES = 256 * 2**20  # no photo or annotation is larger; protects the memory
+UNSAFE = "names must be relative, not hidden, and plain UTF-8 text"  # what `unsafe_name` says
 _BLOCK = 512  # tar works in blocks of this many bytes
 _MAX_PADDING = 2 * tarfile.RECORDSIZE  # bytes behind the last member, end marker included
 
@@ -121,6 +127,26 @@ def read_captions(sample: Sample) -> list[str]:
     return [caption] if caption else []
 
 
+def is_safe_name(name: str) -> bool:
+    """Whether a member may be called so: relative, not hidden, in characters that can be seen.
+
+    Spaces of every width may be in it; systems put them into names of their own accord.
+    """
+    path = PurePosixPath(name)
+    return not (
+        path.name[:1] in ("", ".")
+        or path.is_absolute()
+        or ".." in path.parts
+        or "\\" in name
+        or not all(letter.isprintable() or category(letter) == "Zs" for letter in name)
+    )
+
+
+def in_utf8(name: str) -> str:
+    """A file's name with an escape for each byte that is no UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _scan(file: IO[bytes], path: str, on_reject: OnReject) -> dict[str, _Entry]:
     """Reads all headers of the tar at `file` and groups its members by key."""
     entries: dict[str, _Entry] = {}
@@ -161,25 +187,17 @@ def _scan(file: IO[bytes], path: str, on_reject: OnReject) -> dict[str, _Entry]:
 def _add_member(entries: dict[str, _Entry], member: tarfile.TarInfo, on_reject: OnReject) -> None:
     if member.isdir():
         return
+    if not is_safe_name(member.name):
+        on_reject(in_utf8(member.name), "unsafe_name", UNSAFE)
+        return
     name = PurePosixPath(member.name)
     stem, _, extension = name.name.partition(".")
-    printable = member.name.encode("utf-8", "backslashreplace").decode("utf-8")
-    if (
-        not stem
-        or name.is_absolute()
-        or ".." in name.parts
-        or "\\" in member.name
-        or printable != member.name
-        or not member.name.isprintable()
-    ):
-        on_reject(printable, "unsafe_name", "member names must be relative, plain UTF-8 text")
-        return
     key = str(name.with_name(stem))
     if not member.isreg() or member.issparse():
-        on_reject(key, "not_a_file", f"{printable} is a link, a device or sparse")
+        on_reject(key, "not_a_file", f"{name} is a link, a device or sparse")
         return
     if member.size > MAX_MEMBER_BYTES:
-        on_reject(key, "member_too_large", f"{printable} has {member.size} bytes")
+        on_reject(key, "member_too_large", f"{name} has {member.size} bytes")
         return
     entry = entries.setdefault(key, _Entry())
     if extension.lower() in entry.spans:

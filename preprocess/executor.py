@@ -16,7 +16,7 @@ import resource
 import socket
 import time
 import traceback
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -24,6 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import ERROR, RUNNING, STATS, RunFolder, settings_hash
+from preprocess.termination import terminated_in_order
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Outcome:
     name: str
     stats: dict[str, Any] | None = None
     error: str = ""
+    host: str = ""  # where it failed, unless the data were the cause
     fatal: bool = False  # the other jobs would fail as well: full disk, missing weights
 
 
@@ -90,23 +92,51 @@ class Summary:
         return 1 if self.failed else 0
 
 
+class StartError(Exception):
+    """A worker that cannot be made again; the message names the machine and the reason."""
+
+
 class Runner:
-    """Takes jobs one by one: marks them as running, tries, writes the evidence. One a process."""
+    """Takes jobs one by one: marks them as running, tries, writes the evidence. One a process.
+
+    A worker that has met an error which is not the data's is not used again: what its process has
+    lost, a GPU or a mount, it would lack for every shard to come.
+    """
 
     def __init__(
-        self, factory: Callable[[], Worker], folder: RunFolder, common: Mapping[str, Any]
+        self,
+        factory: Callable[[], Worker],
+        folder: RunFolder,
+        common: Mapping[str, Any],
+        *,
+        leave: Callable[[], Any] | None = None,
     ) -> None:
-        self.worker = factory()
+        """Makes the worker.
+
+        Args:
+            factory: makes it, once more after each such error.
+            folder: of the evidence.
+            common: goes into every stats.json.
+            leave: ends this process, after which the next attempt is another one's; None = all
+                attempts are made here.
+        """
+        self.factory = factory
+        self.worker: Worker | None = factory()
         self.folder = folder
-        self.common = common  # goes into every stats.json
+        self.common = common
+        self.leave = leave
 
     def run(self, job: Job, report: Report) -> Outcome:
         """Never raises for what one shard may be the cause of."""
+        if self.worker is None and self.leave:
+            self.leave()
         report(0)
         if not job.again and (stats := self.folder.read(job.name + STATS)):
             return Outcome(job.name, stats=stats)  # made, but the word of it was lost on its way
         try:
             return self._try(job, report)
+        except StartError as error:
+            return Outcome(job.name, error=str(error), fatal=True)
         except OSError as error:  # not even the evidence can be written
             text = f"{self.folder.path} on {socket.gethostname()}: {error.strerror or error}"
             with contextlib.suppress(OSError):
@@ -118,13 +148,17 @@ class Runner:
 
         Raises:
             OSError: nothing can be written to the output.
+            StartError: the worker cannot be made again.
         """
-        mark = job.name + RUNNING
-        earlier = (self.folder.read(mark) or {}).get("attempt", 0)  # cut short by a killed worker
-        text, trace = f"killed its worker {earlier} times", ""
-        for attempt in range(earlier + 1, ATTEMPTS + 1):
+        name = job.name + RUNNING
+        mark = self.folder.read(name) or {"attempt": 0}  # of an attempt in another process
+        errors: list[dict[str, Any]] = mark.get("errors", [])
+        text, trace = f"killed its worker {mark['attempt'] - len(errors)} times", ""
+        for attempt in range(mark["attempt"] + 1, ATTEMPTS + 1):
+            self._renew_worker()
             try:
-                self.folder.write(mark, _whereabouts(attempt))
+                mark = {"attempt": attempt, **_whereabouts(), "errors": errors}
+                self.folder.write(name, mark)
                 return self._make(job, report)
             except Exception as error:  # one bad shard must not end the run
                 plain = isinstance(error, (ValueError, OSError))
@@ -132,14 +166,33 @@ class Runner:
                 if isinstance(error, OSError) and error.errno in OUTPUT_FULL:
                     raise
                 if isinstance(error, ValueError):  # the data; another attempt would see the same
-                    break
-                if attempt < ATTEMPTS:
-                    time.sleep(WAIT_SECONDS[attempt - 1])
-        self.folder.write(job.name + ERROR, {"error": text, "traceback": trace})
-        self.folder.remove(mark)
-        return Outcome(job.name, error=text)
+                    return self._set_aside(job, text, {**mark, "traceback": trace}, host="")
+                errors.append({"host": mark["host"], "pid": mark["pid"], "error": text})
+                self.worker = None
+            if attempt < ATTEMPTS:
+                self._wait_for(attempt, name, mark)
+        return self._set_aside(job, text, {**mark, "traceback": trace}, host=mark["host"])
+
+    def _renew_worker(self) -> None:
+        try:
+            self.worker = self.worker or self.factory()
+        except Exception as error:  # what the worker has lost, no shard is the cause of
+            raise StartError(f"{socket.gethostname()}: {error}") from error
+
+    def _wait_for(self, attempt: int, name: str, mark: Mapping[str, Any]) -> None:
+        """Until the attempt after this one may be made, by another process where there is one."""
+        time.sleep(WAIT_SECONDS[attempt - 1])
+        if self.leave:
+            self.folder.write(name, mark)
+            self.leave()
+
+    def _set_aside(self, job: Job, text: str, evidence: dict[str, Any], *, host: str) -> Outcome:
+        self.folder.write(job.name + ERROR, {"error": text, **evidence})
+        self.folder.remove(job.name + RUNNING)
+        return Outcome(job.name, error=text, host=host)
 
     def _make(self, job: Job, report: Report) -> Outcome:
+        assert self.worker is not None
         start = time.time()
         stats = {
             **self.worker(job, report),
@@ -155,10 +208,13 @@ class Runner:
         return Outcome(job.name, stats=stats)
 
 
-def _whereabouts(attempt: int) -> dict[str, Any]:
-    """Who is at a shard, for `mas preprocess-status` and for the next attempt."""
-    host, pid = socket.gethostname(), os.getpid()
-    return {"attempt": attempt, "host": host, "pid": pid, "started": round(time.time(), 3)}
+def _whereabouts() -> dict[str, Any]:
+    """Who is at a shard, for `mas preprocess-status` and for the record of a failure."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": round(time.time(), 3),
+    }
 
 
 def execute(
@@ -187,33 +243,59 @@ def execute(
     Raises:
         FolderError: the folder holds something else or was made with other settings.
         ShardError: a finished shard was made from another input.
-        OSError: the output cannot be written to, or is full.
+        OSError: the output cannot be written to, is full, or is not the one that the workers see.
     """
     folder = RunFolder(output)
-    folder.prepare(command, settings, shards=len(jobs))
-    folder.sweep()
-    summary = Summary(len(jobs))
-    pending = _find_pending(jobs, folder, summary, config, passing)
-    common = {"settings": settings_hash(settings), "python": platform.python_version()}
-    with (
-        ProgressBar(folder, len(jobs), unit=unit, failed=len(summary.failed)) as bar,
-        contextlib.closing(_outcomes(pending, factory, folder, common, config, bar)) as outcomes,
-        logging_redirect_tqdm(),
-    ):
-        bar.skip(summary.skipped)
-        for outcome in outcomes:
-            if outcome.fatal:
-                raise OSError(f"{outcome.error}; finished shards are kept: mend it and run again")
-            if outcome.error:
-                summary.failed[outcome.name] = outcome.error
-                logger.error("shard %s failed: %s", outcome.name, outcome.error)
-            else:
-                summary.done += 1
-                _warn_of_rejects(outcome)
-            bar.shard_done(failed=bool(outcome.error))
-        summary.seconds, summary.seen = bar.seconds, bar.items
-    folder.sweep()  # what workers left behind that were killed for good
+    with folder.prepared(command, settings, shards=len(jobs)), terminated_in_order():
+        folder.sweep()
+        summary = Summary(len(jobs))
+        common = {"settings": settings_hash(settings), "python": platform.python_version()}
+        try:
+            with ProgressBar(folder, len(jobs), unit=unit) as bar, logging_redirect_tqdm():
+                pending = _find_pending(jobs, folder, summary, config, passing)
+                bar.skip(summary.skipped, failed=len(summary.failed))
+                with contextlib.closing(
+                    _outcomes(pending, factory, folder, common, config, bar)
+                ) as outcomes:
+                    made = _take_in(outcomes, summary, bar)
+        finally:
+            with contextlib.suppress(OSError):  # the output may be what broke
+                folder.sweep()  # what workers left behind that were killed for good, or stopped
+    _check_visible(made, folder)
     return summary
+
+
+def _take_in(outcomes: Iterable[Outcome], summary: Summary, bar: ProgressBar) -> list[str]:
+    """Counts and shows outcomes as they come; returns the names of the shards that were made."""
+    made = []
+    for outcome in outcomes:
+        if outcome.fatal:
+            raise OSError(f"{outcome.error}; finished shards are kept: mend it and run again")
+        if outcome.error:
+            summary.failed[outcome.name] = outcome.error
+            where = f" (on {outcome.host})" if outcome.host else ""
+            logger.error("shard %s failed: %s%s", outcome.name, outcome.error, where)
+        else:
+            summary.done += 1
+            made.append(outcome.name)
+            _warn_of_rejects(outcome)
+        bar.shard_done(failed=bool(outcome.error))
+    summary.seconds, summary.seen = bar.seconds, bar.items
+    return made
+
+
+def _check_visible(made: Sequence[str], folder: RunFolder) -> None:
+    """Workers on other machines may have written to disks of their own."""
+    present = set(folder.list_names())
+    missing = [name for name in made if name + STATS not in present]
+    found = folder.read_all([name + STATS for name in missing])  # NFS may list an older state
+    missing = [name for name, stats in zip(missing, found, strict=True) if stats is None]
+    if missing:
+        raise OSError(
+            f"{folder.path}: {len(missing)} of {len(made)} shards that were made are not to be "
+            f"seen on {socket.gethostname()}, the first is {missing[0]}; is the output on a disk "
+            "that every node sees?"
+        )
 
 
 def _warn_of_rejects(outcome: Outcome) -> None:

@@ -7,23 +7,40 @@ COCO are cut into jobs by sorted key, so the same input always gives the same jo
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+import stat
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from mas.shards import OnReject, Sample, ShardError, expand_shards, local_path, read_shard
+from mas.shards import (
+    MAX_MEMBER_BYTES,
+    UNSAFE,
+    OnReject,
+    Sample,
+    ShardError,
+    expand_shards,
+    in_utf8,
+    is_safe_name,
+    local_path,
+    read_shard,
+)
 from preprocess.executor import Job
 from preprocess.photo import EXTENSIONS
+from preprocess.rejects import Reject, RejectError
 
 # What may lie beside a photo in a folder, as `stem.ending`; the longer endings first.
 COMPANIONS = ("panoptic.png", "segments.json", "human.png", "landmarks.json", "json", "txt")
+# Errors that are one file's; all others may be those of the disk, and fail the shard.
+OF_ONE_FILE = {errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,7 @@ class TarSource:
 
 
 Entry = tuple[str, dict[str, str], dict[str, bytes]]  # key; ending -> path; ending -> content
+Refusal = tuple[str, str, str]  # key, reason, detail
 Sizes = dict[str, int]  # bytes of the files, by path
 
 
@@ -46,17 +64,35 @@ class FilesSource:
 
     name: str  # folder or URL
     entries: tuple[Entry, ...]
+    refused: tuple[Refusal, ...] = ()  # what lay among them and is no sample
 
     def read(self, *, on_reject: OnReject) -> Iterator[Sample]:
+        """The samples in order; told are those that cannot be read, and what lay among them.
+
+        Raises:
+            OSError: trouble that is not one file's alone.
+        """
         for key, paths, contents in self.entries:
-            files = dict(contents)
             try:
-                for ending, path in paths.items():
-                    files[ending] = _read(path)
-            except FileNotFoundError as error:
-                on_reject(key, "no_photo", f"{error.filename or path} is not there")
+                files = {ending: _read_member(path) for ending, path in paths.items()}
+            except RejectError as error:
+                on_reject(key, error.reason.value, error.detail)
                 continue
-            yield Sample(key, files)
+            yield Sample(key, {**contents, **files})
+        for refusal in self.refused:
+            on_reject(*refusal)
+
+
+@dataclass
+class _Listing:
+    """Loose files sorted into samples, in the order of the shards to be made of them."""
+
+    entries: list[Entry] = field(default_factory=list)
+    refused: list[tuple[int, Refusal]] = field(default_factory=list)  # behind so many entries
+    sizes: Sizes = field(default_factory=dict)
+
+    def refuse(self, key: str, reason: Reject, detail: str) -> None:
+        self.refused.append((len(self.entries), (key, reason.value, detail)))
 
 
 def find_jobs(input: str, *, captions: str = "", samples_per_shard: int = 1000) -> list[Job]:
@@ -75,19 +111,19 @@ def find_jobs(input: str, *, captions: str = "", samples_per_shard: int = 1000) 
         raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
     filesystem, inner = fsspec.core.url_to_fs(input)
     if captions:
-        return _cut(input, _coco_entries(input, captions), {}, samples_per_shard)
+        return _cut(input, _list_coco(input, captions), samples_per_shard)
     if filesystem.isdir(inner):
         shards = any(name.endswith(".tar") for name in filesystem.ls(inner, detail=False))
         if not shards:
-            return _cut(input, *_folder_entries(input), samples_per_shard)
+            return _cut(input, _list_folder(input), samples_per_shard)
     _list_once(filesystem, inner)
     jobs = []
     for path in expand_shards(input):
         size = fsspec.core.url_to_fs(path)[0].size(path)
         name = PurePosixPath(path).name.removesuffix(".tar")
         jobs.append(Job(name, TarSource(path), fingerprint=f"{size} bytes"))
-    names = [job.name for job in jobs]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    counts = Counter(job.name for job in jobs)
+    twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
         raise ShardError(f"{input}: several shards are called {twice[0]}.tar; run them one by one")
     return jobs
@@ -104,62 +140,115 @@ def _list_once(filesystem: Any, pattern: str) -> None:
             filesystem.ls(folder)
 
 
-def _cut(name: str, entries: Sequence[Entry], sizes: Sizes, samples_per_shard: int) -> list[Job]:
+def _cut(name: str, listing: _Listing, samples_per_shard: int) -> list[Job]:
+    """Shards of so many samples; what was refused goes to the shard it would have been in.
+
+    A shard's fingerprint tells its samples only: they alone decide what is written.
+    """
+    entries, sizes = listing.entries, listing.sizes
+    starts = range(0, len(entries), samples_per_shard)
+    refused: list[list[Refusal]] = [[] for _ in starts]
+    for place, refusal in listing.refused:
+        refused[min(place // samples_per_shard, len(refused) - 1)].append(refusal)
     jobs: list[Job] = []
-    for start in range(0, len(entries), samples_per_shard):
+    for start in starts:
         part = tuple(entries[start : start + samples_per_shard])
         told = [
             (key, [(ending, sizes.get(path)) for ending, path in paths.items()], contents)
             for key, paths, contents in part
         ]
         digest = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
-        jobs.append(Job(f"{len(jobs):05d}", FilesSource(name, part), fingerprint=f"files {digest}"))
+        source = FilesSource(name, part, tuple(refused[len(jobs)]))
+        jobs.append(Job(f"{len(jobs):05d}", source, fingerprint=f"files {digest}"))
     return jobs
 
 
-def _folder_entries(folder: str) -> tuple[list[Entry], Sizes]:
-    """Every image below `folder` with its companions; the key is its path without the ending."""
+def _list_folder(folder: str) -> _Listing:
+    """Every image below `folder` with its companions; the key is its path without the ending.
+
+    Files that are neither are passed over, unless they bear the name of a companion without image.
+    """
     filesystem, inner = fsspec.core.url_to_fs(folder)
     root = inner.rstrip("/") + "/"
-    found: dict[str, dict[str, str]] = defaultdict(dict)
-    images: set[str] = set()
-    sizes: Sizes = {}
+    listing = _Listing()
+    groups: dict[str, dict[str, list[str]]] = defaultdict(dict)  # stem -> ending -> names
+    urls: dict[str, str] = {}
     for path, details in sorted(filesystem.find(inner, detail=True).items()):
-        relative = path.removeprefix(root)
-        companion = next((c for c in COMPANIONS if relative.lower().endswith(f".{c}")), None)
-        ending = companion or PurePosixPath(relative).suffix[1:].lower()
-        stem = relative[: -len(ending) - 1]
-        if companion or ending in EXTENSIONS:
-            url = _url(filesystem, path, folder)
-            found[stem].setdefault(ending, url)
-            sizes[url] = details["size"]
-        if not companion and ending in EXTENSIONS:
-            images.add(stem)
-    if not images:
+        name = path.removeprefix(root)
+        stem, ending = _split(name)
+        groups[stem].setdefault(ending, []).append(name)
+        if ending in (*COMPANIONS, *EXTENSIONS):
+            urls[name] = _url(filesystem, path, folder)
+            listing.sizes[urls[name]] = details["size"]
+    kept: dict[str, str] = {}  # key -> name of the photo
+    for stem, group in sorted(groups.items()):
+        _add_group(listing, stem, group, urls, kept)
+    if not kept:
         raise ShardError(f"{folder}: holds neither .tar shards nor {', '.join(EXTENSIONS)} images")
-    entries: dict[str, dict[str, str]] = {}
-    for stem in sorted(images):
-        key = _key(stem)
-        if key in entries:
-            raise ShardError(f"{folder}: {stem} and another image would share the key {key}")
-        entries[key] = found[stem]
-    return [(key, paths, {}) for key, paths in entries.items()], sizes
+    return listing
 
 
-def _coco_entries(folder: str, captions: str) -> list[Entry]:
+def _add_group(
+    listing: _Listing,
+    stem: str,
+    group: dict[str, list[str]],
+    urls: dict[str, str],
+    kept: dict[str, str],
+) -> None:
+    """Files of one stem: a sample, and what is too much or too little for one."""
+    names = [name for ending in group for name in group[ending] if name in urls]
+    if not names:
+        return
+    if not is_safe_name(names[0]):
+        listing.refuse(in_utf8(names[0]), Reject.UNSAFE_NAME, UNSAFE)
+        return
+    key = _key(stem)
+    photos = sorted(name for ending in EXTENSIONS for name in group.get(ending, ()))
+    if not photos:
+        endings = ", ".join(filter(None, group))
+        listing.refuse(key, Reject.NO_PHOTO, f"no {', '.join(EXTENSIONS)} beside .{endings}")
+        return
+    used: dict[str, str] = {}
+    first = kept.setdefault(key, photos[0])
+    if first == photos[0]:
+        used = {e: n[0] for e, n in group.items() if e in COMPANIONS or n[0] == first}
+    for name in names:
+        if name not in used.values():
+            taken = used.get(_split(name)[1], first)
+            listing.refuse(key, Reject.DUPLICATE_KEY, f"{name}: {taken} was kept")
+    if used:
+        listing.entries.append((key, {e: urls[name] for e, name in used.items()}, {}))
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Stem and ending of a file: that of a companion, or what follows the last dot."""
+    companion = next((c for c in COMPANIONS if name.lower().endswith(f".{c}")), None)
+    ending = companion or PurePosixPath(name).suffix[1:].lower()
+    return (name[: -len(ending) - 1], ending) if ending else (name, "")
+
+
+def _list_coco(folder: str, captions: str) -> _Listing:
     """Every image of COCO's captions JSON; its fields and all its captions become KEY.json."""
+    listing = _Listing()
     try:
         content = json.loads(_read(captions))
         sentences: dict[int, list[str]] = defaultdict(list)
         for annotation in sorted(content["annotations"], key=lambda a: a["id"]):
             sentences[annotation["image_id"]].append(annotation["caption"].strip())
-        entries = {}
+        entries: dict[str, Entry] = {}
         for image in content["images"]:
-            key = _key(str(PurePosixPath(image["file_name"]).with_suffix("")))
-            ending = PurePosixPath(image["file_name"]).suffix[1:].lower()
+            name = image["file_name"]
+            if not is_safe_name(name):
+                listing.refuse(in_utf8(name), Reject.UNSAFE_NAME, UNSAFE)
+                continue
+            key = _key(str(PurePosixPath(name).with_suffix("")))
             fields = {**image, "image_id": image["id"], "captions": sentences[image["id"]]}
-            path = f"{folder.rstrip('/')}/{image['file_name']}"
-            entries[key] = (key, {ending: path}, {"json": json.dumps(fields).encode()})
+            if key in entries:
+                (first,) = entries[key][1].values()
+                listing.refuse(key, Reject.DUPLICATE_KEY, f"{name}: {first} was kept")
+                continue
+            paths = {PurePosixPath(name).suffix[1:].lower(): f"{absolute(folder)}/{name}"}
+            entries[key] = (key, paths, {"json": json.dumps(fields).encode()})
     except FileNotFoundError:
         raise ShardError(f"{captions}: no such file") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -167,7 +256,15 @@ def _coco_entries(folder: str, captions: str) -> list[Entry]:
     filesystem, inner = fsspec.core.url_to_fs(folder)
     if not filesystem.isdir(inner):
         raise ShardError(f"{folder}: no such folder")
-    return [entries[key] for key in sorted(entries)]
+    if not entries:
+        raise ShardError(f"{captions}: names no image that could be used")
+    listing.entries = [entries[key] for key in sorted(entries)]
+    return listing
+
+
+def absolute(path: str) -> str:
+    """The same place for processes that work in another folder; URLs and "" stay as they are."""
+    return (local_path(path) if path else None) or path.rstrip("/")
 
 
 def _key(stem: str) -> str:
@@ -181,5 +278,33 @@ def _url(filesystem: Any, path: str, like: str) -> str:
 
 
 def _read(path: str) -> bytes:
-    with fsspec.open(path, "rb") if local_path(path) is None else open(path, "rb") as file:
+    with _open(path) as file:
         return file.read()
+
+
+def _read_member(path: str) -> bytes:
+    """Content of one file of a sample.
+
+    Raises:
+        RejectError: it is missing, no file, too large, or cannot be read for its own sake.
+        OSError: the disk or the store cannot be read; a store that refuses everything, as it does
+            when a key has run out, is among these.
+    """
+    try:
+        if local_path(path) is not None and not stat.S_ISREG(os.stat(path).st_mode):
+            raise RejectError(Reject.NOT_A_FILE, f"{path} is a folder, a pipe or a device")
+        with _open(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size > MAX_MEMBER_BYTES:
+                raise RejectError(Reject.MEMBER_TOO_LARGE, f"{path} has {size} bytes")
+            file.seek(0)
+            return file.read()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno in OF_ONE_FILE:
+            reason = error.strerror or "no such file"
+            raise RejectError(Reject.NO_PHOTO, f"{path}: {reason}") from error
+        raise
+
+
+def _open(path: str) -> Any:
+    return fsspec.open(path, "rb") if local_path(path) is None else open(path, "rb")

@@ -6,8 +6,12 @@ later the square JPEG. The square of any other map of the same photo is cut by t
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
 import re
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,11 +70,30 @@ class Decoded(NamedTuple):
     original: tuple[int, int]  # width and height before the reduction, upright
 
 
+@contextlib.contextmanager
+def pillow_rules(config: PhotoConfig) -> Iterator[None]:
+    """Within the block bombs are errors, and it is `max_megapixels` that says what is one.
+
+    Pillow by itself knows one limit of 89 megapixels. That and Python's warnings are the whole
+    process's, so the block goes around all threads that decode, not into each.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None:
+        Image.MAX_IMAGE_PIXELS = max(limit, math.ceil(config.max_megapixels * 1e6))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # of EXIF that cannot be read
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def decode(content: bytes, config: PhotoConfig) -> Decoded:
     """Decodes one photo: first frame, upright by EXIF, RGB, alpha over white.
 
     Large photos come back reduced by a whole factor, with a short side of at least
-    `config.reduced_side`. Callers turn Pillow's DecompressionBombWarning into an error.
+    `config.reduced_side`. Callers are within `pillow_rules`.
 
     Raises:
         RejectError: unknown format, too large, too small, too elongated, broken.

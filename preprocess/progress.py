@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,27 +16,35 @@ from tqdm import tqdm
 
 from preprocess.run_folder import PROGRESS, RunFolder
 
+logger = logging.getLogger(__name__)
+
 HEARTBEAT_SECONDS = 5.0
 SHOW_SECONDS = 0.5
+LINE_SECONDS = 30.0  # between two lines where no terminal shows a bar
 SETTLED_SECONDS = 2.0  # before that a rate means nothing
 
 
 class ProgressBar:
-    """Shards done and failed, items a second, time left; on stderr.
+    """Shards done and failed, items a second, time left; on stderr, in a file as lines.
 
     A thread shows it and writes the heartbeat, for a single shard may take an hour.
     """
 
-    def __init__(self, folder: RunFolder, shards: int, *, unit: str, failed: int = 0) -> None:
+    def __init__(self, folder: RunFolder, shards: int, *, unit: str) -> None:
         self.folder = folder
+        self.shards = shards
         self.unit = unit
         self.items = 0
-        self.failed = failed
+        self.failed = 0
         self.made = 0  # shards of this run
+        self.skipped = 0  # shards of earlier runs
         self.pull: Callable[[], int | None] = lambda: None  # what workers elsewhere have seen
         self._start = 0.0  # of the first shard; workers need time to come up
         self._beat = 0.0
-        self._bar = tqdm(total=shards, initial=failed, unit="shard", dynamic_ncols=True)
+        self._bar: tqdm | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=shards, unit="shard", dynamic_ncols=True)
+        self._told = time.time()  # when the last line was written
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
 
@@ -51,15 +61,19 @@ class ProgressBar:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self._show()
-        self._bar.close()
+        if self._bar is not None:
+            self._paint(self._bar)
+            self._bar.close()
         with contextlib.suppress(OSError):  # the output may be what broke
             self.folder.remove(PROGRESS)
 
-    def skip(self, shards: int) -> None:
-        """Shards that were done before; they do not count for the time left."""
-        self._bar.initial += shards
-        self._bar.n += shards
+    def skip(self, shards: int, *, failed: int) -> None:
+        """Shards that were done or failed before; they do not count for the time left."""
+        self.skipped += shards
+        self.failed += failed
+        if self._bar is not None:
+            self._bar.initial += shards + failed
+            self._bar.n += shards + failed
 
     def add(self, items: int | None) -> None:
         """Items that workers have seen since the last call; 0 when one begins, None = no word."""
@@ -75,20 +89,35 @@ class ProgressBar:
     def shard_done(self, *, failed: bool) -> None:
         self.failed += failed
         self.made += not failed
-        self._bar.update(1)
+        if self._bar is not None:
+            self._bar.update(1)
 
     def _loop(self) -> None:
         while not self._stop.wait(SHOW_SECONDS):
             self.add(self.pull())
-            self._show()
+            if self._bar is not None:
+                self._paint(self._bar)
+            elif time.time() - self._told > LINE_SECONDS:
+                self._told = time.time()
+                logger.info(self.describe())
             if time.time() - self._beat > HEARTBEAT_SECONDS:
                 self._beat_now()
 
-    def _show(self) -> None:
+    def describe(self) -> str:
+        """One line: how far the run is."""
+        line = f"{self.skipped + self.made} of {self.shards} shards done, {self.failed} failed"
+        if self.seconds > SETTLED_SECONDS:
+            line += f", {self.items / self.seconds:.1f} {self.unit}s/s"
+        if self.made:
+            left = self.shards - self.skipped - self.made - self.failed
+            line += f", {tqdm.format_interval(self.seconds / self.made * left)} left"
+        return line
+
+    def _paint(self, bar: tqdm) -> None:
         settled = self.seconds > SETTLED_SECONDS
         rate = f"{self.items / self.seconds:.1f} {self.unit}s/s, " if settled else ""
-        self._bar.set_postfix_str(f"{rate}{self.failed} failed", refresh=False)
-        self._bar.refresh()
+        bar.set_postfix_str(f"{rate}{self.failed} failed", refresh=False)
+        bar.refresh()
 
     def _beat_now(self) -> None:
         self._beat = time.time()

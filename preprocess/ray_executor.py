@@ -2,15 +2,21 @@
 
 Each actor holds one worker and writes its shards itself; only outcomes come back. An actor that is
 killed is started again by Ray and its shard with it; what was half written has a temporary name.
+One that has met an error which is not the data's leaves, so that a fresh process makes the next
+attempt.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import socket
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +24,13 @@ import numpy as np
 from preprocess.executor import ExecutorConfig, Job, Outcome, Runner, Worker
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import RunFolder
+from preprocess.termination import catch_sigterm
+from preprocess.weights import FOLDER_VARIABLE
 
 logger = logging.getLogger(__name__)
 
 REACH_SECONDS = 10.0
+START_SECONDS = 30.0  # without a worker; then a line says so
 OBJECT_STORE_BYTES = 100 * 2**20  # jobs and outcomes are small
 
 
@@ -30,12 +39,41 @@ class _Counter:
 
     def __init__(self) -> None:
         self.items: int | None = None  # None = no word since the last `take`
+        self.started = False  # a worker's process has come up
+
+    def start(self) -> None:
+        self.started = True
 
     def add(self, items: int) -> None:
         self.items = (self.items or 0) + items
 
-    def take(self) -> int | None:
+    def take(self) -> tuple[int | None, bool]:
         items, self.items = self.items, None
+        return items, self.started
+
+
+class _Watch:
+    """Asks a counter for the progress bar, and warns once when no worker comes up."""
+
+    def __init__(self, counter: Any, config: ExecutorConfig) -> None:
+        self.counter = counter
+        self.config = config
+        self.deadline = time.monotonic() + START_SECONDS
+
+    def pull(self) -> int | None:
+        import ray
+
+        try:
+            items, started = ray.get(self.counter.take.remote())
+        except ray.exceptions.RayError:  # its process was killed: only the rate suffers
+            return None
+        if not started and time.monotonic() > self.deadline:
+            self.deadline = math.inf
+            logger.warning(
+                "no worker has started after %g s; each waits for a free CPU and %g GPUs",
+                START_SECONDS,
+                self.config.gpus_per_worker,
+            )
         return items
 
 
@@ -53,9 +91,10 @@ class _RayRunner:
         common: Mapping[str, Any],
         counter: Any,
     ) -> None:
-        self.make_runner = lambda: Runner(factory, folder, common)
+        self.make_runner = lambda: Runner(factory, folder, common, leave=_leave)
         self.runner: Runner | None = None
         self.counter = counter
+        counter.start.remote()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
         (content,) = batch["job"]
@@ -67,6 +106,14 @@ class _RayRunner:
         else:
             outcome = self.runner.run(job, self.counter.add.remote)
         return {"outcome": [pickle.dumps(outcome)]}
+
+
+def _leave() -> None:
+    """Ends the actor's process; Ray starts another one, perhaps elsewhere, with the same shard.
+
+    It would take any gentler end for one that was meant.
+    """
+    os._exit(1)
 
 
 def run_on_ray(
@@ -85,9 +132,10 @@ def run_on_ray(
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its handlers may be anybody's
     started = not ray.is_initialized()
-    if started:
-        _start(config)
     try:
+        if started:
+            _start(config)
+            catch_sigterm()
         context = ray.data.DataContext.get_current()
         context.execution_options = ray.data.ExecutionOptions(preserve_order=False)
         context.enable_progress_bars = False
@@ -103,22 +151,27 @@ def run_on_ray(
             num_cpus=1,
             num_gpus=config.gpus_per_worker or None,
             fn_constructor_args=(factory, folder, common, counter),
+            **_handed_on(config),
         )
 
-        def pull() -> int | None:
-            try:
-                return ray.get(counter.take.remote())
-            except ray.exceptions.RayError:  # its process was killed: only the rate suffers
-                return None
-
-        bar.pull = pull
+        watch = _Watch(counter, config)
+        bar.pull = watch.pull
         for row in outcomes.iter_rows():
             yield pickle.loads(row["outcome"])
-        bar.add(pull())
+        bar.add(watch.pull())
     finally:
         bar.pull = lambda: None
         if started:
             ray.shutdown()
+
+
+def _handed_on(config: ExecutorConfig) -> dict[str, Any]:
+    """What workers of a cluster, started by others, take over from the driver's environment."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if not config.address or not folder:
+        return {}
+    path = os.path.abspath(os.path.expanduser(folder))
+    return {"runtime_env": {"env_vars": {FOLDER_VARIABLE: path}}}
 
 
 def _count_workers(config: ExecutorConfig, resources: Mapping[str, float]) -> int:
@@ -160,13 +213,16 @@ def _start(config: ExecutorConfig) -> None:
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if config.address:
-        _check_reachable(config.address)
+    if config.address not in (None, "local"):
+        address = _find_cluster(config.address)
         try:
-            ray.init(address=config.address, **quiet)
+            ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise OSError(f"cannot join the Ray cluster {config.address}: {reason}") from error
+            raise OSError(f"cannot join the Ray cluster {address}: {reason}") from error
+        resources = ray.cluster_resources()
+        sums = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+        logger.info("joined the Ray cluster %s: %g CPUs, %g GPUs", address, *sums)
         return
     ray.init(
         address="local",  # never one that `ray start` or RAY_ADDRESS offers unasked
@@ -177,10 +233,14 @@ def _start(config: ExecutorConfig) -> None:
     )
 
 
-def _check_reachable(address: str) -> None:
-    """Ray itself tries for two minutes and then shows a trace."""
-    if address in ("auto", "local"):
-        return
+def _find_cluster(address: str) -> str:
+    """HOST:PORT of a cluster that answers; Ray itself tries for two minutes and shows a trace.
+
+    Raises:
+        OSError: there is none, or it does not answer.
+    """
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or _started_here()
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdigit():
         raise ValueError(
@@ -191,3 +251,17 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
     except OSError as error:
         raise OSError(f"no Ray cluster answers at {address}: {error}") from error
+    return address
+
+
+def _started_here() -> str:
+    """What `ray start` has noted; Ray's own search would also find other runs' private Rays."""
+    own = os.environ.get("TMPDIR") if sys.platform == "linux" else None
+    folder = os.environ.get("RAY_TMPDIR") or own or "/tmp"
+    note = Path(folder, "ray", "ray_current_cluster")
+    if not note.is_file():
+        raise OSError(
+            "--address auto: `ray start` was not called on this machine; call it, or give "
+            "HOST:PORT of the head node"
+        )
+    return note.read_text().strip()

@@ -11,7 +11,7 @@ class Reject(StrEnum):
     UNSAFE_NAME = "unsafe_name"  # absolute, with .., hidden, not printable
     NOT_A_FILE = "not_a_file"  # link, device, sparse
     MEMBER_TOO_LARGE = "member_too_large"
-    DUPLICATE_KEY = "duplicate_key"  # a member that came again; the first one is kept
+    DUPLICATE_KEY = "duplicate_key"  # came again; the first one is kept
     NO_PHOTO = "no_photo"
     BAD_JSON = "bad_json"  # not JSON, no object, or `captions` no list of strings
     NO_CAPTION = "no_caption"  # missing or blank

@@ -7,14 +7,15 @@ describes, with one scene shard per input shard.
 from __future__ import annotations
 
 import io
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from mas.shards import write_file
 from preprocess.executor import ExecutorConfig, Summary, execute
 from preprocess.histogram import draw_histogram
-from preprocess.inputs import find_jobs
+from preprocess.inputs import absolute, find_jobs
 from preprocess.photo import PhotoConfig
 from preprocess.rejects import PASSING, Reject
 from preprocess.run_folder import HISTOGRAM, SUMMARY, RunFolder
@@ -26,8 +27,10 @@ from preprocess.segment import (
     check_sources,
 )
 from preprocess.status import collect, describe_rejects
+from preprocess.weights import WEIGHTS
 from preprocess.worker import SceneConfig, SceneWorker
 
+KNOWN_WEIGHTS = {weights.name for weights in WEIGHTS}  # these names are no paths
 PHOTO, PANOPTIC, HUMAN, FACE = PhotoConfig(), PanopticConfig(), HumanConfig(), FaceConfig()
 
 
@@ -83,13 +86,16 @@ def preprocess(
     if batch_size < 1 or threads < 0 or (workers or 0) < 0 or gpus_per_worker < 0:
         raise ValueError("batch_size must be at least 1; threads, workers and GPUs at least 0")
     check_sources(panoptic, human, face)
+    output = absolute(output)
     jobs = find_jobs(input, captions=captions, samples_per_shard=samples_per_shard)
     config = SceneConfig(
         photo=photo, panoptic=panoptic, human=human, face=face, max_caption_bytes=max_caption_bytes
     )
     summary = execute(
         jobs,
-        partial(SceneWorker, config, output.rstrip("/"), batch_size=batch_size, threads=threads),
+        partial(
+            SceneWorker, with_absolute_paths(config), output, batch_size=batch_size, threads=threads
+        ),
         output,
         command="preprocess",
         settings=settings_of(config),
@@ -119,6 +125,21 @@ def settings_of(config: SceneConfig) -> dict[str, Any]:
     return settings
 
 
+def with_absolute_paths(config: SceneConfig) -> SceneConfig:
+    """The same config for workers, which may have been started in another folder."""
+    panoptic = config.panoptic
+    panoptic = replace(panoptic, json=absolute(panoptic.json), folder=absolute(panoptic.folder))
+    config = replace(config, panoptic=panoptic)
+    for part in ("panoptic", "human", "face"):
+        options = dict(getattr(config, part).options)
+        for name in {"weights", "config_file"} & options.keys():
+            path = str(options[name])
+            if path not in KNOWN_WEIGHTS and Path(path).exists():
+                options[name] = absolute(path)
+        config = replace(config, **{part: replace(getattr(config, part), options=options)})
+    return config
+
+
 def _describe_total_loss(rejected: dict[str, int], panoptic: PanopticConfig, output: str) -> str:
     """One line for a run that kept nothing; `rejected` has the commonest reason first."""
     reasons = ", ".join(f"{reason} {count}" for reason, count in list(rejected.items())[:3])
@@ -127,7 +148,7 @@ def _describe_total_loss(rejected: dict[str, int], panoptic: PanopticConfig, out
         "; the photos bring no annotations: choose networks that make them, as "
         "configs/preprocess/cc12m.yaml does"
         if unannotated and panoptic.source == "shard-annotations"
-        else f"; {output.rstrip('/')}/*.rejects.jsonl tell of each"
+        else f"; {output}/*.rejects.jsonl tell of each"
     )
     return f"not one of {sum(rejected.values())} samples could be used: {reasons}{hint}"
 

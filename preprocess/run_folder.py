@@ -2,7 +2,8 @@
 
 `run.json` tells what the folder is and how it was made; per shard NAME.running.json while a worker
 is at it, NAME.stats.json when all of it is written, NAME.error.json when it failed;
-`progress.json` is the driver's heartbeat, `summary.json` its last word. Local path or fsspec URL.
+`progress.json` is the driver's heartbeat, `lock.json` keeps others out before its first beat, and
+`summary.json` is its last word. Local path or fsspec URL.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import fsspec
 
-from mas.shards import ShardError, remove_temporary, write_file
+from mas.shards import ShardError, local_path, write_file
 
-RUN, PROGRESS, SUMMARY = "run.json", "progress.json", "summary.json"
+RUN, PROGRESS, SUMMARY, LOCK = "run.json", "progress.json", "summary.json", "lock.json"
 HISTOGRAM = "classes.png"
 STATS, ERROR, RUNNING = ".stats.json", ".error.json", ".running.json"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # the names `mas.shards` writes under
@@ -81,15 +83,18 @@ class RunFolder:
         write_file(self.file(name), (text + "\n").encode("utf-8", "backslashreplace"))
 
     def remove(self, *names: str) -> None:
+        """Removes files that may be there; half-written ones under other names are for `sweep`."""
         filesystem, inner = fsspec.core.url_to_fs(self.path)
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 filesystem.rm_file(f"{inner}/{name}")
-        for name in names:
-            remove_temporary(self.file(name))
 
-    def prepare(self, command: str, settings: Mapping[str, Any], *, shards: int) -> None:
+    @contextlib.contextmanager
+    def prepared(self, command: str, settings: Mapping[str, Any], *, shards: int) -> Iterator[None]:
         """Creates the folder, or makes sure that what is in it was made the same way.
+
+        No other run works on it until the end of the `with`. (A store has no lock: there, one that
+        is started in the same second is not noticed.)
 
         Args:
             command: what writes here, as in `preprocess`.
@@ -101,34 +106,94 @@ class RunFolder:
                 another run is at work on it.
             OSError: it cannot be written to.
         """
+        self._check_content(command, settings)
+        filesystem, inner = fsspec.core.url_to_fs(self.path)
+        filesystem.makedirs(inner, exist_ok=True)
+        with self._locked():
+            self._check_alone(self.read(PROGRESS))
+            self._check_content(command, settings)  # another run may have come in between
+            content = {"command": command, "settings": settings, "shards": shards}
+            self.write(RUN, {**content, "started": time.time()})
+            yield
+
+    def _check_content(self, command: str, settings: Mapping[str, Any]) -> None:
         run = self.read(RUN)
-        names = [name for name in self.list_names() if not name.startswith(f".{RUN}.")]
+        names = [n for n in self.list_names() if n != LOCK and not n.startswith(f".{RUN}.")]
         if run is None and names:
             listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             raise FolderError(
                 f"{self.path}: holds something else ({listed}); choose an empty --output folder"
             )
-        self._check_alone()
         if run is not None and any(name.endswith(STATS) for name in names):
             self._compare(run, command, json.loads(json.dumps(settings)))
-        filesystem, inner = fsspec.core.url_to_fs(self.path)
-        filesystem.makedirs(inner, exist_ok=True)
-        content = {"command": command, "settings": settings, "shards": shards}
-        self.write(RUN, {**content, "started": time.time()})
 
-    def _check_alone(self) -> None:
-        """Two runs on one folder would remove each other's temporary files."""
-        progress = self.read(PROGRESS) or {}
-        age, host = time.time() - progress.get("updated", 0.0), progress.get("host", "")
-        if host == socket.gethostname():
-            at_work = age < ALIVE_SECONDS and _is_alive(progress["pid"])
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Holds `lock.json`, which no two runs can create."""
+        path = local_path(self.file(LOCK))
+        if path is None:
+            yield
+            return
+        mine = {"updated": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        self._take(path, mine)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # the output may be what broke
+                if self._read_lock(path) == mine:
+                    os.remove(path)
+
+    def _take(self, path: str, mine: Mapping[str, Any]) -> None:
+        while True:
+            try:
+                with open(path, "x") as file:
+                    file.write(json.dumps(mine))
+                return
+            except FileExistsError:
+                with contextlib.suppress(FileNotFoundError):  # let go of at this moment
+                    held = self._read_lock(path)
+                    self._check_alone(held)
+                    self._remove_stale(path, held)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.remove(path)
+                raise
+
+    def _remove_stale(self, path: str, held: Mapping[str, Any]) -> None:
+        """Removes the lock of a run that has stopped, not one that has taken it over meanwhile."""
+        aside = os.path.join(os.path.dirname(path), f".{LOCK}.{uuid.uuid4().hex[:8]}.tmp")
+        os.rename(path, aside)
+        if self._read_lock(aside) == held:
+            os.remove(aside)
         else:
-            at_work = age < FOREIGN_SECONDS
+            os.rename(aside, path)
+
+    @staticmethod
+    def _read_lock(path: str) -> dict[str, Any]:
+        """Who holds the lock. One that is just being written has the age of its file."""
+        try:
+            with open(path) as file:
+                return json.load(file)
+        except ValueError:
+            return {"updated": os.stat(path).st_mtime, "host": "", "pid": None}
+
+    def _check_alone(self, sign: Mapping[str, Any] | None) -> None:
+        """Two runs on one folder would remove each other's temporary files.
+
+        Args:
+            sign: of life of another run: its heartbeat or its lock.
+        """
+        if sign is None:
+            return
+        age, host, pid = time.time() - sign["updated"], sign["host"], sign["pid"]
+        if host == socket.gethostname():
+            at_work = abs(age) < ALIVE_SECONDS and _is_alive(pid)
+        else:  # whose clock may be ahead of this one's
+            at_work = abs(age) < FOREIGN_SECONDS
         if at_work:
             raise FolderError(
-                f"{self.path}: another run is at work on it "
-                f"({host}, process {progress.get('pid')}, "
-                f"heard of {age:.0f} s ago); stop that one, or wait for it"
+                f"{self.path}: another run is at work on it ({host}, process {pid}, "
+                f"heard of {abs(age):.0f} s ago); stop that one, or wait for it"
             )
 
     def _compare(self, run: dict[str, Any], command: str, settings: dict[str, Any]) -> None:

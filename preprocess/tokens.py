@@ -37,7 +37,7 @@ from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 from preprocess.batching import pick_device
 from preprocess.executor import ExecutorConfig, Job, Report, execute
-from preprocess.inputs import find_jobs
+from preprocess.inputs import absolute, find_jobs
 from preprocess.run_folder import STATS, RunFolder
 
 MAX_VOCABULARY = 2**16  # tokens are stored as uint16
@@ -236,7 +236,8 @@ def tokenize(
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
     if local_path(output) is None:
         raise ValueError(f"{output}: training maps token shards into memory; name a local folder")
-    paths = TokenizerPaths(tokenizer, vqseg, vqgan)
+    output = absolute(output)
+    paths = TokenizerPaths(*map(absolute, (tokenizer, vqseg, vqgan)))
     hashes, loaded = paths.hashes(), Tokenizers.load(paths)
     described = loaded.describe()
     streams = {name: {**described[name], "sha256": hashes[name]} for name in hashes}
@@ -246,7 +247,7 @@ def tokenize(
         partial(
             TokenWorker,
             paths,
-            output.rstrip("/"),
+            output,
             mirror=mirror,
             batch_size=batch_size,
             device=device,

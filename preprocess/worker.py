@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,6 @@ from itertools import chain, islice
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from mas.scene import PERSON, SceneError, Segments, merge
 from mas.shards import (
@@ -41,6 +39,7 @@ from preprocess.photo import (
     cut_square,
     decode,
     encode_jpeg,
+    pillow_rules,
     sample_square,
 )
 from preprocess.rejects import Reject, RejectError
@@ -130,9 +129,7 @@ class SceneWorker:
         remove_temporary(path)
         remove_temporary(rejects_path)
         tally = Tally()
-        with ShardWriter(path) as writer, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")  # of EXIF that cannot be read
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with ShardWriter(path) as writer, pillow_rules(self.config.photo):
             samples = tally.counted(job.source.read(on_reject=tally.reject), report)
             kept = read_shard(path) if job.again else iter(())
             for sample in self._process(match(samples, kept), tally):

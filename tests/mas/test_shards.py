@@ -151,6 +151,13 @@ def test_unusable_members_are_told_and_the_good_ones_kept(tmp_path, member, reas
     assert [reject[1] for reject in rejects] == [reason]
 
 
+@pytest.mark.parametrize("space", ["\u00a0", "\u202f", "\u3000", " "])
+def test_spaces_of_every_width_may_be_in_a_name(tmp_path, space):
+    path = write_tar(tmp_path / "x.tar", [(f"at 9.41{space}AM.jpg".replace(".", "_", 1), b"1")])
+    samples, rejects = collect(path)
+    assert [sample.key for sample in samples] == [f"at 9_41{space}AM"] and not rejects
+
+
 def test_a_key_that_comes_again_is_told_once_and_the_first_kept(tmp_path):
     path = write_tar(
         tmp_path / "x.tar",

@@ -1,5 +1,6 @@
 """Runs `mas preprocess` on a cluster with gated workers: INPUT OUTPUT GATES [ADDRESS]."""
 
+import logging
 import sys
 from functools import partial
 
@@ -28,6 +29,8 @@ def main(input, output, gates, address=None):
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("preprocess").setLevel(logging.INFO)
     try:
         sys.exit(main(*sys.argv[1:]))
     except OSError as error:

@@ -27,7 +27,15 @@ class GatedWorker(SceneWorker):
             stop = self.gates / f"{photo.key}.stop"
             if stop.exists():
                 note = self.gates / f"{photo.key}.writing"
-                note.write_text(json.dumps({"pid": os.getpid(), "node": node_id()}))
+                note.write_text(
+                    json.dumps(
+                        {
+                            "pid": os.getpid(),
+                            "node": node_id(),
+                            "weights": os.environ.get("MAS_WEIGHTS"),
+                        }
+                    )
+                )
                 note.rename(note.with_suffix(".reached"))
                 while stop.exists():
                     time.sleep(0.01)

@@ -3,6 +3,7 @@ import json
 import os
 import socket
 import subprocess
+import threading
 import time
 from functools import partial
 
@@ -122,6 +123,101 @@ def test_killed_workers_are_replaced_and_deadly_shards_set_aside(world, local_ra
     summary = world.run("ray")
     assert summary.failed == {"00002": "killed its worker 3 times", "00004": "the data is bad"}
     assert world.results().keys() == WANTED.keys() - {"00002.txt", "00004.txt"}
+
+
+def test_a_worker_that_met_an_error_is_not_used_again(world):
+    world.plan(n00001="sick", n00004="sick bug")
+    summary = world.run()
+    assert summary.failed == {} and world.results() == WANTED
+
+
+def test_each_attempt_is_made_by_another_process(world, local_ray, caplog):
+    world.plan(n00001="lost", n00003="bug bug bug")
+    summary = world.run("ray")
+    assert summary.failed == {"00003": "RuntimeError('a bug')"}
+    assert world.results().keys() == WANTED.keys() - {"00003.txt"}
+    record = json.loads((world.output / "00003.error.json").read_text())
+    assert len({(error["host"], error["pid"]) for error in record["errors"]}) == 3
+    assert record["host"] == socket.gethostname() and record["pid"] and record["traceback"]
+    assert f"shard 00003 failed: RuntimeError('a bug') (on {record['host']})" in caplog.messages
+
+
+def test_a_worker_that_cannot_be_made_again_ends_the_run_and_spares_the_shards(world):
+    made = []
+
+    def factory():
+        if made:
+            raise OSError("no GPU here")
+        made.append(CountingWorker(str(world.output), str(world.trouble)))
+        return made[0]
+
+    world.plan(n00001="bug")
+    jobs = [Job(name, f"source {name}", fingerprint=name) for name in NAMES]
+    config = ExecutorConfig(kind="serial")
+    with pytest.raises(OSError, match=f"{socket.gethostname()}: no GPU here; .* run again"):
+        execute(jobs, factory, str(world.output), command="count", settings={}, config=config)
+    assert not world.names("*.error.json")
+
+
+def test_a_cluster_without_a_free_cpu_is_told_of(world, local_ray, caplog, monkeypatch):
+    @local_ray.remote(num_cpus=2)
+    class Other:
+        def ready(self):
+            return True
+
+    other = Other.remote()
+    assert local_ray.get(other.ready.remote())
+    release = threading.Event()
+
+    def wait_for_warning():
+        while "no worker has started" not in caplog.text and not release.wait(0.05):
+            pass
+        local_ray.kill(other)
+
+    monkeypatch.setattr("preprocess.ray_executor.START_SECONDS", 0.5)
+    waiting = threading.Thread(target=wait_for_warning)
+    waiting.start()
+    timer = threading.Timer(30, release.set)  # only a test that fails takes so long
+    timer.start()
+    assert world.run("ray").status == 0
+    timer.cancel()
+    waiting.join()
+    assert caplog.text.count("no worker has started after 0.5 s; each waits for a free CPU") == 1
+
+
+def test_a_run_gives_a_sign_of_life_before_it_reads_what_is_done(world, monkeypatch):
+    """That takes minutes where many shards are done, and the lock alone is old by then."""
+    seen, finished = [], RunFolder.finished
+
+    def watch(folder, fingerprints):
+        seen.extend(
+            name for name in world.names("*.json") if name in ("lock.json", "progress.json")
+        )
+        return finished(folder, fingerprints)
+
+    monkeypatch.setattr(RunFolder, "finished", watch)
+    assert world.run().status == 0 and seen == ["lock.json", "progress.json"]
+
+
+def test_a_listing_of_an_older_state_is_not_believed(world, monkeypatch):
+    list_names = RunFolder.list_names
+    monkeypatch.setattr(
+        RunFolder, "list_names", lambda f: [n for n in list_names(f) if n != "00004.stats.json"]
+    )
+    assert world.run().status == 0
+
+
+def test_shards_that_are_not_to_be_seen_are_an_error(world, monkeypatch):
+    """As when workers on other machines write to disks of their own."""
+    write = RunFolder.write
+
+    def elsewhere(folder, name, content):
+        if name != "00004.stats.json":
+            write(folder, name, content)
+
+    monkeypatch.setattr(RunFolder, "write", elsewhere)
+    with pytest.raises(OSError, match=r"1 of 6 shards .* 00004; .* every node sees"):
+        world.run()
 
 
 def test_a_worker_that_cannot_start_ends_the_run_with_its_reason(world, kind):

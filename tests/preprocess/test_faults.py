@@ -81,7 +81,7 @@ class Run:
         for path in self.gates.glob("*.stop"):
             path.unlink()
 
-    def start(self):
+    def start(self, *, cwd=None, **variables):
         command = [sys.executable, str(HERE / "fault_driver.py")]
         command += [str(self.photos), str(self.output), str(self.gates)]
         self.process = subprocess.Popen(
@@ -89,7 +89,8 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables},
         )
         return self
 
@@ -146,6 +147,20 @@ def test_an_undisturbed_run_keeps_each_good_sample_once(photos, undisturbed):
         keys = [sample.key for sample in read_shard(str(undisturbed / f"{shard:05d}.tar"))]
         assert keys == [key(shard, i) for i in range(PHOTOS) if i != BAD]
     assert not [path for path in undisturbed.iterdir() if path.name[0] == "."]
+
+
+def test_paths_and_weights_are_those_of_the_driver(cluster, photos, undisturbed, tmp_path):
+    (tmp_path / "photos").symlink_to(photos)
+    run = Run(Path("photos"), tmp_path, address=cluster.address)
+    run.output = Path("out")
+    run.stop_at(key(0, 0))
+    run.start(cwd=tmp_path, MAS_WEIGHTS="weights")
+    assert run.reached(key(0, 0))["weights"] == str(tmp_path / "weights")
+    run.go_on()
+    assert run.finish() == 0, run.printed
+    assert f"joined the Ray cluster {cluster.address}: 2 CPUs, 0 GPUs" in run.printed
+    run.output = tmp_path / "out"
+    assert_as_if_nothing_happened(run, undisturbed)
 
 
 def test_a_worker_killed_within_a_shard_changes_nothing(cluster, photos, undisturbed, tmp_path):

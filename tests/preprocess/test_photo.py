@@ -1,5 +1,4 @@
 import struct
-import warnings
 import zlib
 
 import numpy as np
@@ -7,7 +6,14 @@ import pytest
 from photo_world import encode
 from PIL import Image
 
-from preprocess.photo import EXIF_ORIENTATION, PhotoConfig, cut_square, decode, sample_square
+from preprocess.photo import (
+    EXIF_ORIENTATION,
+    PhotoConfig,
+    cut_square,
+    decode,
+    pillow_rules,
+    sample_square,
+)
 from preprocess.rejects import Reject, RejectError
 
 CONFIG = PhotoConfig(size=32, decode_side=64, min_side=8)
@@ -164,11 +170,25 @@ def flip(content):
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_no_usable_photo_is_refused_with_its_reason(kind):
     make, reason = REFUSED[kind]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with pytest.raises(RejectError) as error:
-            decode(make(), CONFIG)
+    with pillow_rules(CONFIG), pytest.raises(RejectError) as error:
+        decode(make(), CONFIG)
     assert error.value.reason is reason and error.value.detail
+
+
+@pytest.mark.parametrize("megapixels", [25.0, 64.0, 100.0, 250.0])
+def test_the_setting_alone_says_how_many_pixels_are_too_many(megapixels):
+    """Pillow's own limits are 89 and 179 megapixels. Files within the limit lack their data."""
+    config, before = PhotoConfig(max_megapixels=megapixels), Image.MAX_IMAGE_PIXELS
+    width = 10_000
+    height = int(megapixels * 1e6) // width
+    with pillow_rules(config):
+        with pytest.raises(RejectError) as within:
+            decode(bomb_png(width, height), config)
+        with pytest.raises(RejectError) as above:
+            decode(bomb_png(width, height + 1), config)
+    assert within.value.reason is Reject.BROKEN_PHOTO
+    assert above.value.reason is Reject.TOO_MANY_PIXELS
+    assert before == Image.MAX_IMAGE_PIXELS
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64), (64, 64), (63, 97), (50, 31)])

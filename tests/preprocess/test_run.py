@@ -87,6 +87,28 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path):
     assert tar_bytes(output) == tar_bytes(whole) and not leftovers(output)
 
 
+@pytest.mark.parametrize("executor", ["serial", "ray"])
+def test_a_run_that_is_terminated_ends_in_order(tmp_path, executor):
+    photos = make_shards(tmp_path / "photos", shards=8, photos=40, width=480, height=320)
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "mas", "preprocess", "--executor", executor, "--workers", "1"]
+    command += ["--photo.size", "48", "--photo.min-side", "16", "--human.source", "none"]
+    command += ["--face.source", "none", "--input", str(photos), "--output", str(output)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not (output / "00001.running.json").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.001)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the same command goes on" in said.splitlines()[-1] and "Traceback" not in said
+    assert "SIGTERM received" not in said
+    names = {path.name for path in output.iterdir()}
+    assert "00000.stats.json" in names and "00007.stats.json" not in names
+    assert not {"lock.json", "progress.json"} & names and not leftovers(output)
+
+
 def test_a_local_run_joins_no_cluster_unasked(shards, undisturbed, tmp_path):
     command = [sys.executable, "-m", "mas", "preprocess", "--workers", "1", "--input", str(shards)]
     command += ["--photo.size", "48", "--photo.min-side", "16", "--output", str(tmp_path / "out")]
@@ -107,6 +129,30 @@ def test_a_cluster_that_cannot_be_joined_is_named_at_once(shards, tmp_path, addr
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and last.startswith("mas: error: ") and said in last
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("note", "variables", "said"),
+    [
+        (None, {}, "`ray start` was not called on this machine"),
+        ("127.0.0.1:1", {}, "no Ray cluster answers at 127.0.0.1:1"),
+        ("127.0.0.1:1", {"RAY_ADDRESS": "127.0.0.1:2"}, "no Ray cluster answers at 127.0.0.1:2"),
+    ],
+)
+def test_auto_joins_what_ray_start_has_started_and_nothing_else(
+    tmp_path, monkeypatch, note, variables, said
+):
+    from preprocess import ray_executor
+
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if note:
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"{note}\n")
+    with pytest.raises(OSError, match=said):
+        ray_executor._find_cluster("auto")
 
 
 def test_a_truncated_tar_fails_alone_and_can_be_mended(shards, undisturbed, tmp_path, capsys):
@@ -216,6 +262,27 @@ def test_other_settings_are_refused_by_name(shards, tmp_path):
         run(shards, tmp_path / "out", photo=PhotoConfig(size=48, min_side=16, quality=80))
 
 
+def test_workers_in_another_folder_find_what_the_config_names(tmp_path, monkeypatch):
+    from preprocess.run import settings_of, with_absolute_paths
+    from preprocess.worker import SceneConfig
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("net.pth", "schp-lip"):
+        (tmp_path / name).touch()
+    given = SceneConfig(
+        panoptic=PanopticConfig(json="panoptic.json", folder="memory://bucket/pngs"),
+        human=HumanConfig(source="schp", options={"weights": "schp-lip"}),  # a known name
+        face=FaceConfig(options={"weights": "net.pth", "batch": 3}),
+    )
+    config = with_absolute_paths(given)
+    assert config.panoptic.json == str(tmp_path / "panoptic.json")
+    assert config.panoptic.folder == "memory://bucket/pngs"
+    assert config.human.options == {"weights": "schp-lip"}
+    assert config.face.options == {"weights": str(tmp_path / "net.pth"), "batch": 3}
+    assert with_absolute_paths(SceneConfig()) == SceneConfig()
+    assert settings_of(given)["panoptic"]["json"] == "panoptic.json"
+
+
 def test_where_a_network_runs_is_no_setting():
     from preprocess.run import settings_of
     from preprocess.worker import SceneConfig
@@ -283,12 +350,6 @@ def test_a_folder_of_images_becomes_shards(tmp_path):
     with pytest.raises(ValueError, match="another input"):  # a new file moves the others
         write_folder(tmp_path / "images", ["0.jpg"])
         run(tmp_path / "images", tmp_path / "out", samples_per_shard=2)
-
-
-def test_images_that_would_share_a_key_are_refused(tmp_path):
-    write_folder(tmp_path / "images", ["a.b.jpg", "a_b.jpg"])
-    with pytest.raises(ValueError, match="share the key a_b"):
-        find_jobs(str(tmp_path / "images"))
 
 
 def test_coco_as_it_is_downloaded_becomes_shards(tmp_path):

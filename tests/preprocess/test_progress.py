@@ -1,0 +1,63 @@
+"""How far a run is: a bar on a terminal, now and then a line in a log."""
+
+import io
+import logging
+import time
+
+import pytest
+
+from preprocess.progress import ProgressBar
+from preprocess.run_folder import RunFolder
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("preprocess.progress.SHOW_SECONDS", 0.001)
+    monkeypatch.setattr("preprocess.progress.SETTLED_SECONDS", 0.0)
+
+
+def run_until(folder, condition):
+    """Ten shards: two done before, one failed before; three are made and one fails."""
+    with ProgressBar(RunFolder(str(folder)), 10, unit="photo") as bar:
+        bar.skip(2, failed=1)
+        bar.add(0)
+        for failed in (False, False, True, False):
+            bar.add(50)
+            bar.shard_done(failed=failed)
+        deadline = time.monotonic() + 20
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+
+def test_a_log_gets_lines_at_a_distance_and_no_bar(tmp_path, monkeypatch, caplog):
+    log = io.StringIO()
+    monkeypatch.setattr("sys.stderr", log)
+    caplog.set_level(logging.INFO, logger="preprocess.progress")
+    monkeypatch.setattr("preprocess.progress.LINE_SECONDS", 0.2)
+    start = time.monotonic()
+    run_until(tmp_path, lambda: len(caplog.messages) > 1)
+    assert time.monotonic() - start > 0.4 and not log.getvalue()
+    assert caplog.messages[-1].startswith("5 of 10 shards done, 2 failed, ")
+    assert " photos/s, 00:00 left" in caplog.messages[-1]
+
+
+def test_a_short_run_writes_no_line(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    caplog.set_level(logging.INFO, logger="preprocess.progress")
+    run_until(tmp_path, lambda: True)
+    assert not caplog.messages
+
+
+def test_a_terminal_gets_a_bar_and_no_lines(tmp_path, monkeypatch, caplog):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("preprocess.progress.LINE_SECONDS", 0.0)
+    caplog.set_level(logging.INFO, logger="preprocess.progress")
+    run_until(tmp_path, lambda: "7/10" in terminal.getvalue())
+    assert "\r" in terminal.getvalue() and "2 failed" in terminal.getvalue()
+    assert not caplog.messages
