@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -146,6 +147,24 @@ def test_a_failed_save_leaves_nothing_behind(tiny_model, tmp_path, monkeypatch):
 @pytest.fixture
 def copied(tiny_folder, tmp_path):
     return shutil.copytree(tiny_folder, tmp_path / "copy")
+
+
+def test_a_model_that_cannot_be_exchanged_stays(tiny_folder, tiny_model, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    original = Path.rename
+
+    def rename(self, target):
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_model.save_pretrained(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("name", [*list_files(), "README.md", "model_index.json"])

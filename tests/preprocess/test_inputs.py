@@ -73,6 +73,14 @@ def test_a_caption_without_photo_is_told_with_what_lies_beside_it(tmp_path):
     assert "tif" in rejects[2][2]
 
 
+def test_a_file_of_another_size_makes_another_input(tmp_path):
+    fill(tmp_path, "a.jpg", "a.txt", "b.jpg", "b.txt", "c.jpg", "c.txt")
+    before = [job.fingerprint for job in find_jobs(str(tmp_path), samples_per_shard=1)]
+    (tmp_path / "b.txt").write_text("a mended caption")
+    after = [job.fingerprint for job in find_jobs(str(tmp_path), samples_per_shard=1)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+
+
 def test_what_is_no_sample_does_not_move_the_others(tmp_path):
     """Each is told of in the shard it would have been in."""
     fill(tmp_path, "b.jpg", "d.jpg", "f.jpg")

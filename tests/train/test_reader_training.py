@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from mas.storage import parse_config
 from tests.train.conftest import COMMON, SIZE, encoded, make_scene
 from tests.train.test_configs import CONFIGS
 from train.cli import train
-from train.reader import PixelChoice
+from train.reader import UNKNOWN, Accuracy, PixelChoice
 
 PICTURES = 24
 
@@ -82,6 +83,15 @@ def test_the_reader_learns_pixels_and_hours(fact_shards, tmp_path):
     assert network.config.times == ("day", "night")
     with Image.open(next((tmp_path / "run/pictures").iterdir())) as sheet:
         sheet.load()
+
+
+def test_accuracy_is_that_of_what_is_known_on_all_ranks_together():
+    first, second = Accuracy("time"), Accuracy("time")
+    first.update(torch.tensor([0, 1, 1]), torch.tensor([0, UNKNOWN, 0]))
+    second.update(torch.tensor([1, 1]), torch.tensor([UNKNOWN, UNKNOWN]))
+    assert math.isnan(second.compute()["time_accuracy"])
+    second.totals[0].add_(first.totals[0])  # as the sum over ranks does
+    assert second.compute() == {"time_accuracy": 0.5}
 
 
 def test_shards_without_facts_train_it_too(scene_shards, tmp_path):
