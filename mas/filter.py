@@ -66,14 +66,16 @@ def by_stream(
         ValueError: an unknown name, or a setting out of its range.
     """
     said = {name: value for name, value in common.items() if value is not None}
-    own = []
+    scene, image = (
+        {name.replace("-", "_"): value for name, value in overrides.items()}
+        for overrides in (scene, image)
+    )
     for stream, overrides in (("scene", scene), ("image", image)):
-        own.append({name.replace("-", "_"): value for name, value in overrides.items()})
-        unknown = sorted(set(own[-1]) - set(common))
+        unknown = sorted(set(overrides) - set(common))
         if unknown:
             raise ValueError(f"{stream}_sampling knows {', '.join(common)}, not {unknown[0]}")
     return StreamSampling(
-        scene=replace(base.scene, **(said | own[0])), image=replace(base.image, **(said | own[1]))
+        scene=replace(base.scene, **(said | scene)), image=replace(base.image, **(said | image))
     )
 
 

@@ -153,12 +153,8 @@ def fill_free(image: Image.Image, free_HW: np.ndarray) -> Image.Image:
         image: of any size.
         free_HW: bool, square, of any size; where all of it is free nothing is replaced.
     """
-    rows, columns = (np.arange(n) * len(free_HW) // n for n in (image.height, image.width))
-    free_HW = free_HW[np.ix_(rows, columns)]
-    if free_HW.all():
-        return image
-    nearest = distance_transform_edt(free_HW, return_distances=False, return_indices=True)
-    return Image.fromarray(np.asarray(image.convert("RGB"))[tuple(nearest)])
+    free_HW = _stretch(free_HW, image.height, image.width)
+    return Image.fromarray(_spread(np.asarray(image.convert("RGB")), ~free_HW))
 
 
 def fill_void(scene: SceneMap, free_hw: np.ndarray) -> SceneMap:
@@ -166,27 +162,30 @@ def fill_void(scene: SceneMap, free_hw: np.ndarray) -> SceneMap:
 
     A token knows what lies beside its cell. Void there reads like the rim of a thing.
     """
-    height, width = scene.labels.shape
-    rows, columns = (np.arange(n) * len(free_hw) // n for n in (height, width))
-    gaps_HW = free_hw[np.ix_(rows, columns)] & (scene.labels == VOID)
-    labels = spread_labels(scene.labels, gaps_HW)
+    labels = spread_labels(scene.labels, _stretch(free_hw, *scene.labels.shape))
     between_things = scene.edges & ~find_edges(scene.labels)
     return SceneMap(labels, find_edges(labels) | between_things)
 
 
 def spread_labels(labels_HW: np.ndarray, gaps_HW: np.ndarray) -> np.ndarray:
-    """Labels in which void of the gaps is what is nearest, pixel by pixel.
+    """Labels in which void of the gaps is what is nearest; where all is void it stays.
 
     Args:
         labels_HW: uint8.
-        gaps_HW: bool; where no label can be reached, void stays.
+        gaps_HW: bool.
     """
-    labels = labels_HW.copy()
-    while (left_HW := (labels == VOID) & gaps_HW).any():
-        padded = np.pad(labels, 1, constant_values=VOID)
-        for near in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
-            here = left_HW & (labels == VOID) & (near != VOID)
-            labels[here] = near[here]
-        if np.array_equal(left_HW, (labels == VOID) & gaps_HW):
-            break
-    return labels
+    known_HW = labels_HW != VOID
+    return np.where(gaps_HW & ~known_HW, _spread(labels_HW, known_HW), labels_HW)
+
+
+def _spread(values: np.ndarray, known_HW: np.ndarray) -> np.ndarray:
+    """Each value that of the nearest known pixel, H W …; as they are where none is known."""
+    if not known_HW.any():
+        return values
+    nearest = distance_transform_edt(~known_HW, return_distances=False, return_indices=True)
+    return values[tuple(nearest)]
+
+
+def _stretch(mask_hw: np.ndarray, height: int, width: int) -> np.ndarray:
+    rows, columns = (np.arange(size) * len(mask_hw) // size for size in (height, width))
+    return mask_hw[np.ix_(rows, columns)]

@@ -29,7 +29,7 @@ from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 from mas.vqseg_tune import tune_decisions
 
-MANIFEST = "tokens.json"  # in a GPT's run folder: which tokenizers wrote its training tokens
+TOKENIZERS = "tokens.json"  # in a GPT's run folder: which tokenizers wrote its training tokens
 
 
 def assemble(
@@ -91,7 +91,7 @@ def assemble(
         image=image_sampling or {},
     )
     text = None if card is None else read_card(card)
-    manifest = Path(gpt) / MANIFEST
+    manifest = Path(gpt) / TOKENIZERS
     if manifest.is_file():
         check_hashes(read_json(manifest), tokenizer=tokenizer, vqseg=vqseg, vqgan=vqgan)
     model = MakeAScene(
@@ -176,7 +176,7 @@ def check_hashes(manifest: Any, *, tokenizer: str, vqseg: str, vqgan: str) -> No
             wanted, tokens = manifest[stream]["sha256"], manifest[stream].get("tokens_sha256")
         except (KeyError, TypeError, IndexError):
             raise ValueError(
-                f"{MANIFEST} of the GPT's run folder names no {stream} tokenizer: it is damaged; "
+                f"{TOKENIZERS} of the GPT's run folder names no {stream} tokenizer: it is damaged; "
                 "copy manifest.json of the training tokens in its place"
             ) from None
         if file_hash(path) == wanted:

@@ -189,7 +189,7 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         value = trainer.callback_metrics.get(self.monitor or "")
         if trainer.sanity_checking or value is None or not float(value) < self.best:
-            return  # no better; a loss that is no number is better than none
+            return  # nor is a loss that is no number any better
         self.best = float(value)
         trainer.save_checkpoint(Path(trainer.default_root_dir) / BEST)
         self._weights = {}

@@ -120,8 +120,7 @@ class PictureItems:
         if size != (self.size, self.size):
             raise ValueError(
                 f"picture {key} is {size[0]} x {size[1]} pixels, the network takes "
-                f"{self.size} x {self.size}: preprocess with --photo.size "
-                f"{self.size}, "
+                f"{self.size} x {self.size}: preprocess with --photo.size {self.size}, "
                 "or set model.network.size"
             )
 

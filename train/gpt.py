@@ -26,7 +26,7 @@ from mas.storage import write_json
 from mas.text import PAD, Tokenizer
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
-from train.assemble import MANIFEST, check_hashes
+from train.assemble import TOKENIZERS, check_hashes
 from train.flops import training_flops
 from train.sharding import shard
 from train.stage import Optimiser, Rows, Stage, to_step
@@ -184,7 +184,7 @@ class GPTTraining(Stage):
     def on_fit_start(self) -> None:
         if self.trainer.is_global_zero:
             streams = {name: self._manifest[name] for name in Streams._fields}
-            write_json(Path(self.trainer.default_root_dir) / MANIFEST, streams)
+            write_json(Path(self.trainer.default_root_dir) / TOKENIZERS, streams)
 
     @property
     def _manifest(self) -> dict[str, Any]:

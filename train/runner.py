@@ -165,9 +165,9 @@ class TrainCLI(LightningCLI):
             self.start_step = checkpoint["global_step"]
         self.checkpoints: Checkpoints = self.config_init.checkpoints
         self.checkpoints.stage = self.name
-        start_free = self.config.clone()
-        start_free.ckpt_path = None  # the file says how to train, not where this start began
-        self.checkpoints.config = self.parser.dump(start_free)
+        anywhere = self.config.clone()
+        anywhere.ckpt_path = None  # the file says how to train, not where this start began
+        self.checkpoints.config = self.parser.dump(anywhere)
         self.checkpoints.defaults = self.parser.dump(
             self.parser.get_defaults(), skip_validation=True
         )

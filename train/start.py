@@ -28,7 +28,7 @@ from mas.storage import CONFIG_FILE, StoredTensors, build_unfilled, parse_config
 from mas.vq import token_parts
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
-from train.assemble import MANIFEST
+from train.assemble import TOKENIZERS
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ MAY_DIFFER = {
 # May be more, the last two only where there was none: what is new starts as nothing, a text head at
 # random.
 GROWS = {"blocks", "hidden", "text_head"}
-PARTS = {"vqseg": VQSEG, "vqgan": VQGAN, "gpt": GPT, "judge": SceneJudge, "refiner": Refiner}
+PARTS = {VQSEG: "vqseg", VQGAN: "vqgan", GPT: "gpt", SceneJudge: "judge", Refiner: "refiner"}
 Network = VQSEG | VQGAN | GPT | Reader | SceneJudge | Refiner
 
 
@@ -65,9 +65,9 @@ def start_from(network: Network, folder: str | Path) -> None:
         ValueError: another network; names the keys of its config that must be copied.
     """
     source = Path(folder) / CONFIG_FILE
-    if not source.is_file() and (Path(folder) / INDEX).is_file():
-        part = next(name for name, kind in PARTS.items() if isinstance(network, kind))
-        raise ValueError(f"{folder} is a whole model: start from its part {Path(folder) / part}")
+    if type(network) in PARTS and not source.is_file() and (Path(folder) / INDEX).is_file():
+        part = Path(folder) / PARTS[type(network)]
+        raise ValueError(f"{folder} is a whole model: start from its part {part}")
     config = parse_config(type(network.config), read_json(source), source)
     before, now = asdict(config), asdict(network.config)
     differing = {key for key in now if before[key] != now[key]}
@@ -127,12 +127,12 @@ def check_tokens(manifest: Mapping[str, Any], folder: str | Path, *, instead: st
     Raises:
         ValueError: names the streams whose tokens mean something else, or a damaged record.
     """
-    source = Path(folder) / MANIFEST
+    source = Path(folder) / TOKENIZERS
     if not source.is_file():
         logger.warning(
             "%s has no %s: that its GPT knows tokens of these tokenizers cannot be checked",
             folder,
-            MANIFEST,
+            TOKENIZERS,
         )
         return
     before = read_json(source)

@@ -170,6 +170,9 @@ def test_of_a_whole_model_the_part_is_named(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match=rf"a whole model: start from its part {tmp_path}/vqgan"):
         start_from(build(VQGAN, GAN), tmp_path)
+    reader = Reader(ReaderConfig(size=32, width=8, multipliers=(1,), groups=4, features=8))
+    with pytest.raises(StorageError, match=r"config\.json: no such file"):  # no model holds one
+        start_from(reader, tmp_path)
 
 
 def test_a_gpt_knows_only_the_tokens_it_was_trained_on(tmp_path, caplog):
