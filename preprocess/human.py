@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from mas.scene import PERSON, Segments
+from mas.scene import PERSON, Segments, nearest
 from preprocess.batching import pick_device, resize
 from preprocess.schp import INPUT_SIZE, load_schp
 from preprocess.weights import WEIGHTS, file_hash, find_weights
@@ -184,9 +184,7 @@ def resize_nearest(labels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Labels H W at another size, each pixel that of the source under its centre."""
     if labels.shape == (height, width):
         return labels
-    rows = (np.arange(height) * 2 + 1) * labels.shape[0] // (2 * height)
-    columns = (np.arange(width) * 2 + 1) * labels.shape[1] // (2 * width)
-    return labels[np.ix_(rows, columns)]
+    return labels[np.ix_(nearest(labels.shape[0], height), nearest(labels.shape[1], width))]
 
 
 def _sample(image_CHW: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
