@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from preprocess.needs import EXTRA, has_module, require
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import ERROR, RUNNING, STATS, RunFolder, settings_hash
 from preprocess.termination import terminated_in_order
@@ -62,6 +63,16 @@ class ExecutorConfig:
     networks: bool = False  # what workers run gains from a GPU
     retry_failed: bool = False  # also try shards that were set aside
     retry_rejected: bool = False  # also remake shards with items dropped for a passing reason
+
+    @property
+    def serial(self) -> bool:
+        """Whether this process does all the work."""
+        return self.kind == "serial" or self.workers == 0
+
+    @property
+    def here(self) -> bool:
+        """Whether all workers run on this machine."""
+        return self.serial or self.address in (None, "local")
 
 
 @dataclass
@@ -148,7 +159,7 @@ class Runner:
 
         Raises:
             OSError: nothing can be written to the output.
-            StartError: the worker cannot be made again.
+            StartError: the worker cannot be made again, or a package is missing.
         """
         name = job.name + RUNNING
         mark = self.folder.read(name) or {"attempt": 0}  # of an attempt in another process
@@ -165,6 +176,8 @@ class Runner:
                 text, trace = str(error) if plain else repr(error), traceback.format_exc()
                 if isinstance(error, OSError) and error.errno in OUTPUT_FULL:
                     raise
+                if isinstance(error, ImportError):  # of this machine, whatever the shard
+                    raise StartError(f"{mark['host']}: {error}") from error
                 if isinstance(error, ValueError):  # the data; another attempt would see the same
                     return self._set_aside(job, text, {**mark, "traceback": trace}, host="")
                 errors.append({"host": mark["host"], "pid": mark["pid"], "error": text})
@@ -227,6 +240,7 @@ def execute(
     config: ExecutorConfig,
     unit: str = "photo",
     passing: Collection[str] = (),
+    lacks: Callable[[], list[str]] = list,
 ) -> Summary:
     """Makes all shards that are not made yet.
 
@@ -239,8 +253,10 @@ def execute(
         config: where to run.
         unit: what a worker reports, for the progress bar.
         passing: reasons of `rejected` in a shard's statistics that may be gone another time.
+        lacks: tells what a worker would miss on this machine.
 
     Raises:
+        NeedsError: what `lacks` names, and Ray, where it is to be used.
         FolderError: the folder holds something else or was made with other settings.
         ShardError: a finished shard was made from another input.
         OSError: the output cannot be written to, is full, or is not the one that the workers see.
@@ -254,6 +270,7 @@ def execute(
             with ProgressBar(folder, len(jobs), unit=unit) as bar, logging_redirect_tqdm():
                 pending = _find_pending(jobs, folder, summary, config, passing)
                 bar.skip(summary.skipped, failed=len(summary.failed))
+                _check_machine(pending, config, lacks)
                 with contextlib.closing(
                     _outcomes(pending, factory, folder, common, config, bar)
                 ) as outcomes:
@@ -263,6 +280,22 @@ def execute(
                 folder.sweep()  # what workers left behind that were killed for good, or stopped
     _check_visible(made, folder)
     return summary
+
+
+def _check_machine(
+    pending: Sequence[Job], config: ExecutorConfig, lacks: Callable[[], list[str]]
+) -> None:
+    """Before Ray starts; of workers on a cluster each finds out what its own machine lacks.
+
+    Raises:
+        NeedsError: there is work to do, and something that it needs is missing here.
+    """
+    if not pending:
+        return
+    found = lacks() if config.here else []
+    if not config.serial and not all(map(has_module, ("ray", "pyarrow"))):  # Ray Data uses both
+        found = [f"the executor needs ray[data]: {EXTRA}, or add --executor serial", *found]
+    require(found)
 
 
 def _take_in(outcomes: Iterable[Outcome], summary: Summary, bar: ProgressBar) -> list[str]:
@@ -341,7 +374,7 @@ def _outcomes(
 ) -> Generator[Outcome, None, None]:
     if not jobs:
         return
-    if config.kind == "serial" or config.workers == 0:
+    if config.serial:
         runner = Runner(factory, folder, common)
         for job in jobs:
             yield runner.run(job, bar.add)

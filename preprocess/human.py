@@ -21,9 +21,9 @@ from einops import rearrange
 from torch import Tensor
 
 from mas.scene import PERSON, Segments, nearest
-from preprocess.batching import pick_device, resize
+from preprocess.batching import lacking_device, pick_device, resize
 from preprocess.schp import INPUT_SIZE, load_schp
-from preprocess.weights import WEIGHTS, file_hash, find_weights
+from preprocess.weights import WEIGHTS, file_hash, find_weights, lacking_weights
 
 if TYPE_CHECKING:
     from preprocess.segment import Photo
@@ -47,6 +47,10 @@ class HumanConfig:
     max_people: int = 20  # a photo, the largest; the others keep the plain person label
     batch: int = 8  # crops a forward pass
     device: str = "auto"  # auto, cpu, cuda, cuda:N
+
+    def lacks(self) -> list[str]:
+        """What this machine lacks for it, each with its mend."""
+        return [*lacking_weights(self.weights), *lacking_device(self.device)]
 
 
 class Person(NamedTuple):

@@ -80,12 +80,14 @@ def test_one_actor_holds_all_networks_and_works_beside_them(
     write_photos(tmp_path / "00000.tar", [photo_sample(f"{i:02d}", seed=i) for i in range(PHOTOS)])
     monkeypatch.setattr(preprocess.run, "SceneWorker", partial(WatchedWorker, str(tmp_path)))
     status = preprocess.run.preprocess(
-        input=str(tmp_path / "00000.tar"),
-        output=str(tmp_path / "out"),
-        photo=PhotoConfig(size=48, min_side=16),
-        workers=1,
-        batch_size=BATCH,
-        threads=threads,
+        preprocess.run.PreprocessConfig(
+            input=str(tmp_path / "00000.tar"),
+            output=str(tmp_path / "out"),
+            photo=PhotoConfig(size=48, min_side=16),
+            workers=1,
+            batch_size=BATCH,
+            threads=threads,
+        )
     )
     assert status == 0 and len(tar_bytes(tmp_path / "out")) == 1
     calls = json.loads((tmp_path / "calls.json").read_text())

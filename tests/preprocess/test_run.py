@@ -21,7 +21,7 @@ from PIL import Image
 from mas.shards import ShardError, read_shard
 from preprocess.inputs import find_jobs
 from preprocess.photo import PhotoConfig
-from preprocess.run import preprocess
+from preprocess.run import PreprocessConfig, preprocess
 from preprocess.segment import FaceConfig, HumanConfig, PanopticConfig
 
 SETTINGS = {
@@ -33,7 +33,7 @@ SETTINGS = {
 
 def run(input, output, **options):
     settings = {**SETTINGS, "executor": "serial", **options}
-    return preprocess(input=str(input), output=str(output), **settings)
+    return preprocess(PreprocessConfig(input=str(input), output=str(output), **settings))
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from mas.vqgan import VQGAN, VQGANConfig
 from mas.vqseg import VQSEG, VQSEGConfig
 from preprocess.inspect import read_pair
 from preprocess.photo import PhotoConfig
-from preprocess.run import preprocess
+from preprocess.run import PreprocessConfig, preprocess
 from preprocess.segment import FaceConfig, HumanConfig
-from preprocess.tokens import tokenize
+from preprocess.tokens import TokenizeConfig, tokenize
 
 SIZE = 32
 
@@ -30,12 +30,14 @@ def world(tmp_path_factory):
     samples = [photo_sample("a"), photo_sample("b", seed=4, json=captions), photo_sample("c")]
     write_photos(photos / "00001.tar", samples)
     preprocess(
-        input=str(photos),
-        output=str(folder / "scenes"),
-        photo=PhotoConfig(size=48, min_side=16),
-        human=HumanConfig(source="none"),
-        face=FaceConfig(source="none"),
-        executor="serial",
+        PreprocessConfig(
+            input=str(photos),
+            output=str(folder / "scenes"),
+            photo=PhotoConfig(size=48, min_side=16),
+            human=HumanConfig(source="none"),
+            face=FaceConfig(source="none"),
+            executor="serial",
+        )
     )
     torch.manual_seed(0)
     VQSEG(VQSEGConfig(size=SIZE, grid=4, codes=16, width=32, groups=4, patch=4)).save_pretrained(
@@ -69,7 +71,7 @@ def run(world, output, **options):
         **paths,
         **options,
     }
-    return tokenize(output=str(output), **settings)
+    return tokenize(TokenizeConfig(output=str(output), **settings))
 
 
 def contents(folder):
@@ -141,12 +143,14 @@ def test_what_is_no_scene_shard_fails_without_a_manifest(world, tmp_path, capsys
 
 def test_photos_smaller_than_the_networks_are_refused_with_the_mend(world, tmp_path, capsys):
     preprocess(
-        input=str(world / "photos"),
-        output=str(tmp_path / "small"),
-        photo=PhotoConfig(size=16, min_side=16),
-        human=HumanConfig(source="none"),
-        face=FaceConfig(source="none"),
-        executor="serial",
+        PreprocessConfig(
+            input=str(world / "photos"),
+            output=str(tmp_path / "small"),
+            photo=PhotoConfig(size=16, min_side=16),
+            human=HumanConfig(source="none"),
+            face=FaceConfig(source="none"),
+            executor="serial",
+        )
     )
     assert run(world, tmp_path / "out", input=str(tmp_path / "small")) == 1
     assert "preprocess with --photo.size 32" in capsys.readouterr().out
