@@ -43,6 +43,7 @@ class Job:
     name: str  # of the output, without ending
     source: Any  # what the worker reads
     fingerprint: str  # changes when the source does
+    modified: float = 0.0  # when the source was written last, seconds since 1970; 0 = not known
     again: bool = False  # was made before; items dropped for a passing reason get another try
 
 
@@ -340,6 +341,18 @@ def _warn_of_rejects(outcome: Outcome) -> None:
         logger.warning("shard %s: not one sample could be used: %s", outcome.name, reasons)
 
 
+def _warn_of_later_inputs(jobs: Sequence[Job], done: Mapping[str, Mapping[str, Any]]) -> None:
+    """A fingerprint tells no change that leaves the size; a time changes with a mere copy, too."""
+    later = [job.name for job in jobs if job.modified > done[job.name].get("finished", 0.0)]
+    if later:
+        logger.warning(
+            "%d finished shards have an input that was written after they were made, the first is "
+            "%s; they are kept, for it may be a copy. If it is another content of the same size, "
+            "remove %s%s and the like and give the command again",
+            *(len(later), later[0], later[0], STATS),
+        )
+
+
 def _find_pending(
     jobs: Sequence[Job],
     folder: RunFolder,
@@ -351,6 +364,7 @@ def _find_pending(
     pending = []
     present = set(folder.list_names())
     done = folder.finished({job.name: job.fingerprint for job in jobs})
+    _warn_of_later_inputs([job for job in jobs if job.name in done], done)
     for job in jobs:
         if job.name in done:
             if config.retry_rejected and set(passing) & set(done[job.name].get("rejected", {})):
