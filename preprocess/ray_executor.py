@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.executor import ExecutorConfig, Job, Outcome, Runner, Worker
+from preprocess.needs import EXTRA
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import RunFolder
 from preprocess.termination import catch_sigterm
@@ -31,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 REACH_SECONDS = 10.0
 START_SECONDS = 30.0  # without a worker; then a line says so
+TOKENS = (
+    "if its nodes use a token, as `ray start` does where ~/.ray/auth_token lies, set "
+    "RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN here, too (docs/cluster.md)"
+)
 OBJECT_STORE_BYTES = 100 * 2**20  # jobs and outcomes are small
 
 
@@ -124,13 +129,18 @@ def run_on_ray(
     config: ExecutorConfig,
     bar: ProgressBar,
 ) -> Iterator[Outcome]:
-    """Yields outcomes as they come, in no order. Starts a local Ray unless there is one."""
+    """Yields outcomes as they come, in no order. Starts a local Ray unless there is one.
+
+    Raises:
+        OSError: no cluster can be joined, or Ray cannot start workers or has lost them for good.
+        ValueError: GPUs are asked for that Ray does not see.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its handlers may be anybody's
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised as well
     started = not ray.is_initialized()
     try:
         if started:
@@ -159,10 +169,26 @@ def run_on_ray(
         for row in outcomes.iter_rows():
             yield pickle.loads(row["outcome"])
         bar.add(watch.pull())
+    except ray.exceptions.RayError as error:
+        raise OSError(f"{_explain(error)}; finished shards are kept") from error
     finally:
         bar.pull = lambda: None
         if started:
             ray.shutdown()
+
+
+def _explain(error: Exception) -> str:
+    """One line of the pages that Ray gives when its workers do not come up or do not come back."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    unlike = ("ModuleNotFoundError: ", "ImportError: ", "AttributeError: ")  # in unpickling
+    if found := [line for line in lines if line.startswith(unlike)]:
+        return (
+            "a worker cannot start, its machine lacks a package or has another version of it "
+            f"({found[-1]}): {EXTRA} on each node, in the version of this one"
+        )
+    if "never ran" in lines[-1]:
+        return f"the cluster refuses to start workers: {lines[-1]} {TOKENS[0].upper()}{TOKENS[1:]}"
+    return f"Ray has lost the workers: {lines[-1]}"
 
 
 def _handed_on(config: ExecutorConfig) -> dict[str, Any]:
@@ -219,7 +245,7 @@ def _start(config: ExecutorConfig) -> None:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise OSError(f"cannot join the Ray cluster {address}: {reason}") from error
+            raise OSError(f"cannot join the Ray cluster {address}: {reason}; {TOKENS}") from error
         resources = ray.cluster_resources()
         sums = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
         logger.info("joined the Ray cluster %s: %g CPUs, %g GPUs", address, *sums)

@@ -1,6 +1,8 @@
 """What a machine lacks is named all at once and early; on a cluster it is the workers that look."""
 
+import importlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from preprocess import panoptic
 from preprocess.executor import ExecutorConfig, Job, execute
 from preprocess.needs import NeedsError, has_module, lacking_modules, require
 from preprocess.photo import PhotoConfig
+from preprocess.ray_executor import _explain
 from preprocess.run import PreprocessConfig, preprocess
 from preprocess.segment import FaceConfig, HumanConfig, PanopticConfig, lacks_of_sources
 
@@ -155,6 +158,38 @@ def test_a_package_missing_within_a_shard_is_no_fault_of_the_shard(tmp_path):
             config=ExecutorConfig(kind="serial"),
         )
     assert not list((tmp_path / "out").glob("*.error.json"))
+
+
+class Elsewhere:
+    """Can be made here and not on the machine of a worker."""
+
+    def __reduce__(self):
+        return importlib.import_module, ("no_such_package",)
+
+
+def test_workers_without_the_packages_of_the_driver_are_told_of_in_one_line(local_ray, tmp_path):
+    with pytest.raises(OSError, match=r"No module named 'no_such_package'\): pip inst") as caught:
+        execute(
+            [Job("00000", None, fingerprint="1")],
+            Elsewhere(),
+            str(tmp_path / "out"),
+            command="count",
+            settings={},
+            config=ExecutorConfig(workers=1),
+        )
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ("The actor never ran - it was cancelled before it started running.", "RAY_AUTH_TOKEN"),
+        ("The node it was on has died.", r"^Ray has lost the workers: The node it was on has died"),
+    ],
+)
+def test_other_trouble_of_ray_becomes_one_line(last, said):
+    told = _explain(RuntimeError(f"The actor died unexpectedly.\n\tclass_name: X\n{last}"))
+    assert re.search(said, told) and "\n" not in told
 
 
 def test_a_folder_that_bears_the_name_of_a_package_is_none(tmp_path, monkeypatch):
