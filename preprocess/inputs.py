@@ -137,7 +137,11 @@ def find_jobs(input: str, *, captions: str = "", samples_per_shard: int = 1000) 
     counts = Counter(job.name for job in jobs)
     twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
-        raise ShardError(f"{input}: several shards are called {twice[0]}.tar; run them one by one")
+        alike = " and ".join([job.source.name for job in jobs if job.name == twice[0]][:2])
+        raise ShardError(
+            f"{input}: several shards are called {twice[0]}.tar, as {alike}; give them other names "
+            "(links will do), or each folder an --output of its own"
+        )
     return jobs
 
 

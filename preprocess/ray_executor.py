@@ -57,17 +57,43 @@ class _Counter:
         return items, self.started
 
 
+class _Head:
+    """Warns when the head node has gone: Ray then ends the driver's process without a word."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.next_look = time.monotonic() + REACH_SECONDS
+        self.answered = True
+
+    def look(self) -> None:
+        if time.monotonic() < self.next_look:
+            return
+        answers = _silence(self.address) is None
+        if self.answered and not answers:
+            logger.warning(
+                "the head node of Ray, %s, does not answer; if it has gone, this command ends "
+                "within a minute: then give it again",
+                self.address,
+            )
+        self.answered = answers
+        self.next_look = time.monotonic() + REACH_SECONDS
+
+
 class _Watch:
-    """Asks a counter for the progress bar, and warns once when no worker comes up."""
+    """Asks a counter for the progress bar, and warns when no worker comes up or the head goes."""
 
     def __init__(self, counter: Any, config: ExecutorConfig) -> None:
+        import ray
+
         self.counter = counter
         self.config = config
         self.deadline = time.monotonic() + START_SECONDS
+        self.head = _Head(ray.get_runtime_context().gcs_address)
 
     def pull(self) -> int | None:
         import ray
 
+        self.head.look()
         try:
             items, started = ray.get(self.counter.take.remote())
         except ray.exceptions.RayError:  # its process was killed: only the rate suffers
@@ -146,27 +172,10 @@ def run_on_ray(
         if started:
             _start(config)
             catch_sigterm()
-        context = ray.data.DataContext.get_current()
-        context.execution_options = ray.data.ExecutionOptions(preserve_order=False)
-        context.enable_progress_bars = False
-        resources = ray.cluster_resources()
-        _warn_of_idle_gpus(config, resources)
-        workers = min(_count_workers(config, resources), len(jobs))
         counter = _start_counter()
-        rows = [{"job": pickle.dumps(job)} for job in jobs]
-        outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _RayRunner,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-            num_cpus=1,
-            num_gpus=config.gpus_per_worker or None,
-            fn_constructor_args=(factory, folder, common, counter),
-            **_handed_on(config),
-        )
-
         watch = _Watch(counter, config)
         bar.pull = watch.pull
-        for row in outcomes.iter_rows():
+        for row in _dataset(jobs, (factory, folder, common, counter), config).iter_rows():
             yield pickle.loads(row["outcome"])
         bar.add(watch.pull())
     except ray.exceptions.RayError as error:
@@ -175,6 +184,29 @@ def run_on_ray(
         bar.pull = lambda: None
         if started:
             ray.shutdown()
+
+
+def _dataset(jobs: Sequence[Job], arguments: tuple[Any, ...], config: ExecutorConfig) -> Any:
+    """One row a job, made by a pool of `_RayRunner`, each with these arguments."""
+    import ray
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options = ray.data.ExecutionOptions(preserve_order=False)
+    context.enable_progress_bars = False
+    resources = ray.cluster_resources()
+    _warn_of_idle_gpus(config, resources)
+    workers = min(_count_workers(config, resources), len(jobs))
+    rows = [{"job": pickle.dumps(job)} for job in jobs]
+    return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _RayRunner,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+        num_cpus=1,
+        num_gpus=config.gpus_per_worker or None,
+        fn_constructor_args=arguments,
+        **_handed_on(config),
+    )
 
 
 def _explain(error: Exception) -> str:
@@ -273,11 +305,19 @@ def _find_cluster(address: str) -> str:
             f"--address {address}: give auto, or HOST:PORT of the head node, on a machine of the "
             "cluster"
         )
+    if error := _silence(address):
+        raise OSError(f"no Ray cluster answers at {address}: {error}") from error
+    return address
+
+
+def _silence(address: str) -> OSError | None:
+    """Why nothing can be reached at HOST:PORT; None where something can."""
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
     except OSError as error:
-        raise OSError(f"no Ray cluster answers at {address}: {error}") from error
-    return address
+        return error
+    return None
 
 
 def _started_here() -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from mas.shards import write_file
 from preprocess.executor import ExecutorConfig, Summary, execute
 from preprocess.histogram import draw_histogram
-from preprocess.inputs import absolute, find_jobs
+from preprocess.inputs import FilesSource, absolute, find_jobs
 from preprocess.needs import lacking_filesystems, require
 from preprocess.photo import PhotoConfig
 from preprocess.rejects import PASSING, Reject
@@ -142,11 +142,22 @@ def preprocess(config: PreprocessConfig) -> int:
 
 
 def _label(config: PreprocessConfig, output: str) -> Summary:
-    """Runs a worker over the shards of the input."""
+    """Runs a worker over the shards of the input.
+
+    Raises:
+        ValueError: the output would become part of the input.
+    """
+    jobs = find_jobs(
+        config.input, captions=config.captions, samples_per_shard=config.samples_per_shard
+    )
+    loose = not config.captions and isinstance(jobs[0].source, FilesSource)
+    if loose and f"{output}/".startswith(f"{absolute(config.input)}/"):
+        raise ValueError(
+            f"{config.output}: lies in --input, whose pictures are taken from any depth; choose an "
+            "--output beside it"
+        )
     return execute(
-        find_jobs(
-            config.input, captions=config.captions, samples_per_shard=config.samples_per_shard
-        ),
+        jobs,
         partial(
             SceneWorker,
             with_absolute_paths(config.scene),

@@ -226,7 +226,8 @@ class RunFolder:
             if stats.get("input") != fingerprints[name]:
                 raise ShardError(
                     f"{self.file(name)}: was made from another input ({stats.get('input')} there, "
-                    f"{fingerprints[name]} here); choose another --output"
+                    f"{fingerprints[name]} here); choose another --output, and give what is new "
+                    "shards or a folder of its own"
                 )
         return done
 
