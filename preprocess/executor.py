@@ -33,6 +33,7 @@ Report = Callable[[int], None]  # a worker tells how many more items it has seen
 
 ATTEMPTS = 3  # a shard that failed so often is set aside
 WAIT_SECONDS = (1.0, 5.0)  # before the second and the third attempt
+TROUBLED = 5  # shards that failed, none for its data, before any is made: no other would do better
 OUTPUT_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no shard could be written: stop
 
 
@@ -300,8 +301,13 @@ def _check_machine(
 
 
 def _take_in(outcomes: Iterable[Outcome], summary: Summary, bar: ProgressBar) -> list[str]:
-    """Counts and shows outcomes as they come; returns the names of the shards that were made."""
-    made = []
+    """Counts and shows outcomes as they come; returns the names of the shards that were made.
+
+    Raises:
+        OSError: what one shard has met, the others would meet as well.
+    """
+    made: list[str] = []
+    troubled = 0
     for outcome in outcomes:
         if outcome.fatal:
             raise OSError(f"{outcome.error}; finished shards are kept: mend it and run again")
@@ -309,6 +315,12 @@ def _take_in(outcomes: Iterable[Outcome], summary: Summary, bar: ProgressBar) ->
             summary.failed[outcome.name] = outcome.error
             where = f" (on {outcome.host})" if outcome.host else ""
             logger.error("shard %s failed: %s%s", outcome.name, outcome.error, where)
+            troubled += bool(outcome.host)
+            if troubled == TROUBLED and not made:
+                raise OSError(
+                    f"{TROUBLED} shards failed and none was made; it is not their data, the last "
+                    f"one says: {outcome.error}{where}; mend it, then add --retry-failed"
+                )
         else:
             summary.done += 1
             made.append(outcome.name)

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import socket
 import sys
 import time
@@ -35,6 +36,10 @@ START_SECONDS = 30.0  # without a worker; then a line says so
 TOKENS = (
     "if its nodes use a token, as `ray start` does where ~/.ray/auth_token lies, set "
     "RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN here, too (docs/cluster.md)"
+)
+LOCAL = (
+    "it needs a HOME that can be written to, and a temporary folder with a short path "
+    "(RAY_TMPDIR); --executor serial does without Ray"
 )
 OBJECT_STORE_BYTES = 100 * 2**20  # jobs and outcomes are small
 
@@ -214,9 +219,10 @@ def _explain(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     unlike = ("ModuleNotFoundError: ", "ImportError: ", "AttributeError: ")  # in unpickling
     if found := [line for line in lines if line.startswith(unlike)]:
+        node = re.search(r"\bip=([^,)\s]+)", str(error))
         return (
-            "a worker cannot start, its machine lacks a package or has another version of it "
-            f"({found[-1]}): {EXTRA} on each node, in the version of this one"
+            f"a worker{f' on {node[1]}' if node else ''} cannot start, its machine lacks a package "
+            f"or has another version of it ({found[-1]}): {EXTRA} on each node, as on this one"
         )
     if "never ran" in lines[-1]:
         return f"the cluster refuses to start workers: {lines[-1]} {TOKENS[0].upper()}{TOKENS[1:]}"
@@ -282,13 +288,16 @@ def _start(config: ExecutorConfig) -> None:
         sums = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
         logger.info("joined the Ray cluster %s: %g CPUs, %g GPUs", address, *sums)
         return
-    ray.init(
-        address="local",  # never one that `ray start` or RAY_ADDRESS offers unasked
-        num_cpus=config.workers or os.cpu_count(),
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        **quiet,
-    )
+    try:
+        ray.init(
+            address="local",  # never one that `ray start` or RAY_ADDRESS offers unasked
+            num_cpus=config.workers or os.cpu_count(),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            **quiet,
+        )
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise OSError(f"Ray cannot start: {str(error).strip().splitlines()[0]}; {LOCAL}") from error
 
 
 def _find_cluster(address: str) -> str:

@@ -187,7 +187,7 @@ class RunFolder:
             return
         age, host, pid = time.time() - sign["updated"], sign["host"], sign["pid"]
         if host == socket.gethostname():
-            at_work = abs(age) < ALIVE_SECONDS and _is_alive(pid)
+            at_work = abs(age) < ALIVE_SECONDS and exists(pid) and pid != os.getpid()
         else:  # whose clock may be ahead of this one's
             at_work = abs(age) < FOREIGN_SECONDS
         if at_work:
@@ -238,14 +238,15 @@ class RunFolder:
                 self.remove(name)
 
 
-def _is_alive(pid: int) -> bool:
+def exists(pid: int) -> bool:
+    """Whether this machine has such a process."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return pid != os.getpid()
+        pass
+    return True
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -168,7 +168,9 @@ class Elsewhere:
 
 
 def test_workers_without_the_packages_of_the_driver_are_told_of_in_one_line(local_ray, tmp_path):
-    with pytest.raises(OSError, match=r"No module named 'no_such_package'\): pip inst") as caught:
+    with pytest.raises(
+        OSError, match=r"^a worker on [\d.]+ cannot .*'no_such_package'\): pip inst"
+    ) as caught:
         execute(
             [Job("00000", None, fingerprint="1")],
             Elsewhere(),
@@ -228,6 +230,24 @@ def test_the_command_ends_with_one_line_and_without_ray(tmp_path):
     (line,) = done.stderr.splitlines()
     assert line.startswith("mas: error: the weights schp-lip are missing: run `mas fetch-weights")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json"}
+
+
+@pytest.mark.parametrize("variable", ["HOME", "TMPDIR"])
+def test_a_ray_that_cannot_start_says_what_it_needs(tmp_path, variable):
+    """A home that cannot be written to, as in a container; a long path, as batch systems give."""
+    shards = make_shards(tmp_path / "in", shards=1, photos=1)
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    where = {"HOME": f"{shards}/00000.tar", "TMPDIR": str(folder)}[variable]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    command = [sys.executable, "-m", "mas", "preprocess", "--workers", "1", "--human.source"]
+    command += ["none", "--face.source", "none", "--input", str(shards)]
+    command += ["--output", str(tmp_path / "out")]
+    environment[variable] = where
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("mas: error: Ray cannot start: ")
+    assert "HOME" in last and "RAY_TMPDIR" in last and "Traceback" not in done.stderr
 
 
 def test_numbers_that_cannot_be_are_named():
