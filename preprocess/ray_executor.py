@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 REACH_SECONDS = 10.0
 START_SECONDS = 30.0  # without a worker; then a line says so
-TOKENS = (
+TOKEN_MEND = (
     "if its nodes use a token, as `ray start` does where ~/.ray/auth_token lies, set "
     "RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN here, too (docs/cluster.md)"
 )
-LOCAL = (
+LOCAL_MEND = (
     "it needs a HOME that can be written to, and a temporary folder with a short path "
     "(RAY_TMPDIR); --executor serial does without Ray"
 )
@@ -225,7 +225,7 @@ def _explain(error: Exception) -> str:
             f"or has another version of it ({found[-1]}): {EXTRA} on each node, as on this one"
         )
     if "never ran" in lines[-1]:
-        return f"the cluster refuses to start workers: {lines[-1]} {TOKENS[0].upper()}{TOKENS[1:]}"
+        return f"the cluster does not start workers ({lines[-1]}); {TOKEN_MEND}"
     return f"Ray has lost the workers: {lines[-1]}"
 
 
@@ -283,7 +283,9 @@ def _start(config: ExecutorConfig) -> None:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise OSError(f"cannot join the Ray cluster {address}: {reason}; {TOKENS}") from error
+            raise OSError(
+                f"cannot join the Ray cluster {address}: {reason}; {TOKEN_MEND}"
+            ) from error
         resources = ray.cluster_resources()
         sums = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
         logger.info("joined the Ray cluster %s: %g CPUs, %g GPUs", address, *sums)
@@ -297,7 +299,9 @@ def _start(config: ExecutorConfig) -> None:
             **quiet,
         )
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise OSError(f"Ray cannot start: {str(error).strip().splitlines()[0]}; {LOCAL}") from error
+        raise OSError(
+            f"Ray cannot start: {str(error).strip().splitlines()[0]}; {LOCAL_MEND}"
+        ) from error
 
 
 def _find_cluster(address: str) -> str:

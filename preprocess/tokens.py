@@ -59,9 +59,9 @@ class TokenizerPaths:
             "scene": Path(self.vqseg) / "model.safetensors",
             "image": Path(self.vqgan) / "model.safetensors",
         }
-        for stream, path in files.items():
-            if not path.is_file():
-                raise ValueError(f"{path}: no such file; it makes the {stream} tokens")
+        absent = [f"{p} (makes the {s} tokens)" for s, p in files.items() if not p.is_file()]
+        if absent:
+            raise ValueError(f"no such file: {', '.join(absent)}")
         return {stream: file_hash(path) for stream, path in files.items()}
 
 

@@ -172,6 +172,10 @@ def test_a_missing_part_is_named(world, tmp_path):
     for part in ("vqseg", "vqgan", "tokenizer"):
         with pytest.raises(ValueError, match="nowhere"):
             run(world, tmp_path / "out", **{part: str(tmp_path / "nowhere")})
+    nowhere = {part: str(tmp_path / part) for part in ("vqseg", "vqgan", "tokenizer")}
+    said = r"no such file: .*tokenizer \(.*text tokens\), .*vqseg/model.*, .*vqgan/model.*"
+    with pytest.raises(ValueError, match=said):
+        run(world, tmp_path / "out", **nowhere)
     assert not (tmp_path / "out").exists()
 
 
