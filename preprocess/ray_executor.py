@@ -34,8 +34,9 @@ logger = logging.getLogger(__name__)
 REACH_SECONDS = 10.0
 START_SECONDS = 30.0  # without a worker; then a line says so
 TOKEN_MEND = (
-    "if its nodes use a token, as `ray start` does where ~/.ray/auth_token lies, set "
-    "RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN here, too (docs/cluster.md)"
+    "RAY_AUTH_MODE and RAY_AUTH_TOKEN must be here what they are on its nodes; where they are not "
+    "set, `ray start` takes the token of ~/.ray/auth_token if there is one: then set "
+    "RAY_AUTH_MODE=token here, else RAY_AUTH_MODE=disabled (docs/cluster.md)"
 )
 LOCAL_MEND = (
     "it needs a HOME that can be written to, and a temporary folder with a short path "
