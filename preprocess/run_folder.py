@@ -225,9 +225,10 @@ class RunFolder:
         for name, stats in done.items():
             if stats.get("input") != fingerprints[name]:
                 raise ShardError(
-                    f"{self.file(name)}: was made from another input ({stats.get('input')} there, "
-                    f"{fingerprints[name]} here); choose another --output, and give what is new "
-                    "shards or a folder of its own"
+                    f"{self.file(name + STATS)}: the shard was made from another input "
+                    f"({stats.get('input')} there, {fingerprints[name]} here); remove this file to "
+                    "make it again, or choose another --output; what is new is better given shards "
+                    "or a folder of its own"
                 )
         return done
 
