@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Container, Sequence
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple, NoReturn, get_args, get_origin
 
 import mas
@@ -137,10 +138,13 @@ def run(name: str, arguments: list[str]) -> int:
     # With "=" jsonargparse reads an option that may have a value; only its own spelling needs none.
     words = [f"{word}=" if word == "--print-config" else word for word in arguments]
     values = parser.instantiate(parser.parse_args(words))
-    parameters = inspect.signature(function).parameters
+    options = options_of(function)
+    parameters = inspect.signature(options).parameters
     given = {FLAGS.get(k, k): v for k, v in values.as_dict().items()}
     if "config" not in parameters:
         given.pop("config", None)
+    if options is not function:
+        return function(options(**given)) or 0
     positional = [given.pop(k, p.default) for k, p in parameters.items() if _is_positional(p)]
     if not name.startswith("bench "):
         return function(*positional, **given) or 0
@@ -174,12 +178,21 @@ def load(name: str) -> Callable[..., int | None]:
         ) from error
 
 
+def options_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What a command's options are the parameters of: its function, or the config that it takes."""
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    kinds = [parameter.annotation for parameter in parameters]
+    takes_config = len(kinds) == 1 and isinstance(kinds[0], type) and is_dataclass(kinds[0])
+    return kinds[0] if takes_config else function
+
+
 def build_parser(name: str, function: Callable[..., Any]) -> Any:
-    """A jsonargparse parser for `function`: positionals first, everything else as options."""
+    """A jsonargparse parser for a command: positionals first, everything else as options."""
     import docstring_parser
     import jsonargparse
 
-    documentation = docstring_parser.parse(inspect.getdoc(function) or "")
+    source = options_of(function)
+    documentation = docstring_parser.parse(inspect.getdoc(source) or "")
 
     class Parser(jsonargparse.ArgumentParser):
         """Answers wrong usage with one line."""
@@ -194,13 +207,13 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
         description=documentation.short_description,
         default_env=False,
     )
-    if "config" not in inspect.signature(function).parameters:
+    if "config" not in inspect.signature(source).parameters:
         parser.add_argument(
             "--config", action="config", help="YAML file with values for the options"
         )
     helps = {p.arg_name: p.description for p in documentation.params}
     special: set[str | int] = set()
-    for key, parameter in inspect.signature(function, eval_str=True).parameters.items():
+    for key, parameter in inspect.signature(source, eval_str=True).parameters.items():
         if _is_positional(parameter):
             optional = parameter.default is not inspect.Parameter.empty
             # Suppressed, or its absence would undo what --config says.
@@ -218,9 +231,8 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
         else:
             continue
         special.add(key)
-    parser.add_function_arguments(
-        function, as_group=False, as_positional=False, skip=special, fail_untyped=True
-    )
+    add = parser.add_function_arguments if source is function else parser.add_class_arguments
+    add(source, as_group=False, as_positional=False, skip=special, fail_untyped=True)
     if name.startswith("bench "):
         parser.add_argument("--json", action="store_true", help="print the object on one line")
     explain_fields(parser)

@@ -205,7 +205,7 @@ class SceneMap:
             return self
         if width != height:
             raise SceneError(f"a scene must be square to be resized, this one is {width}x{height}")
-        index = _nearest(width, size)
+        index = nearest(width, size)
         labels = self.labels[np.ix_(index, index)]
         edges = find_edges(labels)
         if size < width:
@@ -243,6 +243,11 @@ def find_edges(labels: np.ndarray, instances: np.ndarray | None = None) -> np.nd
         edges[:, :-1] |= ids[:, :-1] != ids[:, 1:]
         edges[:-1] |= ids[:-1] != ids[1:]
     return edges
+
+
+def nearest(source: int, target: int) -> np.ndarray:
+    """Of `source` pixels in a row the index of the one under the centre of each of `target`."""
+    return (np.arange(target) * 2 + 1) * source // (2 * target)
 
 
 def merge(
@@ -423,11 +428,6 @@ def _read_segments(path: Path, file_name: str) -> list[dict[str, Any]]:
     except (KeyError, TypeError):
         raise SceneError(f"{path}: not in COCO's panoptic form") from None
     raise SceneError(f"{path}: no annotation with file_name {file_name!r}")
-
-
-def _nearest(source: int, target: int) -> np.ndarray:
-    """Source index under the centre of each target pixel."""
-    return (np.arange(target) * 2 + 1) * source // (2 * target)
 
 
 @contextmanager

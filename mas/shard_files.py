@@ -6,6 +6,7 @@ Split off mas/shards.py, which is what everybody else imports.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
@@ -17,6 +18,8 @@ from typing import IO
 import braceexpand
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+FULL = {errno.ENOSPC, errno.EDQUOT}  # what is read never meets these
 
 
 class ShardError(ValueError):
@@ -72,7 +75,9 @@ def replacing_path(path: str) -> Iterator[str]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        if isinstance(error, OSError) and error.filename == temporary:
+        if isinstance(error, OSError) and (
+            error.filename == temporary or (error.filename is None and error.errno in FULL)
+        ):
             raise OSError(error.errno, error.strerror, path) from error  # the name people know
         raise
     _sync(folder or ".")  # the rename itself survives a power cut

@@ -36,6 +36,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def lacking_device(name: str) -> list[str]:
+    """What `pick_device` says of a device that is not there."""
+    try:
+        pick_device(name)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
 def fitted_size(height: int, width: int, *, short_side: int, max_side: int) -> tuple[int, int]:
     """Height and width with the given shorter side, the longer one at most `max_side`."""
     scale = short_side / min(height, width)

@@ -16,8 +16,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tqdm import tqdm
-
+from preprocess.progress import counting
 from preprocess.weights import Weights, WeightsError, check_hash, file_hash, is_present
 
 logger = logging.getLogger(__name__)
@@ -118,18 +117,18 @@ def _receive(url: str, part: Path) -> None:
         total = start + int(length) if length else None
         with (
             open(part, "ab" if start else "wb") as file,
-            tqdm(
-                desc=part.name.removesuffix(".part"),
-                total=total,
-                initial=start,
+            counting(
+                total,
+                name=part.name.removesuffix(".part"),
                 unit="B",
+                initial=start,
                 unit_scale=True,
                 unit_divisor=1024,
-            ) as bar,
+            ) as tell,
         ):
             while chunk := response.read(CHUNK):
                 file.write(chunk)
-                bar.update(len(chunk))
+                tell(len(chunk))
             file.flush()
             os.fsync(file.fileno())
     received = part.stat().st_size

@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from preprocess.needs import EXTRA, has_module, require
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import ERROR, RUNNING, STATS, RunFolder, settings_hash
 from preprocess.termination import terminated_in_order
@@ -32,6 +33,7 @@ Report = Callable[[int], None]  # a worker tells how many more items it has seen
 
 ATTEMPTS = 3  # a shard that failed so often is set aside
 WAIT_SECONDS = (1.0, 5.0)  # before the second and the third attempt
+TROUBLED = 5  # shards that failed, none for its data, before any is made: no other would do better
 OUTPUT_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no shard could be written: stop
 
 
@@ -42,6 +44,7 @@ class Job:
     name: str  # of the output, without ending
     source: Any  # what the worker reads
     fingerprint: str  # changes when the source does
+    modified: float = 0.0  # when the source was written last, seconds since 1970; 0 = not known
     again: bool = False  # was made before; items dropped for a passing reason get another try
 
 
@@ -62,6 +65,16 @@ class ExecutorConfig:
     networks: bool = False  # what workers run gains from a GPU
     retry_failed: bool = False  # also try shards that were set aside
     retry_rejected: bool = False  # also remake shards with items dropped for a passing reason
+
+    @property
+    def serial(self) -> bool:
+        """Whether this process does all the work."""
+        return self.kind == "serial" or self.workers == 0
+
+    @property
+    def here(self) -> bool:
+        """Whether all workers run on this machine."""
+        return self.serial or self.address in (None, "local")
 
 
 @dataclass
@@ -148,7 +161,7 @@ class Runner:
 
         Raises:
             OSError: nothing can be written to the output.
-            StartError: the worker cannot be made again.
+            StartError: the worker cannot be made again, or a package is missing.
         """
         name = job.name + RUNNING
         mark = self.folder.read(name) or {"attempt": 0}  # of an attempt in another process
@@ -165,6 +178,8 @@ class Runner:
                 text, trace = str(error) if plain else repr(error), traceback.format_exc()
                 if isinstance(error, OSError) and error.errno in OUTPUT_FULL:
                     raise
+                if isinstance(error, ImportError):  # of this machine, whatever the shard
+                    raise StartError(f"{mark['host']}: {error}") from error
                 if isinstance(error, ValueError):  # the data; another attempt would see the same
                     return self._set_aside(job, text, {**mark, "traceback": trace}, host="")
                 errors.append({"host": mark["host"], "pid": mark["pid"], "error": text})
@@ -227,6 +242,7 @@ def execute(
     config: ExecutorConfig,
     unit: str = "photo",
     passing: Collection[str] = (),
+    lacks: Callable[[], list[str]] = list,
 ) -> Summary:
     """Makes all shards that are not made yet.
 
@@ -239,8 +255,10 @@ def execute(
         config: where to run.
         unit: what a worker reports, for the progress bar.
         passing: reasons of `rejected` in a shard's statistics that may be gone another time.
+        lacks: tells what a worker would miss on this machine.
 
     Raises:
+        NeedsError: what `lacks` names, and Ray, where it is to be used.
         FolderError: the folder holds something else or was made with other settings.
         ShardError: a finished shard was made from another input.
         OSError: the output cannot be written to, is full, or is not the one that the workers see.
@@ -254,6 +272,7 @@ def execute(
             with ProgressBar(folder, len(jobs), unit=unit) as bar, logging_redirect_tqdm():
                 pending = _find_pending(jobs, folder, summary, config, passing)
                 bar.skip(summary.skipped, failed=len(summary.failed))
+                _check_machine(pending, config, lacks)
                 with contextlib.closing(
                     _outcomes(pending, factory, folder, common, config, bar)
                 ) as outcomes:
@@ -265,9 +284,30 @@ def execute(
     return summary
 
 
+def _check_machine(
+    pending: Sequence[Job], config: ExecutorConfig, lacks: Callable[[], list[str]]
+) -> None:
+    """Before Ray starts; of workers on a cluster each finds out what its own machine lacks.
+
+    Raises:
+        NeedsError: there is work to do, and something that it needs is missing here.
+    """
+    if not pending:
+        return
+    found = lacks() if config.here else []
+    if not config.serial and not all(map(has_module, ("ray", "pyarrow"))):  # Ray Data uses both
+        found = [f"the executor needs ray[data]: {EXTRA}, or add --executor serial", *found]
+    require(found)
+
+
 def _take_in(outcomes: Iterable[Outcome], summary: Summary, bar: ProgressBar) -> list[str]:
-    """Counts and shows outcomes as they come; returns the names of the shards that were made."""
-    made = []
+    """Counts and shows outcomes as they come; returns the names of the shards that were made.
+
+    Raises:
+        OSError: what one shard has met, the others would meet as well.
+    """
+    made: list[str] = []
+    troubled = 0
     for outcome in outcomes:
         if outcome.fatal:
             raise OSError(f"{outcome.error}; finished shards are kept: mend it and run again")
@@ -275,6 +315,12 @@ def _take_in(outcomes: Iterable[Outcome], summary: Summary, bar: ProgressBar) ->
             summary.failed[outcome.name] = outcome.error
             where = f" (on {outcome.host})" if outcome.host else ""
             logger.error("shard %s failed: %s%s", outcome.name, outcome.error, where)
+            troubled += bool(outcome.host)
+            if troubled == TROUBLED and not made:
+                raise OSError(
+                    f"{TROUBLED} shards failed and none was made; it is not their data, the last "
+                    f"one says: {outcome.error}{where}; mend it, then add --retry-failed"
+                )
         else:
             summary.done += 1
             made.append(outcome.name)
@@ -307,6 +353,18 @@ def _warn_of_rejects(outcome: Outcome) -> None:
         logger.warning("shard %s: not one sample could be used: %s", outcome.name, reasons)
 
 
+def _warn_of_later_inputs(jobs: Sequence[Job], done: Mapping[str, Mapping[str, Any]]) -> None:
+    """A fingerprint tells no change that leaves the size; a time changes with a mere copy, too."""
+    later = [job.name for job in jobs if job.modified > done[job.name].get("finished", 0.0)]
+    if later:
+        logger.warning(
+            "%d finished shards have an input that was written after they were made, the first is "
+            "%s; they are kept, for it may be a copy. If it is another content of the same size, "
+            "remove %s%s and the like and give the command again",
+            *(len(later), later[0], later[0], STATS),
+        )
+
+
 def _find_pending(
     jobs: Sequence[Job],
     folder: RunFolder,
@@ -318,6 +376,7 @@ def _find_pending(
     pending = []
     present = set(folder.list_names())
     done = folder.finished({job.name: job.fingerprint for job in jobs})
+    _warn_of_later_inputs([job for job in jobs if job.name in done], done)
     for job in jobs:
         if job.name in done:
             if config.retry_rejected and set(passing) & set(done[job.name].get("rejected", {})):
@@ -341,7 +400,7 @@ def _outcomes(
 ) -> Generator[Outcome, None, None]:
     if not jobs:
         return
-    if config.kind == "serial" or config.workers == 0:
+    if config.serial:
         runner = Runner(factory, folder, common)
         for job in jobs:
             yield runner.run(job, bar.add)

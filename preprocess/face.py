@@ -18,9 +18,16 @@ import numpy as np
 import torch
 
 from mas.scene import PERSON, VOID, Segments
-from preprocess.batching import fitted_size, pick_device, plan_batches, resize
+from preprocess.batching import fitted_size, lacking_device, pick_device, plan_batches, resize
 from preprocess.landmarks import LANDMARKS
-from preprocess.weights import WEIGHTS, WeightsError, find_weights, weights_folder
+from preprocess.needs import EXTRA, lacking_modules
+from preprocess.weights import (
+    WEIGHTS,
+    WeightsError,
+    find_weights,
+    lacking_weights,
+    weights_folder,
+)
 
 if TYPE_CHECKING:
     from preprocess.segment import Photo
@@ -45,6 +52,27 @@ class FaceLandmarksConfig:
     min_side: float = 0.05  # of the photo's shorter side; smaller faces are skipped
     batch: int = 8  # photos a pass of the detector, faces a pass of the landmark network
     device: str = "auto"  # auto, cpu, cuda, cuda:N
+
+    def __post_init__(self) -> None:
+        if self.detector not in DETECTOR_WEIGHTS:
+            known = ", ".join(DETECTOR_WEIGHTS)
+            raise ValueError(f"detector {self.detector!r}: use one of {known}")
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the two networks' weights."""
+        return ("2dfan4", *DETECTOR_WEIGHTS[self.detector])
+
+    def lacks(self) -> list[str]:
+        """What this machine lacks for it, each with its mend."""
+        user = f"face detector {self.detector}"
+        by_hand = ("torchvision",) if self.detector == "retinaface" else ()
+        return [
+            *lacking_modules("face_alignment", user=user),
+            *lacking_modules(*by_hand, user=user, mend="pip install torchvision"),
+            *([] if _in_cache_of_torch(self.weights) else lacking_weights(*self.weights)),
+            *lacking_device(self.device),
+        ]
 
 
 class FaceLandmarks:
@@ -119,15 +147,11 @@ def load_face_alignment(config: FaceLandmarksConfig) -> Any:
 
     Raises:
         WeightsError: the package or a file is missing.
-        ValueError: an unknown detector.
     """
-    if config.detector not in DETECTOR_WEIGHTS:
-        raise ValueError(f"detector {config.detector!r}: use one of {', '.join(DETECTOR_WEIGHTS)}")
-    files = ("2dfan4", *DETECTOR_WEIGHTS[config.detector])
     try:
         import face_alignment
 
-        with _hub_folder(files), _cudnn_benchmark_restored():
+        with _hub_folder(config.weights), _cudnn_benchmark_restored():
             return face_alignment.FaceAlignment(
                 face_alignment.LandmarksType.TWO_D,
                 device=str(pick_device(config.device)),
@@ -139,7 +163,7 @@ def load_face_alignment(config: FaceLandmarksConfig) -> Any:
     except ImportError as error:
         raise WeightsError(
             f"faces by {config.detector} need face-alignment >= 1.5 (retinaface torchvision too): "
-            f"pip install 'mini-make-a-scene[preprocess]' (the import said: {error})"
+            f"{EXTRA} (the import said: {error})"
         ) from error
 
 
@@ -149,11 +173,10 @@ def _hub_folder(names: Sequence[str]) -> Iterator[None]:
 
     It would download what it misses; that every file is there is checked first.
     """
-    before = torch.hub.get_dir()
-    files = [Path(w.path).name for w in WEIGHTS if w.name in names]
-    if all((Path(before) / "checkpoints" / file).is_file() for file in files):
+    if _in_cache_of_torch(names):
         yield
         return
+    before = torch.hub.get_dir()
     for name in names:
         find_weights(name)
     torch.hub.set_dir(str(weights_folder() / "face"))
@@ -161,6 +184,11 @@ def _hub_folder(names: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         torch.hub.set_dir(before)
+
+
+def _in_cache_of_torch(names: Sequence[str]) -> bool:
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    return all((folder / Path(w.path).name).is_file() for w in WEIGHTS if w.name in names)
 
 
 @contextmanager

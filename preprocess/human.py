@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from mas.scene import PERSON, Segments
-from preprocess.batching import pick_device, resize
+from mas.scene import PERSON, Segments, nearest
+from preprocess.batching import lacking_device, pick_device, resize
 from preprocess.schp import INPUT_SIZE, load_schp
-from preprocess.weights import WEIGHTS, file_hash, find_weights
+from preprocess.weights import WEIGHTS, file_hash, find_weights, lacking_weights
 
 if TYPE_CHECKING:
     from preprocess.segment import Photo
@@ -47,6 +47,10 @@ class HumanConfig:
     max_people: int = 20  # a photo, the largest; the others keep the plain person label
     batch: int = 8  # crops a forward pass
     device: str = "auto"  # auto, cpu, cuda, cuda:N
+
+    def lacks(self) -> list[str]:
+        """What this machine lacks for it, each with its mend."""
+        return [*lacking_weights(self.weights), *lacking_device(self.device)]
 
 
 class Person(NamedTuple):
@@ -184,9 +188,7 @@ def resize_nearest(labels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Labels H W at another size, each pixel that of the source under its centre."""
     if labels.shape == (height, width):
         return labels
-    rows = (np.arange(height) * 2 + 1) * labels.shape[0] // (2 * height)
-    columns = (np.arange(width) * 2 + 1) * labels.shape[1] // (2 * width)
-    return labels[np.ix_(rows, columns)]
+    return labels[np.ix_(nearest(labels.shape[0], height), nearest(labels.shape[1], width))]
 
 
 def _sample(image_CHW: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -10,11 +10,14 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import stat
+import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -37,6 +40,8 @@ from preprocess.executor import Job
 from preprocess.photo import EXTENSIONS
 from preprocess.rejects import Reject, RejectError
 
+logger = logging.getLogger(__name__)
+
 # What may lie beside a photo in a folder, as `stem.ending`; the longer endings first.
 COMPANIONS = ("panoptic.png", "segments.json", "human.png", "landmarks.json", "json", "txt")
 # Errors that are one file's; all others may be those of the disk, and fail the shard.
@@ -55,7 +60,6 @@ class TarSource:
 
 Entry = tuple[str, dict[str, str], dict[str, bytes]]  # key; ending -> path; ending -> content
 Refusal = tuple[str, str, str]  # key, reason, detail
-Sizes = dict[str, int]  # bytes of the files, by path
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class _Listing:
 
     entries: list[Entry] = field(default_factory=list)
     refused: list[tuple[int, Refusal]] = field(default_factory=list)  # behind so many entries
-    sizes: Sizes = field(default_factory=dict)
+    details: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # of the files, by path
 
     def refuse(self, key: str, reason: Reject, detail: str) -> None:
         self.refused.append((len(self.entries), (key, reason.value, detail)))
@@ -105,7 +109,7 @@ def find_jobs(input: str, *, captions: str = "", samples_per_shard: int = 1000) 
         samples_per_shard: for folders and COCO.
 
     Raises:
-        ShardError: nothing is there, or two shards would be called the same.
+        ShardError: nothing is there, it is no tar, or two shards would be called the same.
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
@@ -113,20 +117,56 @@ def find_jobs(input: str, *, captions: str = "", samples_per_shard: int = 1000) 
     if captions:
         return _cut(input, _list_coco(input, captions), samples_per_shard)
     if filesystem.isdir(inner):
-        shards = any(name.endswith(".tar") for name in filesystem.ls(inner, detail=False))
-        if not shards:
+        names = filesystem.ls(inner, detail=False)
+        if not any(name.endswith(".tar") for name in names):
             return _cut(input, _list_folder(input), samples_per_shard)
+        if pictures := [name for name in names if _is_picture(name)]:
+            logger.warning(
+                "%s: holds shards; what lies beside them is passed over (pictures: %d, as %s)",
+                *(input, len(pictures), PurePosixPath(pictures[0]).name),
+            )
     _list_once(filesystem, inner)
     jobs = []
-    for path in expand_shards(input):
-        size = fsspec.core.url_to_fs(path)[0].size(path)
-        name = PurePosixPath(path).name.removesuffix(".tar")
-        jobs.append(Job(name, TarSource(path), fingerprint=f"{size} bytes"))
+    paths = expand_shards(input)
+    _check_tars(input, [path for path in paths if not path.endswith(".tar")])
+    for path in paths:
+        details = fsspec.core.url_to_fs(path)[0].info(path)
+        name, size = PurePosixPath(path).name.removesuffix(".tar"), details["size"]
+        job = Job(name, TarSource(path), fingerprint=f"{size} bytes", modified=_modified(details))
+        jobs.append(job)
     counts = Counter(job.name for job in jobs)
     twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
-        raise ShardError(f"{input}: several shards are called {twice[0]}.tar; run them one by one")
+        alike = " and ".join([job.source.name for job in jobs if job.name == twice[0]][:2])
+        raise ShardError(
+            f"{input}: several shards are called {twice[0]}.tar, as {alike}; give them other names "
+            "(links will do), or each folder an --output of its own"
+        )
     return jobs
+
+
+def _check_tars(input: str, paths: Sequence[str]) -> None:
+    """Refuses files that are no tars before any is called a broken one.
+
+    Raises:
+        ShardError: tells what --input takes.
+    """
+    takes = "--input takes tar shards, or a folder of pictures with captions in NAME.txt beside"
+    if pictures := [path for path in paths if _is_picture(path)]:
+        raise ShardError(
+            f"{input}: names {len(pictures)} pictures one by one, {takes}; name their folder"
+            if len(pictures) > 1
+            else f"{input}: is a single picture; {takes}: put it into a folder of its own with its "
+            "caption, and name the folder"
+        )
+    for path in paths:
+        with _open(path) as file:
+            if not tarfile.is_tarfile(file):
+                raise ShardError(f"{path}: is no tar; {takes}")
+
+
+def _is_picture(name: str) -> bool:
+    return PurePosixPath(name).suffix[1:].lower() in EXTENSIONS
 
 
 def _list_once(filesystem: Any, pattern: str) -> None:
@@ -145,7 +185,7 @@ def _cut(name: str, listing: _Listing, samples_per_shard: int) -> list[Job]:
 
     A shard's fingerprint tells its samples only: they alone decide what is written.
     """
-    entries, sizes = listing.entries, listing.sizes
+    entries, details = listing.entries, listing.details
     starts = range(0, len(entries), samples_per_shard)
     refused: list[list[Refusal]] = [[] for _ in starts]
     for place, refusal in listing.refused:
@@ -154,13 +194,25 @@ def _cut(name: str, listing: _Listing, samples_per_shard: int) -> list[Job]:
     for start in starts:
         part = tuple(entries[start : start + samples_per_shard])
         told = [
-            (key, [(ending, sizes.get(path)) for ending, path in paths.items()], contents)
+            (key, [(e, details.get(path, {}).get("size")) for e, path in paths.items()], contents)
             for key, paths, contents in part
         ]
         digest = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
         source = FilesSource(name, part, tuple(refused[len(jobs)]))
-        jobs.append(Job(f"{len(jobs):05d}", source, fingerprint=f"files {digest}"))
+        times = (
+            _modified(details.get(path, {})) for _, paths, _ in part for path in paths.values()
+        )
+        job = Job(f"{len(jobs):05d}", source, fingerprint=f"files {digest}", modified=max(times))
+        jobs.append(job)
     return jobs
+
+
+def _modified(details: Mapping[str, Any]) -> float:
+    """When a file was written last, in seconds since 1970; 0 where its file system does not say."""
+    when = details.get("mtime", details.get("LastModified"))  # local, S3
+    if isinstance(when, datetime):
+        return when.timestamp()
+    return float(when) if isinstance(when, int | float) else 0.0
 
 
 def _list_folder(folder: str) -> _Listing:
@@ -173,17 +225,20 @@ def _list_folder(folder: str) -> _Listing:
     listing = _Listing()
     groups: dict[str, dict[str, list[str]]] = defaultdict(dict)  # stem -> ending -> names
     urls: dict[str, str] = {}
-    for path, details in sorted(filesystem.find(inner, detail=True).items()):
+    for path, about in sorted(filesystem.find(inner, detail=True).items()):
         name = path.removeprefix(root)
         stem, ending = _split(name)
         groups[stem].setdefault(ending, []).append(name)
         if ending in (*COMPANIONS, *EXTENSIONS):
             urls[name] = _url(filesystem, path, folder)
-            listing.sizes[urls[name]] = details["size"]
+            listing.details[urls[name]] = about
     kept: dict[str, str] = {}  # key -> name of the photo
     for stem, group in sorted(groups.items()):
         _add_group(listing, stem, group, urls, kept)
     if not kept:
+        if tar := min((n for group in groups.values() for n in group.get("tar", ())), default=""):
+            pattern = f"{folder.rstrip('/')}{'/*' * tar.count('/')}/*.tar"
+            raise ShardError(f"{folder}: the shards lie deeper, as {tar}; name them: '{pattern}'")
         raise ShardError(f"{folder}: holds neither .tar shards nor {', '.join(EXTENSIONS)} images")
     return listing
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from mas.scene import PANOPTIC_CLASSES, THINGS, VOID, Segments
-from preprocess.batching import fitted_size, pick_device, plan_batches, resize
-from preprocess.weights import WeightsError, find_weights
+from preprocess.batching import fitted_size, lacking_device, pick_device, plan_batches, resize
+from preprocess.needs import EXTRA, lacking_modules
+from preprocess.weights import WeightsError, find_weights, lacking_weights
 
 if TYPE_CHECKING:
     from preprocess.segment import Photo
@@ -39,6 +40,14 @@ class Mask2FormerConfig:
     overlap: float = 0.8  # 0-1; a query that keeps less of its own pixels is dropped
     batch: int = 4  # photos a forward pass
     device: str = "auto"  # auto, cpu, cuda, cuda:N
+
+    def lacks(self) -> list[str]:
+        """What this machine lacks for it, each with its mend."""
+        return [
+            *lacking_modules("transformers", user="panoptic mask2former"),
+            *lacking_weights(self.weights),
+            *lacking_device(self.device),
+        ]
 
 
 class Mask2FormerPanoptic:
@@ -132,8 +141,7 @@ def load_mask2former(weights: str) -> tuple[Any, Any]:
         )
     except ImportError as error:
         raise WeightsError(
-            f"panoptic mask2former needs transformers >= 5 ({error}): "
-            "pip install 'mini-make-a-scene[preprocess]'"
+            f"panoptic mask2former needs transformers >= 5 ({error}): {EXTRA}"
         ) from error
     folder = find_weights(weights)
     network = Mask2FormerForUniversalSegmentation.from_pretrained(folder, local_files_only=True)

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from mas.scene import PANOPTIC_CLASSES, THINGS, VOID, Segments
-from preprocess.batching import fitted_size, pick_device, plan_batches, resize
+from preprocess.batching import fitted_size, lacking_device, pick_device, plan_batches, resize
 from preprocess.mask2former import Mask2FormerConfig, Mask2FormerPanoptic
-from preprocess.weights import WeightsError, find_weights
+from preprocess.needs import lacking_modules
+from preprocess.weights import WeightsError, find_weights, lacking_weights
 
 if TYPE_CHECKING:
     from preprocess.segment import Photo
@@ -35,9 +36,9 @@ __all__ = [
 STUFF = len(PANOPTIC_CLASSES) - THINGS  # 53
 COCO_SHORT_SIDE = 480  # pixels of the usual COCO photo, for which area limits are stated
 
+USER = "panoptic detectron2"
 INSTALL = (
-    "panoptic detectron2 needs detectron2, which is not on the package index: pip install "
-    "'setuptools<81' torchvision, then pip install --no-build-isolation "
+    "pip install 'setuptools<81' wheel ninja torchvision && pip install --no-build-isolation "
     "'git+https://github.com/facebookresearch/detectron2.git' (docs/segmenters.md)"
 )
 
@@ -57,6 +58,14 @@ class Detectron2Config:
     stuff_area: int = 4096  # pixels of a 480-pixel-high photo; smaller stuff is left void
     batch: int = 8  # photos a forward pass
     device: str = "auto"  # auto, cpu, cuda, cuda:N
+
+    def lacks(self) -> list[str]:
+        """What this machine lacks for it, each with its mend."""
+        return [
+            *lacking_modules("detectron2", "torchvision", user=USER, mend=INSTALL),
+            *lacking_weights(self.weights),
+            *lacking_device(self.device),
+        ]
 
 
 class Detectron2Panoptic:
@@ -141,7 +150,9 @@ def load_detectron2(config: Detectron2Config) -> tuple[Any, str]:
         from detectron2.config import get_cfg
         from detectron2.modeling import build_model
     except ImportError as error:
-        raise WeightsError(f"{INSTALL}; the import said: {error}") from error
+        raise WeightsError(
+            f"{USER} cannot import detectron2: {INSTALL}; the import said: {error}"
+        ) from error
 
     weights = find_weights(config.weights)
     path = config.config_file

@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 
 import PIL
-from tqdm import tqdm
 
 from mas.shards import Sample, ShardError, ShardWriter, remove_temporary, write_file
 from preprocess.park_truth import picture
 from preprocess.park_world import HELD_OUT_MODES
+from preprocess.progress import counting
 
 SETTINGS_FILE = "park.json"
 SMALLEST, LARGEST = 32, 1024  # sides in pixels
@@ -93,14 +93,14 @@ def park(
     # macOS does not say which cores a process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     processes = min(workers or cores or 1, -(-len(indices) // _CHUNK))
-    with tqdm(total=len(indices), desc="park", unit="picture", disable=not indices) as bar:
+    with counting(len(indices), name="park", unit=" pictures") as tell:
         samples = _paint_all(config, indices, processes)
         for name, span in missing.items():
             remove_temporary(str(folder / name))  # of a run that was killed
             with ShardWriter(str(folder / name)) as writer:
                 for _ in span:
                     writer.write(next(samples))
-                    bar.update()
+                    tell(1)
     kept = len(config.shards()) - len(missing)
     note = f", {kept} of them already there" if kept else ""
     print(f"{count} pictures of {size} px in {len(config.shards())} shards{note}: {folder}")

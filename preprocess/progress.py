@@ -1,4 +1,7 @@
-"""The progress bar of a run, and its heartbeat for `mas preprocess-status` on another machine."""
+"""How far something is: a bar on a terminal, a line now and then where stderr is a file.
+
+A run over shards has a heartbeat, too, for `mas preprocess-status` on another machine.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,6 +26,43 @@ HEARTBEAT_SECONDS = 5.0
 SHOW_SECONDS = 0.5
 LINE_SECONDS = 30.0  # between two lines where no terminal shows a bar
 SETTLED_SECONDS = 2.0  # before that a rate means nothing
+
+
+COUNT = "{desc}: {n_fmt}, {rate_noinv_fmt}"  # as tqdm writes it
+COUNT_OF_TOTAL = "{desc}: {n_fmt} of {total_fmt}, {rate_noinv_fmt}, {remaining} left"
+
+
+@contextlib.contextmanager
+def counting(
+    total: int | None, *, name: str, unit: str, initial: int = 0, **scale: Any
+) -> Iterator[Callable[[int], Any]]:
+    """Shows how far a count is; yields what is to be told of so many more.
+
+    Args:
+        total: where the count ends; None = not known.
+        name: what the count is of.
+        unit: of the count.
+        initial: what it starts from.
+        scale: options of tqdm for how numbers are written.
+    """
+    if sys.stderr.isatty():
+        with tqdm(total=total, desc=name, unit=unit, initial=initial, **scale) as bar:
+            yield bar.update
+        return
+    start = told = time.time()
+    count = initial
+
+    def tell(more: int) -> None:
+        nonlocal count, told
+        count += more
+        if time.time() - told > LINE_SECONDS:
+            told = time.time()
+            words: dict[str, Any] = {"prefix": name, "unit": unit, "initial": initial, **scale}
+            words["bar_format"] = COUNT_OF_TOTAL if total else COUNT
+            line = tqdm.format_meter(count, total or 0, told - start, **words)
+            logger.info(" ".join(line.split()))  # it aligns numbers
+
+    yield tell
 
 
 class ProgressBar:

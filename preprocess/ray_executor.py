@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import socket
 import sys
 import time
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.executor import ExecutorConfig, Job, Outcome, Runner, Worker
+from preprocess.needs import EXTRA
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import RunFolder
 from preprocess.termination import catch_sigterm
@@ -31,6 +33,15 @@ logger = logging.getLogger(__name__)
 
 REACH_SECONDS = 10.0
 START_SECONDS = 30.0  # without a worker; then a line says so
+TOKEN_MEND = (
+    "RAY_AUTH_MODE and RAY_AUTH_TOKEN must be here what they are on its nodes; where they are not "
+    "set, `ray start` takes the token of ~/.ray/auth_token if there is one: then set "
+    "RAY_AUTH_MODE=token here, else RAY_AUTH_MODE=disabled (docs/cluster.md)"
+)
+LOCAL_MEND = (
+    "it needs a HOME that can be written to, and a temporary folder with a short path "
+    "(RAY_TMPDIR); --executor serial does without Ray"
+)
 OBJECT_STORE_BYTES = 100 * 2**20  # jobs and outcomes are small
 
 
@@ -52,17 +63,43 @@ class _Counter:
         return items, self.started
 
 
+class _Head:
+    """Warns when the head node has gone: Ray then ends the driver's process without a word."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.next_look = time.monotonic() + REACH_SECONDS
+        self.answered = True
+
+    def look(self) -> None:
+        if time.monotonic() < self.next_look:
+            return
+        answers = _silence(self.address) is None
+        if self.answered and not answers:
+            logger.warning(
+                "the head node of Ray, %s, does not answer; if it has gone, this command ends "
+                "within a minute: then give it again",
+                self.address,
+            )
+        self.answered = answers
+        self.next_look = time.monotonic() + REACH_SECONDS
+
+
 class _Watch:
-    """Asks a counter for the progress bar, and warns once when no worker comes up."""
+    """Asks a counter for the progress bar, and warns when no worker comes up or the head goes."""
 
     def __init__(self, counter: Any, config: ExecutorConfig) -> None:
+        import ray
+
         self.counter = counter
         self.config = config
         self.deadline = time.monotonic() + START_SECONDS
+        self.head = _Head(ray.get_runtime_context().gcs_address)
 
     def pull(self) -> int | None:
         import ray
 
+        self.head.look()
         try:
             items, started = ray.get(self.counter.take.remote())
         except ray.exceptions.RayError:  # its process was killed: only the rate suffers
@@ -124,45 +161,73 @@ def run_on_ray(
     config: ExecutorConfig,
     bar: ProgressBar,
 ) -> Iterator[Outcome]:
-    """Yields outcomes as they come, in no order. Starts a local Ray unless there is one."""
+    """Yields outcomes as they come, in no order. Starts a local Ray unless there is one.
+
+    Raises:
+        OSError: no cluster can be joined, or Ray cannot start workers or has lost them for good.
+        ValueError: GPUs are asked for that Ray does not see.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its handlers may be anybody's
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised as well
     started = not ray.is_initialized()
     try:
         if started:
             _start(config)
             catch_sigterm()
-        context = ray.data.DataContext.get_current()
-        context.execution_options = ray.data.ExecutionOptions(preserve_order=False)
-        context.enable_progress_bars = False
-        resources = ray.cluster_resources()
-        _warn_of_idle_gpus(config, resources)
-        workers = min(_count_workers(config, resources), len(jobs))
         counter = _start_counter()
-        rows = [{"job": pickle.dumps(job)} for job in jobs]
-        outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _RayRunner,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-            num_cpus=1,
-            num_gpus=config.gpus_per_worker or None,
-            fn_constructor_args=(factory, folder, common, counter),
-            **_handed_on(config),
-        )
-
         watch = _Watch(counter, config)
         bar.pull = watch.pull
-        for row in outcomes.iter_rows():
+        for row in _dataset(jobs, (factory, folder, common, counter), config).iter_rows():
             yield pickle.loads(row["outcome"])
         bar.add(watch.pull())
+    except ray.exceptions.RayError as error:
+        raise OSError(f"{_explain(error)}; finished shards are kept") from error
     finally:
         bar.pull = lambda: None
         if started:
             ray.shutdown()
+
+
+def _dataset(jobs: Sequence[Job], arguments: tuple[Any, ...], config: ExecutorConfig) -> Any:
+    """One row a job, made by a pool of `_RayRunner`, each with these arguments."""
+    import ray
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options = ray.data.ExecutionOptions(preserve_order=False)
+    context.enable_progress_bars = False
+    resources = ray.cluster_resources()
+    _warn_of_idle_gpus(config, resources)
+    workers = min(_count_workers(config, resources), len(jobs))
+    rows = [{"job": pickle.dumps(job)} for job in jobs]
+    return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _RayRunner,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+        num_cpus=1,
+        num_gpus=config.gpus_per_worker or None,
+        fn_constructor_args=arguments,
+        **_handed_on(config),
+    )
+
+
+def _explain(error: Exception) -> str:
+    """One line of the pages that Ray gives when its workers do not come up or do not come back."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    unlike = ("ModuleNotFoundError: ", "ImportError: ", "AttributeError: ")  # in unpickling
+    if found := [line for line in lines if line.startswith(unlike)]:
+        node = re.search(r"\bip=([^,)\s]+)", str(error))
+        return (
+            f"a worker{f' on {node[1]}' if node else ''} cannot start, its machine lacks a package "
+            f"or has another version of it ({found[-1]}): {EXTRA} on each node, as on this one"
+        )
+    if "never ran" in lines[-1]:
+        return f"the cluster does not start workers ({lines[-1]}); {TOKEN_MEND}"
+    return f"Ray has lost the workers: {lines[-1]}"
 
 
 def _handed_on(config: ExecutorConfig) -> dict[str, Any]:
@@ -219,18 +284,25 @@ def _start(config: ExecutorConfig) -> None:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise OSError(f"cannot join the Ray cluster {address}: {reason}") from error
+            raise OSError(
+                f"cannot join the Ray cluster {address}: {reason}; {TOKEN_MEND}"
+            ) from error
         resources = ray.cluster_resources()
         sums = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
         logger.info("joined the Ray cluster %s: %g CPUs, %g GPUs", address, *sums)
         return
-    ray.init(
-        address="local",  # never one that `ray start` or RAY_ADDRESS offers unasked
-        num_cpus=config.workers or os.cpu_count(),
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        **quiet,
-    )
+    try:
+        ray.init(
+            address="local",  # never one that `ray start` or RAY_ADDRESS offers unasked
+            num_cpus=config.workers or os.cpu_count(),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            **quiet,
+        )
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise OSError(
+            f"Ray cannot start: {str(error).strip().splitlines()[0]}; {LOCAL_MEND}"
+        ) from error
 
 
 def _find_cluster(address: str) -> str:
@@ -247,11 +319,19 @@ def _find_cluster(address: str) -> str:
             f"--address {address}: give auto, or HOST:PORT of the head node, on a machine of the "
             "cluster"
         )
+    if error := _silence(address):
+        raise OSError(f"no Ray cluster answers at {address}: {error}") from error
+    return address
+
+
+def _silence(address: str) -> OSError | None:
+    """Why nothing can be reached at HOST:PORT; None where something can."""
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
     except OSError as error:
-        raise OSError(f"no Ray cluster answers at {address}: {error}") from error
-    return address
+        return error
+    return None
 
 
 def _started_here() -> str:

@@ -7,7 +7,7 @@ describes, with one scene shard per input shard.
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,8 @@ from typing import Any, Literal
 from mas.shards import write_file
 from preprocess.executor import ExecutorConfig, Summary, execute
 from preprocess.histogram import draw_histogram
-from preprocess.inputs import absolute, find_jobs
+from preprocess.inputs import FilesSource, absolute, find_jobs
+from preprocess.needs import lacking_filesystems, require
 from preprocess.photo import PhotoConfig
 from preprocess.rejects import PASSING, Reject
 from preprocess.run_folder import HISTOGRAM, SUMMARY, RunFolder
@@ -25,35 +26,17 @@ from preprocess.segment import (
     HumanConfig,
     PanopticConfig,
     check_sources,
+    lacks_of_sources,
 )
 from preprocess.status import collect, describe_rejects
 from preprocess.weights import WEIGHTS
 from preprocess.worker import SceneConfig, SceneWorker
 
 KNOWN_WEIGHTS = {weights.name for weights in WEIGHTS}  # these names are no paths
-PHOTO, PANOPTIC, HUMAN, FACE = PhotoConfig(), PanopticConfig(), HumanConfig(), FaceConfig()
 
 
-def preprocess(
-    *,
-    input: str,
-    output: str,
-    captions: str = "",
-    samples_per_shard: int = 1000,
-    photo: PhotoConfig = PHOTO,
-    panoptic: PanopticConfig = PANOPTIC,
-    human: HumanConfig = HUMAN,
-    face: FaceConfig = FACE,
-    max_caption_bytes: int = 10_000,
-    batch_size: int = 16,
-    threads: int = 0,
-    executor: Literal["ray", "serial"] = "ray",
-    workers: int | None = None,
-    address: str | None = None,
-    gpus_per_worker: float = 0.0,
-    retry_failed: bool = False,
-    retry_rejected: bool = False,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
     """Turn photos with captions into photos with captions and scene maps.
 
     A run that was cut goes on where it was when the same command is given again.
@@ -78,42 +61,117 @@ def preprocess(
         retry_failed: also try the shards that failed and were set aside.
         retry_rejected: also try the samples again that were rejected for a reason that may have
             passed: no_photo, no_annotation, not_segmented.
+    """
+
+    input: str
+    output: str
+    captions: str = ""
+    samples_per_shard: int = 1000
+    photo: PhotoConfig = field(default_factory=PhotoConfig)
+    panoptic: PanopticConfig = field(default_factory=PanopticConfig)
+    human: HumanConfig = field(default_factory=HumanConfig)
+    face: FaceConfig = field(default_factory=FaceConfig)
+    max_caption_bytes: int = 10_000
+    batch_size: int = 16
+    threads: int = 0
+    executor: Literal["ray", "serial"] = "ray"
+    workers: int | None = None
+    address: str | None = None
+    gpus_per_worker: float = 0.0
+    retry_failed: bool = False
+    retry_rejected: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        for name in ("threads", "workers", "gpus_per_worker"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+    @property
+    def scene(self) -> SceneConfig:
+        """What decides the content of the shards."""
+        return SceneConfig(
+            photo=self.photo,
+            panoptic=self.panoptic,
+            human=self.human,
+            face=self.face,
+            max_caption_bytes=self.max_caption_bytes,
+        )
+
+    @property
+    def sources(self) -> tuple[PanopticConfig, HumanConfig, FaceConfig]:
+        """Of the three segmentations."""
+        return self.panoptic, self.human, self.face
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Everything that is read or written and may lie elsewhere."""
+        panoptic = self.panoptic
+        return self.input, self.output, self.captions, panoptic.json, panoptic.folder
+
+    @property
+    def execution(self) -> ExecutorConfig:
+        """Where and how wide the run is."""
+        return ExecutorConfig(
+            kind=self.executor,
+            workers=self.workers,
+            address=self.address,
+            gpus_per_worker=self.gpus_per_worker,
+            networks=any(part.source in NETWORKS for part in self.sources),
+            retry_failed=self.retry_failed,
+            retry_rejected=self.retry_rejected,
+        )
+
+
+def preprocess(config: PreprocessConfig) -> int:
+    """Makes the scene shards that are not made yet; returns the exit status.
 
     Raises:
         ValueError: settings that cannot work, a broken input, or not one usable sample in it.
-        OSError: a package is missing, or input or output cannot be reached.
+        OSError: a package or weights are missing, or input or output cannot be reached.
     """
-    if batch_size < 1 or threads < 0 or (workers or 0) < 0 or gpus_per_worker < 0:
-        raise ValueError("batch_size must be at least 1; threads, workers and GPUs at least 0")
-    check_sources(panoptic, human, face)
-    output = absolute(output)
-    jobs = find_jobs(input, captions=captions, samples_per_shard=samples_per_shard)
-    config = SceneConfig(
-        photo=photo, panoptic=panoptic, human=human, face=face, max_caption_bytes=max_caption_bytes
+    require(lacking_filesystems(*config.urls))
+    check_sources(*config.sources)
+    output = absolute(config.output)
+    summary = _label(config, output)
+    totals = _conclude(summary, RunFolder(output))
+    if totals["rejected"] and not totals["photos_out"]:
+        raise ValueError(_describe_total_loss(totals["rejected"], config.panoptic, output))
+    return summary.status
+
+
+def _label(config: PreprocessConfig, output: str) -> Summary:
+    """Runs a worker over the shards of the input.
+
+    Raises:
+        ValueError: the output would become part of the input.
+    """
+    jobs = find_jobs(
+        config.input, captions=config.captions, samples_per_shard=config.samples_per_shard
     )
-    summary = execute(
+    loose = not config.captions and isinstance(jobs[0].source, FilesSource)
+    if loose and f"{output}/".startswith(f"{absolute(config.input)}/"):
+        raise ValueError(
+            f"{config.output}: lies in --input, whose pictures are taken from any depth; choose an "
+            "--output beside it"
+        )
+    return execute(
         jobs,
         partial(
-            SceneWorker, with_absolute_paths(config), output, batch_size=batch_size, threads=threads
+            SceneWorker,
+            with_absolute_paths(config.scene),
+            output,
+            batch_size=config.batch_size,
+            threads=config.threads,
         ),
         output,
         command="preprocess",
-        settings=settings_of(config),
-        config=ExecutorConfig(
-            kind=executor,
-            workers=workers,
-            address=address,
-            gpus_per_worker=gpus_per_worker,
-            networks=any(part.source in NETWORKS for part in (panoptic, human, face)),
-            retry_failed=retry_failed,
-            retry_rejected=retry_rejected,
-        ),
+        settings=settings_of(config.scene),
+        config=config.execution,
         passing=[reason.value for reason in PASSING],
+        lacks=partial(lacks_of_sources, *config.sources),
     )
-    totals = _conclude(summary, RunFolder(output))
-    if totals["rejected"] and not totals["photos_out"]:
-        raise ValueError(_describe_total_loss(totals["rejected"], panoptic, output))
-    return summary.status
 
 
 def settings_of(config: SceneConfig) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class RunFolder:
             return
         age, host, pid = time.time() - sign["updated"], sign["host"], sign["pid"]
         if host == socket.gethostname():
-            at_work = abs(age) < ALIVE_SECONDS and _is_alive(pid)
+            at_work = abs(age) < ALIVE_SECONDS and exists(pid) and pid != os.getpid()
         else:  # whose clock may be ahead of this one's
             at_work = abs(age) < FOREIGN_SECONDS
         if at_work:
@@ -225,8 +225,10 @@ class RunFolder:
         for name, stats in done.items():
             if stats.get("input") != fingerprints[name]:
                 raise ShardError(
-                    f"{self.file(name)}: was made from another input ({stats.get('input')} there, "
-                    f"{fingerprints[name]} here); choose another --output"
+                    f"{self.file(name + STATS)}: the shard was made from another input "
+                    f"({stats.get('input')} there, {fingerprints[name]} here); remove this file to "
+                    "make it again, or choose another --output; what is new is better given shards "
+                    "or a folder of its own"
                 )
         return done
 
@@ -237,14 +239,15 @@ class RunFolder:
                 self.remove(name)
 
 
-def _is_alive(pid: int) -> bool:
+def exists(pid: int) -> bool:
+    """Whether this machine has such a process."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return pid != os.getpid()
+        pass
+    return True
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,6 +21,7 @@ from PIL import Image
 from mas.scene import HUMAN_CLASSES, MAX_PIXELS, SceneError, Segments, from_coco
 from mas.shards import Sample, local_path
 from preprocess.landmarks import LANDMARKS
+from preprocess.needs import EXTRA
 from preprocess.rejects import Reject, RejectError
 
 
@@ -292,14 +293,14 @@ def _network_classes(source: str) -> tuple[Any, Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise OSError(
-            f"{source} needs {error.name!r}: pip install 'mini-make-a-scene[preprocess]'; "
-            "docs/segmenters.md tells what is not on the package index"
+            f"{source} needs {error.name!r}: {EXTRA}; docs/segmenters.md tells what is not on the "
+            "package index"
         ) from error
     return getattr(module, segmenter), getattr(module, config)
 
 
 def check_sources(panoptic: PanopticConfig, human: HumanConfig, face: FaceConfig) -> None:
-    """Finds what a worker would stumble over, without loading weights or annotations.
+    """Finds settings that cannot work, wherever the workers are; loads no weights or annotations.
 
     Raises:
         ValueError: a missing setting or file, or options that a network does not know.
@@ -309,9 +310,22 @@ def check_sources(panoptic: PanopticConfig, human: HumanConfig, face: FaceConfig
         _check_coco(panoptic.json, panoptic.folder)
     for config in (panoptic, human, face):
         if config.source in NETWORKS:
-            try:
-                _network_classes(config.source)[1](**config.options)
-            except TypeError as error:
-                raise ValueError(f"options of {config.source}: {error}") from error
+            _network_options(config)
         elif config.options:
             raise ValueError(f"{config.source} takes no options, got {sorted(config.options)}")
+
+
+def lacks_of_sources(panoptic: PanopticConfig, human: HumanConfig, face: FaceConfig) -> list[str]:
+    """What this machine lacks for the networks: packages, weights, a device; each with its mend.
+
+    The networks run where the workers are, so it is their machine that must be asked.
+    """
+    networks = [config for config in (panoptic, human, face) if config.source in NETWORKS]
+    return list(dict.fromkeys(lack for c in networks for lack in _network_options(c).lacks()))
+
+
+def _network_options(config: PanopticConfig | HumanConfig | FaceConfig) -> Any:
+    try:
+        return _network_classes(config.source)[1](**config.options)
+    except TypeError as error:
+        raise ValueError(f"options of {config.source}: {error}") from error

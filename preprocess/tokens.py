@@ -35,9 +35,10 @@ from mas.storage import file_hash
 from mas.text import Tokenizer, mirror_caption
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
-from preprocess.batching import pick_device
-from preprocess.executor import ExecutorConfig, Job, Report, execute
+from preprocess.batching import lacking_device, pick_device
+from preprocess.executor import ExecutorConfig, Job, Report, Summary, execute
 from preprocess.inputs import absolute, find_jobs
+from preprocess.needs import lacking_filesystems, require
 from preprocess.run_folder import STATS, RunFolder
 
 MAX_VOCABULARY = 2**16  # tokens are stored as uint16
@@ -58,9 +59,9 @@ class TokenizerPaths:
             "scene": Path(self.vqseg) / "model.safetensors",
             "image": Path(self.vqgan) / "model.safetensors",
         }
-        for stream, path in files.items():
-            if not path.is_file():
-                raise ValueError(f"{path}: no such file; it makes the {stream} tokens")
+        absent = [f"{p} (makes the {s} tokens)" for s, p in files.items() if not p.is_file()]
+        if absent:
+            raise ValueError(f"no such file: {', '.join(absent)}")
         return {stream: file_hash(path) for stream, path in files.items()}
 
 
@@ -196,22 +197,8 @@ class TokenWorker:
         return Pair(*(tokens.cpu().numpy().astype(np.uint16) for tokens in (scene_BT, image_BT)))
 
 
-def tokenize(
-    *,
-    input: str,
-    output: str,
-    vqseg: str,
-    vqgan: str,
-    tokenizer: str,
-    batch_size: int = 16,
-    device: str = "auto",
-    executor: Literal["ray", "serial"] = "ray",
-    workers: int | None = None,
-    address: str | None = None,
-    gpus_per_worker: float = 0.0,
-    retry_failed: bool = False,
-    mirror: bool = False,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class TokenizeConfig:
     """Turn scene shards into token shards for training the GPT.
 
     A run that was cut goes on where it was when the same command is given again.
@@ -233,56 +220,98 @@ def tokenize(
         mirror: also write every picture mirrored, left and right exchanged in its captions too, for
             data.flip of the GPT's training; takes twice the time and the space.
     """
-    if batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
-    if local_path(output) is None:
-        raise ValueError(f"{output}: training maps token shards into memory; name a local folder")
-    output = absolute(output)
-    paths = TokenizerPaths(*map(absolute, (tokenizer, vqseg, vqgan)))
+
+    input: str
+    output: str
+    vqseg: str
+    vqgan: str
+    tokenizer: str
+    batch_size: int = 16
+    device: str = "auto"
+    executor: Literal["ray", "serial"] = "ray"
+    workers: int | None = None
+    address: str | None = None
+    gpus_per_worker: float = 0.0
+    retry_failed: bool = False
+    mirror: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
+        if local_path(self.output) is None:
+            raise ValueError(
+                f"{self.output}: training maps token shards into memory; name a local folder"
+            )
+
+    @property
+    def paths(self) -> TokenizerPaths:
+        """Of the tokenizers, as seen from any folder."""
+        return TokenizerPaths(*map(absolute, (self.tokenizer, self.vqseg, self.vqgan)))
+
+    @property
+    def execution(self) -> ExecutorConfig:
+        """Where and how wide the run is."""
+        return ExecutorConfig(
+            kind=self.executor,
+            workers=self.workers,
+            address=self.address,
+            gpus_per_worker=self.gpus_per_worker,
+            networks=self.device != "cpu",
+            retry_failed=self.retry_failed,
+        )
+
+
+def tokenize(config: TokenizeConfig) -> int:
+    """Makes the token shards that are not made yet, then the manifest; returns the exit status.
+
+    Raises:
+        ValueError: settings that cannot work, or a tokenizer or the input is missing or broken.
+        OSError: input or output cannot be reached.
+    """
+    require(lacking_filesystems(config.input))
+    output, paths = absolute(config.output), config.paths
     hashes, loaded = paths.hashes(), Tokenizers.load(paths)
     described = loaded.describe()
     streams = {name: {**described[name], "sha256": hashes[name]} for name in hashes}
-    jobs = find_jobs(input)
+    jobs = find_jobs(config.input)
     summary = execute(
         jobs,
         partial(
             TokenWorker,
             paths,
             output,
-            mirror=mirror,
-            batch_size=batch_size,
-            device=device,
+            mirror=config.mirror,
+            batch_size=config.batch_size,
+            device=config.device,
         ),
         output,
         command="tokenize",
-        settings={**streams, **({"mirror": True} if mirror else {})},
-        config=ExecutorConfig(
-            kind=executor,
-            workers=workers,
-            address=address,
-            gpus_per_worker=gpus_per_worker,
-            networks=device != "cpu",
-            retry_failed=retry_failed,
-        ),
+        settings={**streams, **({"mirror": True} if config.mirror else {})},
+        config=config.execution,
         unit="picture",
+        lacks=partial(lacking_device, config.device),
     )
     if summary.failed:
-        for name, error in sorted(summary.failed.items()):
-            print(f"failed: {name}: {error}")
-        print(
-            f"{len(summary.failed)} shards failed, so no {MANIFEST} was written; mend the input, "
-            "then run the same command with --retry-failed"
-        )
-        return summary.status
+        return _tell_of_failures(summary)
     for stream, network in (("scene", loaded.scene), ("image", loaded.image)):
         streams[stream] = {**streams[stream], "tokens_sha256": network.token_hash()}
-    shards = _write_manifest(RunFolder(output), streams, jobs, mirror=mirror)
+    shards = _write_manifest(RunFolder(output), streams, jobs, mirror=config.mirror)
     pictures, captions = (sum(shard[k] for shard in shards) for k in ("pictures", "captions"))
     print(
         f"{summary.done} of {summary.shards} shards done, {summary.skipped} were done before; "
         f"{pictures} pictures, {captions} captions"
     )
     return 0
+
+
+def _tell_of_failures(summary: Summary) -> int:
+    for name, error in sorted(summary.failed.items()):
+        print(f"failed: {name}: {error}")
+    print(
+        f"{len(summary.failed)} shards failed, so no {MANIFEST} was written; mend the input, "
+        "then run the same command with --retry-failed"
+    )
+    return summary.status
 
 
 def _write_manifest(

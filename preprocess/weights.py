@@ -238,6 +238,17 @@ def find_weights(name: str) -> Path:
     return folder / weights.path
 
 
+def lacking_weights(*names: str) -> list[str]:
+    """What `find_weights` says of those that are not there."""
+    lacks = []
+    for name in names:
+        try:
+            find_weights(name)
+        except WeightsError as error:
+            lacks.append(str(error))
+    return lacks
+
+
 def missing(weights: Weights, folder: Path) -> str:
     """One line that names the missing file, its address and the command that fetches it."""
     name = "" if weights.default else f" --name {weights.name}"

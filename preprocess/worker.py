@@ -32,6 +32,7 @@ from mas.shards import (
 from preprocess.captions import Texts, read_texts
 from preprocess.executor import Job, Report
 from preprocess.landmarks import draw_faces
+from preprocess.needs import require
 from preprocess.photo import (
     EXTENSIONS,
     PhotoConfig,
@@ -52,6 +53,7 @@ from preprocess.segment import (
     build_face,
     build_human,
     build_panoptic,
+    lacks_of_sources,
 )
 from preprocess.tally import Tally
 
@@ -107,7 +109,11 @@ class SceneWorker:
             output: folder or URL; must exist.
             batch_size: photos a call of a segmenter.
             threads: that decode and encode beside the segmenters; 0 = none.
+
+        Raises:
+            OSError: this machine lacks packages, weights or a device; all of it is named.
         """
+        require(lacks_of_sources(config.panoptic, config.human, config.face))
         self.config = config
         self.output = output
         self.batch_size = batch_size

@@ -21,7 +21,7 @@ from mas.scene import SceneMap
 from mas.shards import read_shard
 from preprocess.park import park
 from preprocess.photo import PhotoConfig
-from preprocess.run import preprocess
+from preprocess.run import PreprocessConfig, preprocess
 from preprocess.segment import FaceConfig, HumanConfig, PanopticConfig
 
 ROOT = Path(__file__).parents[1]
@@ -48,13 +48,15 @@ def world(tmp_path_factory):
     size, source = 128, "shard-annotations"
     park(output=str(folder / "photos"), count=PICTURES, seed=SEED, size=size, workers=1)
     preprocess(
-        input=str(folder / "photos"),
-        output=str(folder / "scenes"),
-        photo=PhotoConfig(size=size, decode_side=size, min_side=32),
-        panoptic=PanopticConfig(source=source),
-        human=HumanConfig(source=source),
-        face=FaceConfig(source=source, min_height=6),
-        workers=0,
+        PreprocessConfig(
+            input=str(folder / "photos"),
+            output=str(folder / "scenes"),
+            photo=PhotoConfig(size=size, decode_side=size, min_side=32),
+            panoptic=PanopticConfig(source=source),
+            human=HumanConfig(source=source),
+            face=FaceConfig(source=source, min_height=6),
+            workers=0,
+        )
     )
     return list(read_shard(str(folder / "scenes/00000.tar")))
 

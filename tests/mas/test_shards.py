@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -299,6 +300,16 @@ def write_tokens(folder, *, mirrored=False):
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return scene, text
+
+
+@pytest.mark.parametrize(("number", "named"), [(errno.ENOSPC, True), (errno.EIO, False)])
+def test_a_full_disk_is_named_by_the_file_that_found_no_room(tmp_path, number, named):
+    """Other errors without a name may be those of what is read meanwhile."""
+    path = str(tmp_path / "0.tar")
+    with pytest.raises(OSError) as caught, ShardWriter(path) as writer:
+        writer.write(some_samples(1)[0])
+        raise OSError(number, os.strerror(number))
+    assert caught.value.filename == (path if named else None) and not list(tmp_path.iterdir())
 
 
 def test_token_shards_give_every_picture_with_all_its_captions(tmp_path):

@@ -11,7 +11,11 @@ def local_ray():
     ray = pytest.importorskip("ray")
     ray.cloudpickle.register_pickle_by_value(counting_worker)  # Ray's processes lack tests/
     ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20
+        address="local",  # not somebody else's on this machine
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 2**20,
     )
     yield ray
     ray.shutdown()

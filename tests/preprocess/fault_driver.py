@@ -16,15 +16,17 @@ def main(input, output, gates, address=None):
     cloudpickle.register_pickle_by_value(gated_worker)  # Ray's processes lack tests/
     preprocess.run.SceneWorker = partial(gated_worker.GatedWorker, gates)
     return preprocess.run.preprocess(
-        input=input,
-        output=output,
-        photo=PhotoConfig(size=48, min_side=16),
-        human=HumanConfig(source="none"),
-        face=FaceConfig(source="none"),
-        batch_size=2,
-        executor="ray" if address else "serial",
-        workers=2,
-        address=address,
+        preprocess.run.PreprocessConfig(
+            input=input,
+            output=output,
+            photo=PhotoConfig(size=48, min_side=16),
+            human=HumanConfig(source="none"),
+            face=FaceConfig(source="none"),
+            batch_size=2,
+            executor="ray" if address else "serial",
+            workers=2,
+            address=address,
+        )
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import threading
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import preprocess.worker
 from mas.scene import Segments
 from preprocess.photo import PhotoConfig
 from preprocess.ray_executor import _count_workers as count_workers
+from preprocess.ray_executor import _Head as Head
 from preprocess.ray_executor import _warn_of_idle_gpus as warn_of_idle_gpus
 from preprocess.run import ExecutorConfig
 from preprocess.worker import SceneWorker
@@ -80,12 +82,14 @@ def test_one_actor_holds_all_networks_and_works_beside_them(
     write_photos(tmp_path / "00000.tar", [photo_sample(f"{i:02d}", seed=i) for i in range(PHOTOS)])
     monkeypatch.setattr(preprocess.run, "SceneWorker", partial(WatchedWorker, str(tmp_path)))
     status = preprocess.run.preprocess(
-        input=str(tmp_path / "00000.tar"),
-        output=str(tmp_path / "out"),
-        photo=PhotoConfig(size=48, min_side=16),
-        workers=1,
-        batch_size=BATCH,
-        threads=threads,
+        preprocess.run.PreprocessConfig(
+            input=str(tmp_path / "00000.tar"),
+            output=str(tmp_path / "out"),
+            photo=PhotoConfig(size=48, min_side=16),
+            workers=1,
+            batch_size=BATCH,
+            threads=threads,
+        )
     )
     assert status == 0 and len(tar_bytes(tmp_path / "out")) == 1
     calls = json.loads((tmp_path / "calls.json").read_text())
@@ -133,3 +137,17 @@ def test_gpus_that_nobody_uses_are_told_of(caplog, options, resources, warned):
 def test_gpus_that_are_not_there_are_named():
     with pytest.raises(ValueError, match=r"Ray sees 0 GPUs; leave it\s+out"):
         count_workers(ExecutorConfig(gpus_per_worker=0.5), {"CPU": 8.0})
+
+
+def test_a_head_node_that_goes_is_told_of_once(caplog):
+    server = socket.create_server(("127.0.0.1", 0))
+    head = Head(f"127.0.0.1:{server.getsockname()[1]}")
+    head.next_look = 0.0
+    head.look()
+    assert not caplog.messages
+    server.close()
+    for _ in range(3):
+        head.next_look = 0.0
+        head.look()
+    (told,) = caplog.messages
+    assert head.address in told and "does not answer" in told and "give it again" in told

@@ -109,6 +109,26 @@ def test_passing_trouble_is_tried_again(world):
     assert len(world.results()) == 5
 
 
+def test_a_run_in_which_nothing_works_does_not_go_through_all_shards(world):
+    """As when the memory of a GPU is too small for the batch: every shard would be set aside."""
+    world.plan(**{f"n{name}": "bug bug bug" for name in NAMES[:5]})
+    with pytest.raises(
+        OSError, match=r"^5 shards failed .* RuntimeError\('a bug'\) .*--retry-failed"
+    ):
+        world.run()
+    assert world.names("*.error.json") == [f"{name}.error.json" for name in NAMES[:5]]
+    summary = world.run(retry_failed=True)
+    assert summary.status == 0 and world.results() == WANTED and set(world.names("*")) == TIDY
+
+
+@pytest.mark.parametrize("first", ["", "data"])
+def test_a_run_in_which_something_works_goes_on(world, first):
+    """And bad data tell nothing of the machine."""
+    kind = "bug bug bug" if not first else "data"
+    world.plan(n00000=first, **{f"n{name}": kind for name in NAMES[1:]})
+    assert len(world.run().failed) == 5 + bool(first)
+
+
 def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(world):
     world.plan(n00001="full")
     with pytest.raises(OSError, match="No space left"):
@@ -341,6 +361,18 @@ def test_the_status_tells_rate_and_time_left_of_a_run_on_another_machine(world, 
     folder.write("progress.json", {**beat, "made": 3, "updated": now - 600})
     preprocess_status(str(world.output))
     assert "stopped: 3 of 6" in capsys.readouterr().out
+
+
+def test_the_status_of_a_run_that_was_just_killed_is_not_running(world, capsys):
+    world.run()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    beat = {"updated": time.time(), "host": socket.gethostname(), "pid": gone.pid}
+    RunFolder(str(world.output)).write(
+        "progress.json", beat | {"items": 1, "made": 1, "seconds": 1}
+    )
+    code, status = status_of(world, capsys)
+    assert code == 0 and not status["alive"]
 
 
 def test_a_shard_that_was_made_and_failed_before_counts_as_made(world, capsys):

@@ -2,13 +2,15 @@
 
 import errno
 import json
+import logging
 import os
 import time
+from datetime import UTC, datetime
 
 import pytest
 from photo_world import photo_sample, write_photos
 
-from mas.shards import read_shard
+from mas.shards import ShardError, read_shard
 from preprocess.inputs import FilesSource, TarSource, find_jobs
 
 
@@ -208,8 +210,79 @@ def test_a_file_that_would_fill_the_memory_is_rejected_unread(tmp_path, root):
 def test_naming_many_tars_takes_time_by_their_number_only(monkeypatch):
     names = [f"memory://many/{number:06d}.tar" for number in range(20_000)]
     monkeypatch.setattr("preprocess.inputs.expand_shards", lambda _: names)
-    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.size", lambda *_: 1)
+    info = "fsspec.implementations.memory.MemoryFileSystem.info"
+    monkeypatch.setattr(info, lambda *_: {"size": 1, "type": "file"})
     start = time.process_time()
     jobs = find_jobs("memory://many/*.tar")
     assert time.process_time() - start < 3  # 0.4 s; a count for every name takes over 4 s more
     assert len(jobs) == 20_000 and isinstance(jobs[0].source, TarSource)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.PNG", "b.webp"])
+def test_a_single_picture_is_told_into_what_to_put_it(tmp_path, name):
+    fill(tmp_path, name)
+    said = f"{name}: is a single picture; --input takes tar shards, or a folder of pictures"
+    with pytest.raises(ShardError, match=said):
+        find_jobs(f"{tmp_path}/{name}")
+
+
+def test_pictures_named_one_by_one_are_told_of_their_folder(tmp_path):
+    fill(tmp_path, "a.jpg", "b.jpg", "c.txt")
+    with pytest.raises(ShardError, match=r"\*\.jpg: names 2 pictures one by one, .* their folder"):
+        find_jobs(f"{tmp_path}/*.jpg")
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.parquet", "a.txt", "README"])
+def test_what_is_no_tar_is_not_called_a_broken_one(tmp_path, name):
+    fill(tmp_path, name)
+    with pytest.raises(ShardError, match=f"{name}: is no tar; --input takes tar shards, or a fold"):
+        find_jobs(f"{tmp_path}/{name}")
+
+
+def test_a_tar_is_one_whatever_its_name(tmp_path):
+    path = write_photos(tmp_path / "shard-1", [photo_sample("a")])
+    (job,) = find_jobs(path)
+    assert (job.name, read([job])[0].keys()) == ("shard-1", {"a"})
+
+
+def test_shards_that_lie_deeper_are_told_how_to_be_named(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        write_photos(tmp_path / folder / f"{folder}.tar", [photo_sample("a")])
+    with pytest.raises(ShardError, match=r"shards lie deeper, as x/x\.tar") as caught:
+        find_jobs(str(tmp_path))
+    named = str(caught.value).rpartition("name them: ")[2].strip("'")
+    assert [job.name for job in find_jobs(named)] == ["x", "y"]
+
+
+def test_pictures_beside_shards_are_told_of(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, logger="preprocess.inputs")
+    write_photos(tmp_path / "0.tar", [photo_sample("a")])
+    fill(tmp_path, "0.parquet", "0_stats.json")
+    assert len(find_jobs(str(tmp_path))) == 1 and not caplog.messages
+    fill(tmp_path, "b.jpg", "b.txt")
+    assert len(find_jobs(str(tmp_path))) == 1
+    assert "beside them is passed over (pictures: 1, as b.jpg)" in caplog.text
+
+
+def test_of_each_shard_is_known_when_its_newest_file_was_written(tmp_path):
+    write_photos(tmp_path / "0.tar", [photo_sample("a")])
+    os.utime(tmp_path / "0.tar", (1.0, 1000.5))
+    (job,) = find_jobs(f"{tmp_path}/0.tar")
+    assert job.modified == 1000.5
+    names = ("a.jpg", "a.txt", "b.jpg", "b.txt")
+    fill(tmp_path / "in", *names)
+    for time_of, name in enumerate(names):
+        os.utime(tmp_path / "in" / name, (1.0, float(time_of)))
+    jobs = find_jobs(str(tmp_path / "in"), samples_per_shard=1)
+    assert [job.modified for job in jobs] == [1.0, 3.0]
+
+
+def test_a_store_may_tell_the_time_or_not(monkeypatch):
+    when = datetime(2026, 1, 2, tzinfo=UTC)
+    monkeypatch.setattr("preprocess.inputs.expand_shards", lambda _: ["memory://x/0.tar"])
+    for details, modified in (({"LastModified": when}, when.timestamp()), ({"mtime": "?"}, 0.0)):
+        info = "fsspec.implementations.memory.MemoryFileSystem.info"
+        monkeypatch.setattr(info, lambda *_, about=details: {"size": 1, "type": "file", **about})
+        (job,) = find_jobs("memory://x/*.tar")
+        assert job.modified == modified

@@ -7,7 +7,7 @@ from PIL import Image
 from mas.shards import Sample
 from preprocess.inspect import choose, inspect
 from preprocess.photo import PhotoConfig
-from preprocess.run import preprocess
+from preprocess.run import PreprocessConfig, preprocess
 from preprocess.segment import FaceConfig, HumanConfig
 
 
@@ -15,12 +15,14 @@ from preprocess.segment import FaceConfig, HumanConfig
 def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspect")
     preprocess(
-        input=str(make_shards(folder / "photos", shards=3, photos=5)),
-        output=str(folder / "out"),
-        photo=PhotoConfig(size=32, min_side=16),
-        human=HumanConfig(source="none"),
-        face=FaceConfig(source="none"),
-        executor="serial",
+        PreprocessConfig(
+            input=str(make_shards(folder / "photos", shards=3, photos=5)),
+            output=str(folder / "out"),
+            photo=PhotoConfig(size=32, min_side=16),
+            human=HumanConfig(source="none"),
+            face=FaceConfig(source="none"),
+            executor="serial",
+        )
     )
     return folder / "out"
 

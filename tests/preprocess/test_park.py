@@ -30,6 +30,11 @@ def test_same_seed_gives_the_same_bytes_whatever_the_number_of_workers(tmp_path)
     assert list(contents(tmp_path / "one")) == ["00000.tar", "00001.tar", SETTINGS_FILE]
 
 
+def test_no_bar_is_drawn_into_a_log(tmp_path, capsys):
+    park(output=str(tmp_path / "out"), count=1, size=32, workers=1)
+    assert not capsys.readouterr().err
+
+
 def test_another_seed_gives_other_pictures():
     assert picture(0, 5, size=32)["jpg"] != picture(1, 5, size=32)["jpg"]
 

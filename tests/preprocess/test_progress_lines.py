@@ -3,10 +3,11 @@
 import io
 import logging
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from preprocess.progress import ProgressBar
+from preprocess.progress import ProgressBar, counting
 from preprocess.run_folder import RunFolder
 
 
@@ -60,4 +61,53 @@ def test_a_terminal_gets_a_bar_and_no_lines(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="preprocess.progress")
     run_until(tmp_path, lambda: "7/10" in terminal.getvalue())
     assert "\r" in terminal.getvalue() and "2 failed" in terminal.getvalue()
+    assert not caplog.messages
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only moves when it is told to."""
+    clock = SimpleNamespace(now=1000.0)
+    clock.time = lambda: clock.now
+    monkeypatch.setattr("preprocess.progress.time", clock)
+    return clock
+
+
+def count_slowly(clock, count, more):
+    """Four times `more`, eleven seconds for each: one line is due."""
+    for _ in range(4):
+        clock.now += 11
+        count(more)
+
+
+@pytest.mark.parametrize(
+    ("total", "said"),
+    [(100, "park: 66 of 100, 2.00 pictures/s, 00:17 left"), (None, "park: 66, 2.00 pictures/s")],
+)
+def test_a_count_is_told_in_a_log_at_a_distance(clock, monkeypatch, caplog, total, said):
+    log = io.StringIO()
+    monkeypatch.setattr("sys.stderr", log)
+    caplog.set_level(logging.INFO, logger="preprocess.progress")
+    with counting(total, name="park", unit=" pictures") as count:
+        count_slowly(clock, count, 22)
+    assert caplog.messages == [said] and not log.getvalue()
+
+
+def test_bytes_that_were_there_before_count_but_do_not_make_it_faster(clock, monkeypatch, caplog):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    caplog.set_level(logging.INFO, logger="preprocess.progress")
+    scale = {"unit_scale": True, "unit_divisor": 1024}
+    with counting(100 << 20, name="a.pth", unit="B", initial=20 << 20, **scale) as count:
+        count_slowly(clock, count, 22 << 20)
+    assert caplog.messages == ["a.pth: 86.0M of 100M, 2.10MB/s, 00:07 left"]
+
+
+def test_a_count_is_a_bar_on_a_terminal(monkeypatch, caplog):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("preprocess.progress.LINE_SECONDS", -1.0)
+    caplog.set_level(logging.INFO, logger="preprocess.progress")
+    with counting(3, name="park", unit=" pictures") as count:
+        count(3)
+    assert "park: 100%" in terminal.getvalue() and "3/3" in terminal.getvalue()
     assert not caplog.messages

@@ -13,6 +13,7 @@ from mas.scene import SceneError
 from mas.shards import ShardError, read_shard
 from preprocess.photo import PhotoConfig
 from preprocess.rejects import PASSING, Reject
+from preprocess.run import PreprocessConfig
 from preprocess.run import preprocess as run_preprocess
 from preprocess.segment import FaceConfig, HumanConfig, PanopticConfig
 from preprocess.worker import SceneWorker, match
@@ -54,19 +55,21 @@ class World:
     def run(self, name="out", **options):
         self.output = self.folder / name
         return run_preprocess(
-            input=str(self.folder / "in"),
-            output=str(self.output),
-            photo=PhotoConfig(size=48, min_side=16),
-            panoptic=PanopticConfig(
-                source="coco-annotations",
-                json=str(self.folder / "panoptic.json"),
-                folder=str(self.folder / "panoptic"),
-            ),
-            human=HumanConfig(source="none"),
-            face=FaceConfig(source="none"),
-            executor="serial",
-            batch_size=3,
-            **options,
+            PreprocessConfig(
+                input=str(self.folder / "in"),
+                output=str(self.output),
+                photo=PhotoConfig(size=48, min_side=16),
+                panoptic=PanopticConfig(
+                    source="coco-annotations",
+                    json=str(self.folder / "panoptic.json"),
+                    folder=str(self.folder / "panoptic"),
+                ),
+                human=HumanConfig(source="none"),
+                face=FaceConfig(source="none"),
+                executor="serial",
+                batch_size=3,
+                **options,
+            )
         )
 
     def rejects(self):

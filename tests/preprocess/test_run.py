@@ -21,7 +21,7 @@ from PIL import Image
 from mas.shards import ShardError, read_shard
 from preprocess.inputs import find_jobs
 from preprocess.photo import PhotoConfig
-from preprocess.run import preprocess
+from preprocess.run import PreprocessConfig, preprocess
 from preprocess.segment import FaceConfig, HumanConfig, PanopticConfig
 
 SETTINGS = {
@@ -33,7 +33,7 @@ SETTINGS = {
 
 def run(input, output, **options):
     settings = {**SETTINGS, "executor": "serial", **options}
-    return preprocess(input=str(input), output=str(output), **settings)
+    return preprocess(PreprocessConfig(input=str(input), output=str(output), **settings))
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +352,15 @@ def test_a_folder_of_images_becomes_shards(tmp_path):
         run(tmp_path / "images", tmp_path / "out", samples_per_shard=2)
 
 
+@pytest.mark.parametrize("output", ["images", "images/out", "images/deep/out"])
+def test_an_output_among_the_pictures_is_refused(tmp_path, output):
+    """Its classes.png would be a picture of the next run."""
+    write_folder(tmp_path / "images", ["a.jpg"])
+    with pytest.raises(ValueError, match="lies in --input"):
+        run(tmp_path / "images", tmp_path / output)
+    assert run(tmp_path / "images", tmp_path / "images-out") == 0
+
+
 def test_coco_as_it_is_downloaded_becomes_shards(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "panoptic").mkdir()
@@ -399,5 +408,6 @@ def test_what_is_no_captions_json_is_named(tmp_path, content):
 def test_two_shards_of_one_name_are_refused(tmp_path):
     for folder in ("a", "b"):
         make_shards(tmp_path / folder, shards=1, photos=1)
-    with pytest.raises(ValueError, match=r"several shards are called 00000\.tar"):
+    said = r"several shards are called 00000\.tar, as .*/a/00000\.tar and .*/b/00000\.tar"
+    with pytest.raises(ValueError, match=said):
         find_jobs(f"{tmp_path}/*/*.tar")

@@ -14,9 +14,9 @@ from mas.vqgan import VQGAN, VQGANConfig
 from mas.vqseg import VQSEG, VQSEGConfig
 from preprocess.inspect import read_pair
 from preprocess.photo import PhotoConfig
-from preprocess.run import preprocess
+from preprocess.run import PreprocessConfig, preprocess
 from preprocess.segment import FaceConfig, HumanConfig
-from preprocess.tokens import tokenize
+from preprocess.tokens import TokenizeConfig, tokenize
 
 SIZE = 32
 
@@ -30,12 +30,14 @@ def world(tmp_path_factory):
     samples = [photo_sample("a"), photo_sample("b", seed=4, json=captions), photo_sample("c")]
     write_photos(photos / "00001.tar", samples)
     preprocess(
-        input=str(photos),
-        output=str(folder / "scenes"),
-        photo=PhotoConfig(size=48, min_side=16),
-        human=HumanConfig(source="none"),
-        face=FaceConfig(source="none"),
-        executor="serial",
+        PreprocessConfig(
+            input=str(photos),
+            output=str(folder / "scenes"),
+            photo=PhotoConfig(size=48, min_side=16),
+            human=HumanConfig(source="none"),
+            face=FaceConfig(source="none"),
+            executor="serial",
+        )
     )
     torch.manual_seed(0)
     VQSEG(VQSEGConfig(size=SIZE, grid=4, codes=16, width=32, groups=4, patch=4)).save_pretrained(
@@ -70,7 +72,7 @@ def run(world, output, **options):
         **paths,
         **options,
     }
-    return tokenize(output=str(output), **settings)
+    return tokenize(TokenizeConfig(output=str(output), **settings))
 
 
 def contents(folder):
@@ -142,12 +144,14 @@ def test_what_is_no_scene_shard_fails_without_a_manifest(world, tmp_path, capsys
 
 def test_photos_smaller_than_the_networks_are_refused_with_the_mend(world, tmp_path, capsys):
     preprocess(
-        input=str(world / "photos"),
-        output=str(tmp_path / "small"),
-        photo=PhotoConfig(size=16, min_side=16),
-        human=HumanConfig(source="none"),
-        face=FaceConfig(source="none"),
-        executor="serial",
+        PreprocessConfig(
+            input=str(world / "photos"),
+            output=str(tmp_path / "small"),
+            photo=PhotoConfig(size=16, min_side=16),
+            human=HumanConfig(source="none"),
+            face=FaceConfig(source="none"),
+            executor="serial",
+        )
     )
     assert run(world, tmp_path / "out", input=str(tmp_path / "small")) == 1
     assert "preprocess with --photo.size 32" in capsys.readouterr().out
@@ -175,11 +179,13 @@ def test_a_gpu_is_used_where_there_is_one_unless_a_device_is_named(world, tmp_pa
     monkeypatch.setattr("preprocess.tokens.pick_device", pick)
     paths = {name: str(world / name) for name in ("vqseg", "vqgan")}
     tokenize(
-        input=str(world / "scenes"),
-        output=str(tmp_path / "out"),
-        tokenizer=str(world / "tokenizer.json"),
-        executor="serial",
-        **paths,
+        TokenizeConfig(
+            input=str(world / "scenes"),
+            output=str(tmp_path / "out"),
+            tokenizer=str(world / "tokenizer.json"),
+            executor="serial",
+            **paths,
+        )
     )
     run(world, tmp_path / "on a CPU", device="cpu")
     assert set(asked) == {"auto", "cpu"}
@@ -189,6 +195,10 @@ def test_a_missing_part_is_named(world, tmp_path):
     for part in ("vqseg", "vqgan", "tokenizer"):
         with pytest.raises(ValueError, match="nowhere"):
             run(world, tmp_path / "out", **{part: str(tmp_path / "nowhere")})
+    nowhere = {part: str(tmp_path / part) for part in ("vqseg", "vqgan", "tokenizer")}
+    said = r"no such file: .*tokenizer \(.*text tokens\), .*vqseg/model.*, .*vqgan/model.*"
+    with pytest.raises(ValueError, match=said):
+        run(world, tmp_path / "out", **nowhere)
     assert not (tmp_path / "out").exists()
 
 

@@ -116,6 +116,11 @@ def test_a_fetched_file_is_checked_named_and_found(entry, capsys):
     assert leftovers() == ["net.pth"]
 
 
+def test_no_bar_is_drawn_into_a_log(entry, capsys):
+    fetch_weights("human")
+    assert not capsys.readouterr().err
+
+
 def test_a_second_fetch_asks_the_server_for_nothing(entry, server):
     fetch_weights("human")
     before = len(server.requests)

@@ -16,7 +16,7 @@ from test_photo import bomb_png, flip, frames, noise
 from mas.shards import read_shard
 from preprocess.photo import EXIF_ORIENTATION, PhotoConfig
 from preprocess.rejects import Reject
-from preprocess.run import preprocess
+from preprocess.run import PreprocessConfig, preprocess
 from preprocess.segment import FaceConfig, HumanConfig
 
 PHOTO = Image.fromarray(colour_of(blocks(96, 64)[0]))
@@ -190,13 +190,15 @@ def tar_of(members):
 
 def run(input, output, **options):
     return preprocess(
-        input=str(input),
-        output=str(output),
-        photo=PhotoConfig(size=48, min_side=16),
-        human=HumanConfig(source="none"),
-        face=FaceConfig(source="none"),
-        executor="serial",
-        **options,
+        PreprocessConfig(
+            input=str(input),
+            output=str(output),
+            photo=PhotoConfig(size=48, min_side=16),
+            human=HumanConfig(source="none"),
+            face=FaceConfig(source="none"),
+            executor="serial",
+            **options,
+        )
     )
 
 

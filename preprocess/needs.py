@@ -1,0 +1,66 @@
+"""What a run needs of a machine: what is missing there is named all at once, before work begins.
+
+In: names of packages, URLs. Out: one sentence per thing that is missing, with the mend. Nothing is
+imported that is heavy, nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import fsspec
+
+EXTRA = "pip install 'mini-make-a-scene[preprocess]'"
+
+
+class NeedsError(OSError):
+    """What a machine lacks; the message names all of it, with the mends."""
+
+
+def has_module(name: str) -> bool:
+    """Whether a module could be imported; of one in a package the package is.
+
+    A folder that only bears the name, as a checkout of the package's sources, does not count.
+    """
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin is not None
+
+
+def lacking_modules(*names: str, user: str, mend: str = EXTRA) -> list[str]:
+    """What to say of modules that are not installed: one sentence, none where all are there.
+
+    Args:
+        names: of the modules.
+        user: what needs them.
+        mend: how they are installed, all of them.
+    """
+    absent = [name for name in names if not has_module(name)]
+    return [f"{user} needs {' and '.join(absent)}: {mend}"] if absent else []
+
+
+def lacking_filesystems(*urls: str) -> list[str]:
+    """What to say of URLs whose file system needs a package that is not installed."""
+    lacks = {}
+    for url in urls:
+        try:
+            fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            lacks[str(error)] = f"{url}: {error}"
+    return list(lacks.values())
+
+
+def require(lacks: Sequence[str]) -> None:
+    """Raises what `lacks` tells of, if anything.
+
+    Raises:
+        NeedsError: numbers them where there are several.
+    """
+    if len(lacks) > 1:
+        told = "; ".join(f"({number}) {lack}" for number, lack in enumerate(lacks, start=1))
+        raise NeedsError(f"{len(lacks)} things are missing: {told}")
+    if lacks:
+        raise NeedsError(lacks[0])
