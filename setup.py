@@ -54,7 +54,7 @@ setup(
         "pillow>=11",
         "safetensors>=0.4",
         "huggingface_hub>=0.26",
-        "jsonargparse[signatures]>=4.49",
+        "jsonargparse[signatures]>=4.51",
         "fsspec>=2024.6",
         "braceexpand>=0.1.7",
         "tqdm>=4.66",
