@@ -132,7 +132,7 @@ def load_mask2former(weights: str) -> tuple[Any, Any]:
         )
     except ImportError as error:
         raise WeightsError(
-            f"panoptic mask2former needs transformers >= 5 ({error}): "
+            f"panoptic mask2former needs transformers >= 5.4 ({error}): "
             "pip install 'mini-make-a-scene[preprocess]'"
         ) from error
     folder = find_weights(weights)
