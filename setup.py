@@ -9,9 +9,9 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mas/__init__.py").read_text()).group(1)
 
 EXTRAS = {
-    "preprocess": ["ray[data]>=2.50", "transformers>=5", "face-alignment>=1.5"],
+    "preprocess": ["ray[data]>=2.50", "transformers>=5.4", "face-alignment>=1.5"],
     "train": ["pytorch-lightning>=2.6.6", "tensorboard>=2.18"],
-    "eval": ["torchmetrics>=1.6", "transformers>=5"],
+    "eval": ["torchmetrics>=1.6", "transformers>=5.4"],
     "studio": ["gradio>=6.31"],
     "dev": [
         "pytest>=8",
@@ -54,7 +54,7 @@ setup(
         "pillow>=11",
         "safetensors>=0.4",
         "huggingface_hub>=0.26",
-        "jsonargparse[signatures]>=4.49",
+        "jsonargparse[signatures]>=4.51",
         "fsspec>=2024.6",
         "braceexpand>=0.1.7",
         "tqdm>=4.66",

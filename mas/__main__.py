@@ -100,7 +100,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="mas: %(levelname)s: %(message)s")
     for package in ("mas", "preprocess", "train"):
         logging.getLogger(package).setLevel(logging.INFO)
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()  # here a reader that has gone can still be answered
+    except KeyboardInterrupt:
+        print("mas: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone
+        return 1
+    except (ValueError, OSError) as error:
+        if os.environ.get("MAS_DEBUG"):
+            raise
+        print(f"mas: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def dispatch(words: list[str]) -> int:
+    """Runs the command that the words begin with; a missing package names the extra to install."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else 2
@@ -113,20 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mas: error: no command {name!r}; see mas --help", file=sys.stderr)
         return 2
     try:
-        status = run(name, rest)
-        sys.stdout.flush()
-        return status
-    except KeyboardInterrupt:
-        print("mas: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone
-        return 1
-    except (ValueError, OSError) as error:
-        if os.environ.get("MAS_DEBUG"):
+        return run(name, rest)
+    except ModuleNotFoundError as error:  # now, or where a stage first needs it
+        package, extra = (error.name or "").split(".")[0], COMMANDS[name].extra
+        if not extra or package in ("", "mas", "preprocess", "train"):
             raise
-        print(f"mas: error: {_one_line(error)}", file=sys.stderr)
-        return 1
+        raise OSError(
+            f"mas {name} needs the package {package!r}: pip install 'mini-make-a-scene[{extra}]'"
+        ) from error
 
 
 def run(name: str, arguments: list[str]) -> int:
@@ -163,19 +176,9 @@ def print_figures(
 
 
 def load(name: str) -> Callable[..., int | None]:
-    """The function behind a command; a missing package is answered with the extra to install."""
-    command = COMMANDS[name]
-    module, _, attribute = command.function.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        own = (error.name or "").split(".")[0] in ("mas", "preprocess", "train")
-        if own or not command.extra:
-            raise
-        raise OSError(
-            f"mas {name} needs the package {error.name!r}: "
-            f"pip install 'mini-make-a-scene[{command.extra}]'"
-        ) from error
+    """The function behind a command."""
+    module, _, attribute = COMMANDS[name].function.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def options_of(function: Callable[..., Any]) -> Callable[..., Any]:

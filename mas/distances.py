@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-SUBSET = 100  # pictures of each side that one estimate of the kernel distance takes
+# The kernel distance is the mean of so many estimates from so many pictures of each side (as
+# published); of one from all pictures where these are fewer.
+SUBSETS, SUBSET = 100, 1000
 
 
 class _AsTheyAre(nn.Module):
@@ -38,22 +40,30 @@ def frechet_distance(features_ND: Tensor, true_features_ND: Tensor) -> float:
     metric.set_dtype(torch.float64)
     metric.update(features_ND.double(), real=False)
     metric.update(true_features_ND.double(), real=True)
-    return float(metric.compute())
+    return max(0.0, float(metric.compute()))  # of equal sets a rounding error may be left
 
 
 def kernel_distance(features_ND: Tensor, true_features_ND: Tensor, *, seed: int = 0) -> float:
-    """Squared maximum mean discrepancy, cubic kernel (Bińkowski et al. 2018); KID."""
+    """Squared maximum mean discrepancy, cubic kernel (Bińkowski et al. 2018), unbiased; KID.
+
+    Args:
+        features_ND: of one set, two pictures or more.
+        true_features_ND: of the other.
+        seed: of the subsets, where there are more pictures than one takes.
+    """
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    subset = min(SUBSET, len(features_ND), len(true_features_ND))
+    counts = len(features_ND), len(true_features_ND)
+    subset = min(SUBSET, *counts)
+    subsets = 1 if counts == (subset, subset) else SUBSETS
     network = _AsTheyAre(features_ND.shape[1])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features.*")
-        metric = KernelInceptionDistance(feature=network, subset_size=subset)
-    metric.update(features_ND, real=False)
-    metric.update(true_features_ND, real=True)
+        metric = KernelInceptionDistance(feature=network, subsets=subsets, subset_size=subset)
+    metric.update(features_ND.double(), real=False)
+    metric.update(true_features_ND.double(), real=True)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # subsets are drawn at random
+        torch.default_generator.manual_seed(seed)  # subsets are drawn at random
         return float(metric.compute()[0])
 
 

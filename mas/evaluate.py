@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,37 @@ logger = logging.getLogger(__name__)
 
 ROWS = 8  # of the sheet of samples
 DIVERSE = 8  # captions that are painted with several seeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How much is asked of a model."""
+
+    guidances: Sequence[float] = ()  # the best is used; none: the model's own of each stream
+    sweep_count: int = 50  # captions each of several guidances is tried on, 2 and up
+    seeds: int = 4  # pictures of one caption for diversity, 2 and up
+
+    def __post_init__(self) -> None:
+        for name, value in (("sweep-count", self.sweep_count), ("seeds", self.seeds)):
+            _check_least(name, value, 2)
+        if len(set(self.guidances)) != len(self.guidances):
+            raise ValueError(f"--guidance names one twice: {[*self.guidances]}")
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether there is a guidance to choose."""
+        return len(self.guidances) > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What was painted for the captions of some cases."""
+
+    guidance: float | None  # of both streams; None: the model's own
+    real: Made
+    made: Made  # of the captions alone
+    followed: Made  # of captions and their true scenes
+    contradicted: Made  # of captions and the scenes of others
 
 
 def evaluate(
@@ -93,22 +124,13 @@ def evaluate(
         precision: of the GPT; auto takes what is best on the device.
         as_json: print the figures as one JSON object.
     """
-    for name, value, least in (
-        ("count", count, 2),
-        ("sweep-count", sweep_count, 2),
-        ("seeds", seeds, 2),
-        ("batch", batch, 1),
-    ):
-        if value < least:
-            raise ValueError(f"--{name} is {value}, use {least} or more")
-    if output.suffix != ".json":
-        raise ValueError(f"--output must end in .json, got {output}")
-    if guidance is not None and len(set(guidance)) != len(guidance):
-        raise ValueError(f"--guidance names one twice: {guidance}")
+    for name, value, least in (("count", count, 2), ("batch", batch, 1)):
+        _check_least(name, value, least)
+    plan = Plan(guidances=guidance or (), sweep_count=sweep_count, seeds=seeds)
+    check_place(output)
     cases = read_cases(input, count)
     others = read_cases(unseen, count) if unseen else None
-    folder = find_folder(model)
-    eye = find_reader(reader, folder)
+    eye = find_reader(reader, find_folder(model))
     features = Extractor(extractor) if extractor else None
     network = MakeAScene.from_pretrained(model, device=device, precision=precision)
     if scene_candidates is not None:
@@ -116,24 +138,13 @@ def evaluate(
         network.scene_candidates = scene_candidates
     start = time.perf_counter()
     examiner = Examiner(network, eye, seed=seed, batch=batch)
-    with tqdm(desc="evaluate", unit=" pictures", disable=None) as examiner.bar:
-        figures, rows = examine(
-            examiner,
-            cases,
-            others,
-            guidances=guidance or [],
-            sweep_count=sweep_count,
-            seeds=seeds,
-            extractor=features,
-        )
-    figures = {
+    figures, rows = examine(examiner, cases, others, plan, features)
+    about = {
         "model": {"name": model, "sha256": network.sha256, "precision": network.precision},
         "input": {"shards": input, "pictures": len(cases.cases), "unseen": unseen},
         "seed": seed,
-        **figures,
-        "seconds": round(time.perf_counter() - start, 1),
     }
-    figures = plain(figures)
+    figures = plain({**about, **figures, "seconds": round(time.perf_counter() - start, 1)})
     write_report(output, figures, rows)
     print(json.dumps(figures) if as_json else f"{output}: {summary(figures)}")
 
@@ -160,10 +171,7 @@ def examine(
     examiner: Examiner,
     cases: Cases,
     others: Cases | None,
-    *,
-    guidances: Sequence[float],
-    sweep_count: int,
-    seeds: int,
+    plan: Plan,
     extractor: Extractor | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
     """All figures and the rows of the sample sheet.
@@ -172,72 +180,129 @@ def examine(
         examiner: model and reader.
         cases: what the training has not seen.
         others: what it has seen no combination of; None: not asked.
-        guidances: to try; the best is used; none: the model's own of each stream is.
-        sweep_count: captions each of several guidances is tried on.
-        seeds: pictures of one caption for diversity.
+        plan: how much is asked.
         extractor: of features for published distances; None: not asked.
     """
-    asked = cases.cases
-    check_cases(examiner, cases, others, sweep=len(guidances) > 1)
-    tried = spread_out(asked, sweep_count) if len(guidances) > 1 else []
-    examiner.bar.total = (
-        5 * len(asked)
-        + len(guidances) * len(tried)
-        + seeds * min(DIVERSE, len(asked))
-        + 2 * len(others.cases if others else ())
-    )
-    real = examiner.look(asked)
-    sweep = [try_guidance(examiner, cases, tried, g, real) for g in guidances if tried]
-    guidance = choose_guidance(sweep) if sweep else next(iter(guidances), None)
-    made = examiner.paint(asked, guidance)
-    followed = examiner.paint(asked, guidance, follow=asked)
+    check_cases(examiner, cases, others, sweep=plan.sweeps)
+    if extractor:
+        extractor(examiner.to_image([cases.cases[0].pixels(examiner.model.vqgan.config.size)]))
+    with tqdm(desc="evaluate", unit=" pictures", disable=None) as examiner.bar:
+        examiner.bar.total = count_pictures(cases, others, plan)
+        real = examiner.look(cases.cases)
+        sweep = try_guidances(examiner, cases, real, plan)
+        guidance = choose_guidance(sweep) if sweep else next(iter(plan.guidances), None)
+        answers = answer(examiner, cases.cases, guidance, real)
+        figures = {
+            "caption": obey(cases, cases.cases, answers.made),
+            "caption_real": obey(cases, cases.cases, real),
+            **measure_unseen(examiner, others, guidance),
+            **measure(examiner, cases.cases, answers, seeds=plan.seeds),
+            "published_distance": extractor
+            and measure_distance(extractor, examiner, answers.made, real),
+            "sweep": sweep,
+        }
+    asked_for = {name: value for name, value in figures.items() if value}
+    figures = {**describe_sampling(examiner, guidance), **asked_for}
+    return figures, show(cases.cases, answers)
+
+
+def count_pictures(cases: Cases, others: Cases | None, plan: Plan) -> int:
+    """How many are painted or read, for the bar."""
+    asked = len(cases.cases)
+    tried = min(plan.sweep_count, asked) if plan.sweeps else 0
+    unseen = len(others.cases) if others else 0
+    return 5 * asked + len(plan.guidances) * tried + plan.seeds * min(DIVERSE, asked) + 2 * unseen
+
+
+def answer(
+    examiner: Examiner, asked: Sequence[Case], guidance: float | None, real: Made
+) -> Answers:
+    """Paints captions alone, with their own scenes, and with those of other captions."""
     middle = len(asked) // 2
     strangers = [*asked[middle:], *asked[:middle]]
-    contradicted = examiner.paint(asked, guidance, follow=strangers)
-    figures: dict[str, Any] = {
-        "caption": obey(cases, asked, made),
-        "caption_real": obey(cases, asked, real),
+    return Answers(
+        guidance=guidance,
+        real=real,
+        made=examiner.paint(asked, guidance),
+        followed=examiner.paint(asked, guidance, follow=asked),
+        contradicted=examiner.paint(asked, guidance, follow=strangers),
+    )
+
+
+def measure(
+    examiner: Examiner, asked: Sequence[Case], answers: Answers, *, seeds: int
+) -> dict[str, Any]:
+    """What needs no facts: scenes read again, distances, diversity, tokenizers, codes."""
+    made, real = answers.made, answers.real
+    scenes = {
+        "": answers.followed,
+        "_real": real,
+        "_predicted": made,
+        "_contradicted": answers.contradicted,
     }
-    if others:
-        painted = examiner.paint(others.cases, guidance)
-        figures["caption_unseen"] = obey(others, others.cases, painted)
-        figures["caption_unseen_real"] = obey(others, others.cases, examiner.look(others.cases))
-    figures |= {
-        "scene": compare_scenes(
-            {"": followed, "_real": real, "_predicted": made, "_contradicted": contradicted}
-        ),
+    return {
+        "scene": compare_scenes(scenes),
         "reader": measure_reader(asked, real),
         "distribution": compare_sets(made, real),
-        "published_distance": extractor and measure_distance(extractor, examiner, made, real),
-        "diversity": measure_diversity(examiner, asked[:DIVERSE], guidance, seeds, real),
+        "diversity": measure_diversity(examiner, asked[:DIVERSE], answers.guidance, seeds, real),
         **measure_tokenizers(examiner, asked),
         "codes": count_codes(examiner, made),
-        "sweep": sweep,
     }
+
+
+def measure_unseen(
+    examiner: Examiner, others: Cases | None, guidance: float | None
+) -> dict[str, dict[str, float]]:
+    """Claims kept in combinations that the training never showed; none where none are asked."""
+    if others is None:
+        return {}
+    painted = examiner.paint(others.cases, guidance)
+    return {
+        "caption_unseen": obey(others, others.cases, painted),
+        "caption_unseen_real": obey(others, others.cases, examiner.look(others.cases)),
+    }
+
+
+def describe_sampling(examiner: Examiner, guidance: float | None) -> dict[str, Any]:
+    """What was sampled with; `guidance` is one number, None where scene and picture differ."""
     sampling = examiner.sampling(guidance)
     used = asdict(sampling)
     if examiner.model.scene_candidates > 1:
         used["scene"]["candidates"] = examiner.model.scene_candidates
     if examiner.model.refiner is not None:
         used["image"]["refined"] = True
-    figures = {
-        # one number, null where scene and picture differ
-        "guidance": sampling.scene.guidance
-        if sampling.scene.guidance == sampling.image.guidance
-        else None,
-        "sampling": used,
-        **{name: value for name, value in figures.items() if value},
-    }
-    return figures, show(asked, made=made, followed=followed, real=real)
+    same = sampling.scene.guidance == sampling.image.guidance
+    return {"guidance": sampling.scene.guidance if same else None, "sampling": used}
+
+
+def check_place(output: Path) -> None:
+    """Refuses what could not be written when all is done.
+
+    Raises:
+        ValueError: not called .json, or a folder.
+        OSError: its folder cannot be made.
+    """
+    if output.suffix != ".json":
+        raise ValueError(f"--output must end in .json, got {output}")
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder; name a file in it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"--{name} is {value}, use {least} or more")
 
 
 def check_cases(examiner: Examiner, cases: Cases, others: Cases | None, *, sweep: bool) -> None:
     """Refuses what would show after hours only, or flatter.
 
     Raises:
-        ValueError: there is nothing to choose a guidance by, or a scene is smaller than the
-            model's.
+        ValueError: there are too few pictures to compare, there is nothing to choose a guidance
+            by, or a scene is smaller than the model's.
     """
+    if len(cases.cases) < 2:
+        raise ValueError("--input holds one picture; an evaluation needs two or more")
     if sweep and not cases.has_facts and examiner.reader is None:
         raise ValueError(
             "a sweep over --guidance needs shards with the park's facts, or a --reader"
@@ -256,13 +321,17 @@ def spread_out(cases: Sequence[Case], count: int) -> list[Case]:
     return [cases[i * len(cases) // count] for i in range(count)]
 
 
-def try_guidance(
-    examiner: Examiner, cases: Cases, tried: Sequence[Case], guidance: float, real: Made
-) -> dict[str, Any]:
-    """One entry of the sweep."""
-    made = examiner.paint(tried, guidance)
-    distances = compare_sets(made, real)
-    return {"guidance": guidance, "caption": obey(cases, tried, made), "distribution": distances}
+def try_guidances(examiner: Examiner, cases: Cases, real: Made, plan: Plan) -> list[dict[str, Any]]:
+    """The entries of the sweep, none where there is no guidance to choose."""
+    if not plan.sweeps:
+        return []
+    tried = spread_out(cases.cases, plan.sweep_count)
+    entries = []
+    for guidance in plan.guidances:
+        made = examiner.paint(tried, guidance)
+        obeyed, distances = obey(cases, tried, made), compare_sets(made, real)
+        entries.append({"guidance": guidance, "caption": obeyed, "distribution": distances})
+    return entries
 
 
 def choose_guidance(sweep: Sequence[Mapping[str, Any]]) -> float:
@@ -280,8 +349,9 @@ def choose_guidance(sweep: Sequence[Mapping[str, Any]]) -> float:
     return max(sweep, key=score)["guidance"]
 
 
-def show(asked: Sequence[Case], *, made: Made, followed: Made, real: Made) -> list[Row]:
+def show(asked: Sequence[Case], answers: Answers) -> list[Row]:
     """Rows of the sample sheet: captions alone, and captions with scenes."""
+    made, followed = answers.made, answers.followed
     return [
         Row(
             caption=asked[i].caption,
@@ -290,7 +360,7 @@ def show(asked: Sequence[Case], *, made: Made, followed: Made, real: Made) -> li
             given=followed.scenes[i],
             painted=followed.pictures[i],
             read=followed.readings[i] if followed.readings else None,
-            real=real.pictures[i],
+            real=answers.real.pictures[i],
         )
         for i in range(0, len(asked), max(1, len(asked) // ROWS))
     ][:ROWS]

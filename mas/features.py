@@ -37,7 +37,9 @@ class Extractor:
 
     Args:
         path: Inception's weights (.pth, .safetensors), or a network saved with its graph
-            (TorchScript, .pt2) that maps RGB pictures B 3 H W in [0, 1] to features B D.
+            (TorchScript, .pt2) that maps RGB pictures B 3 H W in [0, 1] to features B D. NVIDIA's
+            inception-2015-12-05.pt, known by its argument `return_features`, gets what it takes:
+            pictures of bytes.
         resize: how pictures are brought to Inception's 299 pixels: bilinear without smoothing, as
             pytorch-fid does, or bicubic with it, as clean-fid does. Other networks resize
             themselves.
@@ -53,10 +55,12 @@ class Extractor:
         self.path, self.sha256 = Path(path), file_hash(path)
         self.network: nn.Module
         self.resize: Filter | None = None
+        self.takes_bytes = False
         if _has_graph(self.path):
             self.network = load_graph(
                 path, source="a network saved by torch.export or as TorchScript"
             )
+            self.takes_bytes = _returns_features_on_request(self.network)
         else:
             self.network, self.resize = _load_inception(self.path), resize
 
@@ -70,7 +74,11 @@ class Extractor:
         image_BCHW = image_BCHW.float().clamp(0, 1)
         if self.resize is not None:
             image_BCHW = _to_inception(image_BCHW, self.resize)
-        features = self.network.to(image_BCHW.device)(image_BCHW)
+        network = self.network.to(image_BCHW.device)
+        if self.takes_bytes:
+            features = network((image_BCHW * 255).round().to(torch.uint8), return_features=True)
+        else:
+            features = network(image_BCHW)
         if not isinstance(features, Tensor) or features.shape[:-1] != image_BCHW.shape[:1]:
             found = (
                 tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -87,7 +95,7 @@ class PictureDistance:
     """Distance of two sets of pictures, and what it was measured with."""
 
     fid: float  # Fréchet distance, 0 and up
-    kid: float  # squared maximum mean discrepancy, not scaled; about 0 for equal distributions
+    kid: float  # squared maximum mean discrepancy, not scaled; about 0, of either sign, for equals
     count: int  # pictures measured
     true_count: int  # pictures they were measured against
     extractor: str  # name of the file
@@ -144,6 +152,14 @@ def _has_graph(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:  # tensors alone have no constants
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _returns_features_on_request(network: nn.Module) -> bool:
+    """Whether it returns class probabilities unless told otherwise, as the one of StyleGAN does."""
+    if not isinstance(network, torch.jit.ScriptModule):
+        return False
+    schema = network.forward.schema  # type: ignore[attr-defined]  # a method of TorchScript
+    return any(argument.name == "return_features" for argument in schema.arguments)
 
 
 def _load_inception(path: Path) -> Inception:

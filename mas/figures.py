@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mas.cases import Case, Cases, resize
 from mas.distances import disagreement, frechet_distance, kernel_distance, spread
@@ -103,16 +104,22 @@ def compare_sets(made: Made, real: Made) -> dict[str, float]:
     """Distances of generated from real pictures on the reader's features.
 
     `fid_real` and `kid_real` are those of one half of the real pictures from the other: what
-    chance and the number of pictures alone make.
+    chance and the number of pictures alone make; left out where a half would be one picture.
     """
-    if len(made.features) < 2 or len(real.features) < 4:
+    if len(made.features) < 2 or len(real.features) < 2:
         return {}
     made_ND, real_ND = torch.stack(made.features), torch.stack(real.features)
+    figures = _distances(made_ND, real_ND)
+    if len(real_ND) >= 4:
+        halves = _distances(real_ND[::2], real_ND[1::2])
+        figures |= {f"{name}_real": distance for name, distance in halves.items()}
+    return figures
+
+
+def _distances(made_ND: Tensor, real_ND: Tensor) -> dict[str, float]:
     return {
         "fid": frechet_distance(made_ND, real_ND),
         "kid": kernel_distance(made_ND, real_ND),
-        "fid_real": frechet_distance(real_ND[::2], real_ND[1::2]),
-        "kid_real": kernel_distance(real_ND[::2], real_ND[1::2]),
     }
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -93,8 +95,8 @@ _FORMATS: Mapping[FormatName, _Format] = {
 }
 # Ours alone: how often codes occur in training, how hot Gumbel samples are.
 _OWN_BUFFERS = ("quantizer.usage", "quantizer.temperature")
-# What checkpoints carry beside the network: training losses, usage statistics.
-_EXTRA = re.compile(r"^loss\.|^discriminator\.|^quantize\.codebook_used$")
+# What checkpoints carry beside the network: training losses, averaged weights, usage statistics.
+_EXTRA = re.compile(r"^loss\.|^discriminator\.|^model_ema\.|^quantize\.codebook_used$")
 
 
 class CheckpointError(ValueError):
@@ -213,9 +215,11 @@ def _load(path: Path, source: Path | io.BytesIO, *, trust_pickle: bool) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         return torch.load(source, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global:? GLOBAL) (\S+) was not", str(error))
+        found = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
         if found is None:
             raise CheckpointError(f"{path}: no PyTorch checkpoint, or a truncated one") from error
         raise CheckpointError(
@@ -226,7 +230,14 @@ def _load(path: Path, source: Path | io.BytesIO, *, trust_pickle: bool) -> Any:
         raise CheckpointError(
             f"{path}: pickles objects of a package that is not installed here ({error})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        SafetensorError,
+        zipfile.BadZipFile,
+    ) as error:
         reason = str(error).split(". ")[0] or type(error).__name__
         raise CheckpointError(
             f"{path}: no PyTorch checkpoint, or a truncated one; download it again ({reason})"
@@ -304,14 +315,17 @@ def _select(content: Any, path: Path, format: FormatName) -> tuple[dict[str, Ten
     containers = _FORMATS[format].containers
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: expected a dictionary, found {type(content).__name__}")
+    first = "encoder.conv_in.weight"
     held = next((content[key] for key in containers if key in content), None)
+    if held is None and first in content:  # saved without a container
+        held = content
     if not isinstance(held, Mapping):
         raise CheckpointError(
             f"{path}: a {format} checkpoint keeps its weights in {' or '.join(containers)}; this "
             f"file has {_some([str(key) for key in content])}"
         )
-    first = "encoder.conv_in.weight"
-    prefixes = [str(name).removesuffix(first) for name in held if str(name).endswith(first)]
+    held = {str(name): tensor for name, tensor in held.items()}
+    prefixes = [name.removesuffix(first) for name in held if name.endswith(first)]
     if not prefixes:
         raise CheckpointError(
             f"{path}: no tensor {first}, so this is no VQ-GAN; it has {_some(list(held))}"

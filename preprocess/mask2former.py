@@ -141,7 +141,7 @@ def load_mask2former(weights: str) -> tuple[Any, Any]:
         )
     except ImportError as error:
         raise WeightsError(
-            f"panoptic mask2former needs transformers >= 5 ({error}): {EXTRA}"
+            f"panoptic mask2former needs transformers >= 5.4 ({error}): {EXTRA}"
         ) from error
     folder = find_weights(weights)
     network = Mask2FormerForUniversalSegmentation.from_pretrained(folder, local_files_only=True)

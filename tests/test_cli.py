@@ -1,6 +1,9 @@
 """The `mas` command: its table, its exit statuses, its one-line errors."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +133,60 @@ def test_a_missing_package_names_the_extra(monkeypatch, capsys):
     monkeypatch.setattr(cli.importlib, "import_module", missing)
     assert cli.main(["preprocess"]) == 1
     assert "mini-make-a-scene[preprocess]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "package", "extra"),
+    [
+        (["preprocess"], "ray", "preprocess"),
+        (["bench", "preprocess"], "ray.util", "preprocess"),
+        (["bench", "train"], "pytorch_lightning", "train"),
+    ],
+)
+def test_a_package_that_is_missed_on_the_way_names_the_extra(
+    words, package, extra, monkeypatch, capsys
+):
+    def missing() -> None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr(cli, "load", lambda name: missing)
+    assert cli.main(words) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"mini-make-a-scene[{extra}]" in err
+
+
+def test_a_stage_without_lightning_names_the_extra(monkeypatch, capsys):
+    def missing(stage, arguments):
+        raise ModuleNotFoundError("No module named …", name="pytorch_lightning.callbacks")
+
+    monkeypatch.setattr("train.runner.run", missing)
+    assert cli.main(["train", "vqseg", "--help"]) == 1
+    assert capsys.readouterr().err == (
+        "mas: error: mas train needs the package 'pytorch_lightning': "
+        "pip install 'mini-make-a-scene[train]'\n"
+    )
+
+
+def test_a_module_of_our_own_that_is_missing_is_no_matter_of_extras(monkeypatch):
+    def missing() -> None:
+        raise ModuleNotFoundError("No module named 'preprocess.nothing'", name="preprocess.nothing")
+
+    monkeypatch.setattr(cli, "load", lambda name: missing)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["preprocess"])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["sample", "--help"], []])
+def test_a_reader_that_has_gone_gets_no_traceback(words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "mas", *words]
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    result = subprocess.run(
+        command, env=buffered, stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (1, "")
 
 
 def test_doctor_reports_the_installation(capsys):

@@ -35,10 +35,12 @@ def fit_bpe(
         length: tokens a caption is padded or cut to.
         lowercase: upper and lower case become one.
     """
+    path = Path(output)
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder; name a file, such as {path}/tokenizer.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     captions = _captions(expand_shards(input))
     tokenizer = Tokenizer.fit(captions, vocab_size=vocab_size, length=length, lowercase=lowercase)
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path)
     print(f"{path}: {tokenizer.vocab_size} entries, {tokenizer.length} tokens a caption")
 
@@ -48,8 +50,11 @@ def _captions(paths: list[str]) -> Iterator[str]:
     for path in tqdm(paths, desc="captions", unit="shard", disable=None):
         for sample in read_shard(path):
             try:
-                yield from read_captions(sample)
-            except ShardError:
+                captions = read_captions(sample)
+                "".join(captions).encode()  # JSON can spell what is no Unicode
+            except (ShardError, UnicodeEncodeError):
                 skipped += 1
+            else:
+                yield from captions
     if skipped:
         logger.warning("%d samples have captions that cannot be read; left out", skipped)

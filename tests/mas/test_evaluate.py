@@ -27,6 +27,7 @@ from mas.report import draw_sweep
 from mas.scene import from_coco, merge
 from mas.shards import Sample, ShardError, ShardWriter
 from mas.storage import save_network
+from mas.weights_file import WeightsError
 from preprocess.park_truth import picture
 
 TIMES = ("morning", "day", "sunset", "night")
@@ -91,7 +92,7 @@ def run(shards, reader_folder, tiny_folder, tmp_path_factory):
         output = tmp_path_factory.mktemp("report") / "report.json"
         values = {"reader": reader_folder, "count": 6, "seeds": 2, "batch": 4, **options}
         values = {"model": str(tiny_folder)} | values
-        evaluate(input=shards[name], output=output, **values)
+        evaluate(**{"input": shards[name], "output": output, **values})
         return output, json.loads(output.read_text())
 
     return start
@@ -265,6 +266,33 @@ def test_scenes_smaller_than_the_models_are_refused(run, unpainted, monkeypatch)
         run("park")
 
 
+def test_a_network_that_gives_no_features_is_refused(run, unpainted, tmp_path):
+    torch.jit.script(nn.Identity()).save(tmp_path / "pictures.pt")
+    with pytest.raises(WeightsError, match="one row of features each"):
+        run(extractor=tmp_path / "pictures.pt")
+
+
+def test_one_picture_is_too_few(unpainted, run, shards, tmp_path):
+    one = write_shard(tmp_path / "one", count=1)
+    with pytest.raises(ValueError, match="one picture; an evaluation needs two"):
+        run("park", input=one)
+
+
+def test_three_pictures_without_facts_are_enough_for_a_sweep(run):
+    _, figures = run("photos", count=3, guidance=[1.0, 2.0], sweep_count=2)
+    assert [entry["distribution"].keys() for entry in figures["sweep"]] == [{"fid", "kid"}] * 2
+    assert figures["distribution"].keys() == {"fid", "kid"}
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(ValueError, match="is a folder; name a file in it"):
+        command.evaluate(input="nowhere", output=tmp_path / "folder.json")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        command.evaluate(input="nowhere", output=tmp_path / "file" / "report.json")
+
+
 @pytest.mark.parametrize("wrong", [{"count": 1}, {"seeds": 1}, {"sweep_count": 1}, {"batch": 0}])
 def test_counts_that_cannot_be_are_refused_before_anything_is_read(wrong, tmp_path):
     with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')} is"):
@@ -359,6 +387,62 @@ def test_distances_of_known_sets():
     zeros, half = np.zeros((2, 2), np.uint8), np.array([[0, 1], [0, 1]], np.uint8)
     assert disagreement([zeros, half, zeros]) == pytest.approx(1 / 3)
     assert np.isnan(disagreement([zeros]))
+
+
+def features(count, dimensions, *, seed, shift=0.0):
+    """Positive and of uneven scale, as Inception's are."""
+    generator = torch.Generator().manual_seed(seed)
+    scale_D = torch.linspace(0.05, 1, dimensions)
+    return (torch.randn(count, dimensions, generator=generator) + shift).abs() * scale_D
+
+
+def fid_by_hand(one_ND, other_ND):
+    """The trace of the root of two covariances' product by singular values, without a root."""
+    one_ND, other_ND = one_ND.double().numpy(), other_ND.double().numpy()
+    centred = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (one_ND, other_ND)]
+    shared = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    means = np.square(one_ND.mean(0) - other_ND.mean(0)).sum()
+    return means + sum(np.square(x).sum() for x in centred) - 2 * shared
+
+
+def kid_by_hand(one_ND, other_ND):
+    """No picture is compared with itself."""
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def inside(x):
+        values = kernel(x, x)
+        return (values.sum() - np.trace(values)) / (len(x) * (len(x) - 1))
+
+    one_ND, other_ND = one_ND.double().numpy(), other_ND.double().numpy()
+    return inside(one_ND) + inside(other_ND) - 2 * kernel(one_ND, other_ND).mean()
+
+
+@pytest.mark.parametrize(
+    ("count", "others", "dimensions"), [(300, 300, 16), (150, 150, 40), (12, 12, 60), (2, 2, 8)]
+)
+def test_distances_are_those_of_the_published_formulas(count, others, dimensions):
+    one_ND = features(count, dimensions, seed=0)
+    other_ND = features(others, dimensions, seed=1, shift=0.3)
+    fid, kid = fid_by_hand(one_ND, other_ND), kid_by_hand(one_ND, other_ND)
+    assert frechet_distance(one_ND, other_ND) == pytest.approx(fid, rel=1e-5)
+    assert kernel_distance(one_ND, other_ND) == pytest.approx(kid, rel=1e-6)
+
+
+def test_more_pictures_than_a_subset_are_estimated_by_many_subsets(monkeypatch):
+    monkeypatch.setattr("mas.distances.SUBSET", 60)
+    one_ND, other_ND = features(240, 16, seed=0), features(200, 16, seed=1, shift=1)
+    estimate = kernel_distance(one_ND, other_ND, seed=3)
+    assert estimate == pytest.approx(kid_by_hand(one_ND, other_ND), rel=0.05)
+    assert estimate == kernel_distance(one_ND, other_ND, seed=3)
+    assert estimate != kernel_distance(one_ND, other_ND, seed=4)
+
+
+def test_no_frechet_distance_is_below_zero():
+    for seed in range(4):
+        few_ND = features(10, 80, seed=seed)
+        assert 0 <= frechet_distance(few_ND, few_ND) < 1e-3
 
 
 def test_names_in_the_plot_stay_inside_it():

@@ -8,7 +8,7 @@ import torch
 from published import rule_tensor
 from torch import Tensor, nn
 
-from mas.features import DistanceMetrics, Extractor
+from mas.features import DistanceMetrics, Extractor, _to_inception
 from mas.inception import Inception
 from mas.storage import file_hash
 from mas.weights_file import WeightsError
@@ -147,6 +147,36 @@ def test_a_network_of_torch_export_is_read(tmp_path):
     torch.export.save(program, tmp_path / "colours.pt2")
     image = torch.rand(5, 3, 6, 6)
     torch.testing.assert_close(Extractor(tmp_path / "colours.pt2")(image), Colours()(image))
+
+
+class Detector(nn.Module):
+    """As NVIDIA's Inception for StyleGAN: bytes in, probabilities out unless told otherwise."""
+
+    def forward(self, img: Tensor, return_features: bool = False, use_fp16: bool = False) -> Tensor:
+        features = (img.float() - 128) / 128
+        features = features.mean(dim=[2, 3])
+        return features if return_features else features.softmax(dim=1)
+
+
+def test_a_network_that_takes_bytes_gets_them_and_is_asked_for_features(tmp_path):
+    torch.jit.script(Detector()).save(tmp_path / "inception-2015-12-05.pt")
+    image_BCHW = sets()[1].mul(255).round() / 255
+    features_BD = Extractor(tmp_path / "inception-2015-12-05.pt")(image_BCHW)
+    torch.testing.assert_close(features_BD, (255 * image_BCHW.mean((2, 3)) - 128) / 128)
+
+
+@pytest.mark.parametrize("side", [64, 400])  # enlarged and reduced
+def test_bicubic_is_the_filter_of_pillow_on_which_clean_fid_stands(side):
+    from PIL import Image
+
+    image_BCHW = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    resized_CHW = (_to_inception(image_BCHW, "bicubic")[0] + 1) / 2
+    expected = [
+        Image.fromarray(255 * plane_HW.numpy()).resize((299, 299), Image.Resampling.BICUBIC)
+        for plane_HW in image_BCHW[0]
+    ]
+    expected_CHW = torch.from_numpy(np.stack([np.asarray(plane) for plane in expected]))
+    torch.testing.assert_close(255 * resized_CHW, expected_CHW.clamp(0, 255), atol=0.01, rtol=0)
 
 
 class Picture(nn.Module):

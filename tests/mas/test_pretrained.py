@@ -3,11 +3,13 @@
 import hashlib
 import io
 import json
+import os
 import tarfile
 
 import pytest
 import torch
 from published import TINY, published_shapes, rule_state
+from safetensors.torch import save_file
 
 from mas.__main__ import main
 from mas.pretrained import (
@@ -72,6 +74,60 @@ def test_training_leftovers_are_listed_and_ignored(checkpoint, tmp_path, capsys)
     path = checkpoint({"state_dict": state, "global_step": 7})
     import_vqgan(str(path), format="taming", output=str(tmp_path / "out"), size=32)
     assert "ignored: loss.discriminator (2 tensors)" in capsys.readouterr().out
+
+
+def test_averaged_weights_beside_the_trained_ones_are_listed_and_ignored(checkpoint):
+    state = state_of("taming")
+    averaged = {f"model_ema.{name.replace('.', '')}": x + 1 for name, x in state.items()}
+    path = checkpoint({"state_dict": {**state, **averaged, "model_ema.decay": torch.tensor(0.9)}})
+    network, ignored = load_published(path, format="taming", size=32)
+    assert {*ignored} == {*averaged, "model_ema.decay"}
+    assert torch.equal(network.encoder.stem.weight, state["encoder.conv_in.weight"])
+
+
+@pytest.mark.parametrize("format", ["taming", "llamagen"])
+def test_tensors_alone_load_whatever_file_holds_them(format, checkpoint, tmp_path):
+    state = state_of(format)
+    container = "model" if format == "llamagen" else "state_dict"
+    expected, _ = load_published(checkpoint({container: state}), format=format, size=32)
+    torch.save(state, tmp_path / "bare.pt")
+    save_file({name: x.contiguous() for name, x in state.items()}, tmp_path / "bare.safetensors")
+    for name in ("bare.pt", "bare.safetensors"):
+        network, ignored = load_published(tmp_path / name, format=format, size=32)
+        assert torch.equal(network.encoder.stem.weight, expected.encoder.stem.weight)
+        assert ignored == []
+
+
+def test_a_cut_safetensors_file_is_named(tmp_path):
+    save_file({"encoder.conv_in.weight": torch.ones(99)}, tmp_path / "a.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-9])
+    with pytest.raises(
+        CheckpointError, match=r"cut\.safetensors: no PyTorch checkpoint, or a trunc"
+    ):
+        load_published(tmp_path / "cut.safetensors", format="taming")
+
+
+def test_a_tensor_whose_name_is_a_number_is_refused_by_it(checkpoint):
+    path = checkpoint({"state_dict": {**state_of("taming"), 3: torch.ones(1)}})
+    with pytest.raises(CheckpointError, match="1 unexpected tensors: 3"):
+        load_published(path, format="taming", size=32)
+
+
+class Command:
+    """Runs a program when it is unpickled."""
+
+    def __init__(self, words):
+        self.words = words
+
+    def __reduce__(self):
+        return os.system, (self.words,)
+
+
+def test_a_program_in_a_checkpoint_is_named_and_not_run(checkpoint, tmp_path):
+    path = checkpoint({"state_dict": {}, "callback": Command(f"touch {tmp_path}/ran")})
+    with pytest.raises(CheckpointError, match=r"holds more than tensors \((posix|nt)\.system\)"):
+        load_published(path, format="taming")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_prefix_of_an_enclosing_model_is_dropped(checkpoint):

@@ -63,9 +63,21 @@ def test_the_same_shards_give_the_same_file(shards):
     assert (shards / "a.json").read_bytes() == (shards / "b.json").read_bytes()
 
 
-def test_captions_that_cannot_be_read_are_counted(shards, caplog):
+@pytest.mark.parametrize(
+    "files",
+    [{"txt": b"\xff\xfe\xff"}, {"json": rb'{"captions": ["a dog", "half a smile \ud83d"]}'}],
+)
+def test_captions_that_cannot_be_read_are_counted(files, shards, caplog):
     caplog.set_level(logging.WARNING)
     with ShardWriter(str(shards / "00002.tar")) as writer:
-        writer.write(Sample("broken", {"jpg": b"", "txt": b"\xff\xfe\xff"}))
+        writer.write(Sample("broken", {"jpg": b"", **files}))
     fit_bpe(input=str(shards), output=str(shards / "tokenizer.json"), vocab_size=300)
     assert "1 samples have captions that cannot be read" in caplog.text
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_captions_are_read(shards, monkeypatch):
+    monkeypatch.setattr(bpe.Tokenizer, "fit", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(ValueError, match="is a folder; name a file, such as"):
+        fit_bpe(input=str(shards), output=str(shards))
+    with pytest.raises(FileExistsError):
+        fit_bpe(input=str(shards), output=str(shards / "00000.tar" / "tokenizer.json"))
