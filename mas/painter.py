@@ -6,6 +6,7 @@ knows of the page.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -53,10 +54,31 @@ class Shown:
     images: list[Image.Image] | None = None
     result: Generation | None = None  # at the end
     held: SceneMap | None = None  # at the end: what the model was given, void where it was free
+    warnings: tuple[str, ...] = ()  # at the end
 
 
 class Stopped(Exception):
     """Somebody pressed the button that stops."""
+
+
+class Warnings(logging.Handler):
+    """What mas warns of in this thread meanwhile, for those who do not see the terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.thread = threading.get_ident()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread == self.thread:
+            self.said.append(record.getMessage())
+
+    def __enter__(self) -> list[str]:
+        logging.getLogger("mas").addHandler(self)
+        return self.said
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("mas").removeHandler(self)
 
 
 News = queue.SimpleQueue[Shown | BaseException | None]
@@ -115,8 +137,9 @@ class Painter:
 
     def _work(self, wish: Wish, stop: threading.Event, news: News) -> None:
         try:
-            with self._turn(stop, news):
-                news.put(self._generate(wish, stop, news))
+            with self._turn(stop, news), Warnings() as said:
+                shown = self._generate(wish, stop, news)
+                news.put(replace(shown, warnings=tuple(said)))
         except BaseException as error:  # whatever it is, the page must not wait for ever
             news.put(error)
         news.put(None)

@@ -18,7 +18,8 @@ import gradio as gr
 from mas.model import MakeAScene
 from mas.painter import Painter
 from mas.precision import Precision
-from mas.studio_page import CSS, Page
+from mas.studio_canvas import CSS
+from mas.studio_page import Page
 
 LOOK_UP = 0.2  # seconds until a signal is noticed, at most
 LARGEST_FILE = "20mb"  # that is opened
