@@ -185,7 +185,7 @@ class Painter:
             scene_candidates=wish.candidates,
             refine=wish.refine,
             batch=self._batch(),
-            on_progress=Reports(stop, news, paste),
+            on_progress=Reports(stop, news, paste, held if free_HW is None else None),
         )
         result = replace(result, images=paste(result.images))
         return Shown(
@@ -222,8 +222,10 @@ class Reports:
         stop: threading.Event,
         news: News,
         paste: Callable[[list[Image.Image]], list[Image.Image]],
+        followed: SceneMap | None,
     ) -> None:
-        self.stop, self.news, self.paste = stop, news, paste
+        """`followed` is a scene that is given whole: what its tokens say of it is coarser."""
+        self.stop, self.news, self.paste, self.followed = stop, news, paste, followed
         self.told = 0.0
 
     def __call__(self, progress: Progress) -> None:
@@ -232,7 +234,10 @@ class Reports:
         share = progress.done / progress.total
         rows = progress.rows
         if progress.new_scene:
-            self.news.put(Shown(share=share, scenes=progress.scenes()))
+            scenes = progress.scenes()
+            if scenes and self.followed is not None:
+                scenes = [self.followed] * len(scenes)
+            self.news.put(Shown(share=share, scenes=scenes))
         elif progress.new_rows and rows % ROWS_A_PREVIEW == 0 and rows < progress.grid:
             images = progress.images()
             self.news.put(Shown(share=share, images=images and self.paste(images)))

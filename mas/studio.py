@@ -22,7 +22,6 @@ from mas.studio_canvas import CSS
 from mas.studio_page import Page
 
 LOOK_UP = 0.2  # seconds until a signal is noticed, at most
-LARGEST_FILE = "20mb"  # that is opened
 
 
 def studio(
@@ -67,7 +66,7 @@ def studio(
                 allowed_paths=[folder],
                 footer_links=[],
                 run_history=False,
-                max_file_size=LARGEST_FILE,
+                max_file_size="1kb",  # nothing is uploaded: the canvas sends its files itself
                 css=CSS,
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             )

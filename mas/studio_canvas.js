@@ -82,19 +82,34 @@ function empty() {
   say("The canvas is empty.");
 }
 
+async function ask(name, value) {
+  const unanswered = { error: "The studio does not answer; the drawing stays in this tab." };
+  const answer = (await server[name](value).catch(() => null)) ?? unanswered;
+  if (answer.error) say(answer.error);
+  return answer.error ? null : answer;
+}
+
 async function save() {
-  let answer;
-  try {
-    answer = await server.save_scene(sent);
-  } catch {
-    answer = { error: "The studio does not answer; the drawing stays in this tab." };
-  }
-  if (answer.error) return say(answer.error);
+  const answer = await ask("save_scene", sent);
+  if (!answer) return;
   const link = document.createElement("a");
   link.href = `data:image/png;base64,${answer.png}`;
   link.download = "scene.png";
   link.click();
   say("Saved as scene.png.");
+}
+
+async function open(file) {
+  if (file.size > props.largest) return say("This file is too large for a scene.");
+  const url = await new Promise((resolve) => {
+    const reader = new FileReader();
+    reader.addEventListener("load", () => resolve(reader.result));
+    reader.readAsDataURL(file);
+  });
+  const answer = await ask("open_scene", url.slice(url.indexOf(",") + 1));
+  if (!answer) return;
+  load(answer.drawing);
+  if (answer.warnings.length) say(answer.warnings.join(" "));
 }
 
 // What is to be seen
@@ -182,7 +197,19 @@ function resize(by) {
   slider.dispatchEvent(new Event("input"));
 }
 
+const chooser = find("[type=file]");
+chooser.addEventListener("change", () => {
+  if (chooser.files.length) open(chooser.files[0]);
+  chooser.value = ""; // so that the same file may be opened again
+});
+canvas.addEventListener("dragover", (event) => event.preventDefault());
+canvas.addEventListener("drop", (event) => {
+  event.preventDefault();
+  if (event.dataTransfer.files.length) open(event.dataTransfer.files[0]);
+});
+
 const ACTIONS = { undo, redo, flip, save, empty };
+ACTIONS.open = () => chooser.click();
 ACTIONS.thing = () => (newThing(), say("What is drawn next is another thing."));
 ACTIONS.smaller = () => resize(-1);
 ACTIONS.larger = () => resize(1);
@@ -193,7 +220,7 @@ ACTIONS.cancel = () => {
 };
 const TOOLS = { b: "brush", e: "eraser", f: "fill", r: "rectangle", o: "ellipse", s: "stamp", i: "pick" };
 const KEYS = { n: "thing", x: "flip", "[": "smaller", "]": "larger", escape: "cancel" };
-const CONTROL = { z: "undo", y: "redo", s: "save" };
+const CONTROL = { z: "undo", y: "redo", s: "save", o: "open" };
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 function keyOnCanvas(event) {

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import base64
 import io
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from mas.drawing import UNTOUCHED, read_drawing
-from mas.scene import CLASS_NAMES, HUMAN_IDS, MIRRORED, PALETTE, THINGS, VOID
+from mas.drawing import UNTOUCHED, DrawingError, draw_scene, read_drawing
+from mas.painter import Warnings
+from mas.sample import read_square_scene
+from mas.scene import CLASS_NAMES, HUMAN_IDS, MIRRORED, PALETTE, THINGS, VOID, SceneMap
 
 FOLDER = Path(__file__).parent
 CSS = (FOLDER / "studio.css").read_text("utf-8")
 SCRIPTS = ("studio_drawing.js", "studio_canvas.js")  # in this order
 NOTHING = "nothing: the model decides"  # the brush that empties
+LARGEST_FILE = 20_000_000  # bytes, that are opened
 PAPER = "#ffffff"  # which no class is
 BRUSH, WIDEST = 0.055, 0.3  # radius of the brush in shares of the canvas
 
@@ -47,10 +51,18 @@ def build_canvas(size: int, grid: int, names: Sequence[str]) -> gr.HTML:
         scene.to_png(file)
         return {"png": base64.b64encode(file.getvalue()).decode()}
 
+    def open_scene(content: Any) -> dict[str, Any]:
+        """A file, in base64, as what puts it on the canvas; or what is wrong."""
+        try:
+            scene, warnings = _read_file(content)
+        except ValueError as error:
+            return {"error": str(error)}
+        return {"drawing": draw_scene(scene.resized(size)), "warnings": warnings}
+
     return gr.HTML(
         html_template=(FOLDER / "studio_canvas.html").read_text("utf-8"),
         js_on_load="\n".join((FOLDER / name).read_text("utf-8") for name in SCRIPTS),
-        server_functions=[save_scene],
+        server_functions=[save_scene, open_scene],
         apply_default_css=False,
         size=size,
         grid=grid,
@@ -69,6 +81,7 @@ def build_canvas(size: int, grid: int, names: Sequence[str]) -> gr.HTML:
         },
         untouched=UNTOUCHED,
         nothing=VOID,
+        largest=LARGEST_FILE,
         emptying=NOTHING,
     )
 
@@ -76,3 +89,17 @@ def build_canvas(size: int, grid: int, names: Sequence[str]) -> gr.HTML:
 def colour_of(name: str) -> str:
     """#rrggbb of a class."""
     return "#" + bytes(PALETTE[CLASS_NAMES.index(name)]).hex()
+
+
+def _read_file(content: object) -> tuple[SceneMap, list[str]]:
+    """A scene file in any form that `mas sample --scene` reads alone, and what is odd about it."""
+    if not isinstance(content, str) or len(content) > LARGEST_FILE * 4 / 3 + 4:
+        raise DrawingError("this file is no scene")
+    with tempfile.TemporaryDirectory() as folder, Warnings() as said:
+        path = Path(folder, "this file")
+        try:
+            path.write_bytes(base64.b64decode(content, validate=True))
+            scene = read_square_scene(path)
+        except ValueError as error:
+            raise DrawingError(str(error).replace(str(path), path.name)) from error
+        return scene, [warning.replace(str(path), path.name) for warning in said]

@@ -21,8 +21,8 @@ from PIL import Image
 from mas.drawing import draw_scene, read_drawing
 from mas.filter import Sampling
 from mas.model import Generation
-from mas.painter import MOST_PICTURES, Painter, Shown, Warnings, Wish
-from mas.sample import describe_model, read_square_scene, write_result
+from mas.painter import MOST_PICTURES, Painter, Shown, Wish
+from mas.sample import describe_model, write_result
 from mas.scene import CLASS_NAMES, SceneMap
 from mas.studio_canvas import build_canvas, colour_of
 
@@ -89,7 +89,6 @@ class Page:
         self.canvas = build_canvas(
             self.size, self.model.vqseg.config.grid, sorted(self.model.classes or CLASS_NAMES)
         )
-        self.opened = gr.UploadButton("Open a scene", file_types=[".png"], size="sm")
         self.keep_picture = gr.Checkbox(
             True, label="Drawn on a painted scene: keep the picture where nothing is drawn"
         )
@@ -170,7 +169,6 @@ class Page:
         for gallery in (self.pictures, self.scenes):
             gallery.select(choose, None, self.chosen, queue=False, **private)
         self.edited.click(edit, [self.finished, self.chosen], self.canvas, **private)
-        self.opened.upload(self.open_scene, self.opened, self.canvas, **private)
 
     def paint(self, asked: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
         """Shows scenes and pictures as they come.
@@ -294,18 +292,6 @@ class Page:
             self.files: gr.DownloadButton(value=packed, interactive=True),
             self.finished: list(zip(result.scenes, result.images, strict=True)),
         }
-
-    def open_scene(self, path: str) -> str:
-        """Puts a scene file on the canvas, in any form that `mas sample --scene` reads alone."""
-        try:
-            with Warnings() as said:
-                scene = read_square_scene(Path(path)).resized(self.size)
-        except ValueError as error:
-            message = html.escape(str(error).replace(str(path), Path(path).name))
-            raise gr.Error(message, print_exception=False) from error
-        for warning in said:
-            gr.Warning(html.escape(warning.replace(str(path), Path(path).name)))
-        return draw_scene(scene)
 
 
 def _put_sampling(name: str, sampling: Sampling) -> dict[str, gr.Slider]:

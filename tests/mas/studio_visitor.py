@@ -89,6 +89,7 @@ class Visitor:
     def see(self, point, colour):
         """Waits until the canvas has this colour there."""
         colour = tuple(map(int, colour))
+        self.page.locator("canvas").scroll_into_view_if_needed()
         for _ in range(300):
             x, y = self.place(point)
             shot = self.page.screenshot(clip={"x": x, "y": y, "width": 1, "height": 1})
@@ -134,7 +135,7 @@ class Visitor:
         return SceneMap.from_png(io.BytesIO(self.save()))
 
     def open(self, file):
-        self.page.get_by_test_id("Open a scene-upload-button").set_input_files(file)
+        self.page.get_by_label("Scene to open").set_input_files(file)
 
     def see_scene(self, scene):
         """Waits until the canvas shows a scene, as far as one look tells."""

@@ -163,12 +163,6 @@ def test_a_result_is_drawn_on_and_its_picture_kept_if_wanted(visitor, keep):
     assert (before[16:] == after[16:]).all() == keep
 
 
-def test_a_file_that_is_no_scene_is_named(visitor, tmp_path):
-    Image.new("RGB", (40, 20)).save(tmp_path / "wide.png")
-    visitor.open(tmp_path / "wide.png")
-    visitor.page.get_by_text("wide.png: a scene must be square, this one is 40x20").wait_for()
-
-
 def test_who_waits_is_told_and_may_stop(chromium, tmp_path):
     studio = Studio("park", tmp_path)  # which is slow enough to be interrupted
     pages = [chromium.new_page(viewport={"width": 1400, "height": 1300}) for _ in range(2)]
