@@ -17,6 +17,8 @@ let state = blank();
 let before = null; // the state when the stroke began; null: no stroke
 let from = null; // where the stroke was last
 let begun = null; // where it began
+let ink = NOTHING; // the class that it draws, or UNTOUCHED
+let reach = 1; // its radius
 let stamp = null; // {width, height, strokes}: a thing that was taken
 let thing = 1; // number of what is drawn; things of one class with two numbers are parted
 
@@ -85,17 +87,16 @@ const tool = () => find("input[name=tool]:checked").value;
 const brush = () => Number(find("input[name=drawn]:checked").value);
 const radius = () => Number(find("[data-is=size]").value);
 
-function put(x, y, value = tool() === "eraser" ? UNTOUCHED : brush()) {
+function put(x, y, value = ink) {
   if (x < 0 || y < 0 || x >= size || y >= size) return;
   state.strokes[y * size + x] = value;
   state.things[y * size + x] = value === UNTOUCHED ? 0 : thing;
 }
 
 function dab([column, row]) {
-  const r = radius() - 0.5;
-  for (let y = -radius(); y <= radius(); y++) {
-    for (let x = -radius(); x <= radius(); x++) {
-      if (x * x + y * y <= r * r) put(column + x, row + y);
+  for (let y = -reach; y <= reach; y++) {
+    for (let x = -reach; x <= reach; x++) {
+      if (x * x + y * y <= (reach - 0.5) ** 2) put(column + x, row + y);
     }
   }
 }
@@ -184,8 +185,10 @@ function begin(point, picking) {
   if (tool() === "stamp" && !stamp) return takeStamp(i);
   before = copy(state);
   from = begun = point;
+  ink = tool() === "eraser" ? UNTOUCHED : brush();
+  reach = radius();
   if (tool() === "fill") {
-    for (const k of region(i, oneThing)) put(k % size, Math.floor(k / size), brush());
+    for (const k of region(i, oneThing)) put(k % size, Math.floor(k / size));
     return finish();
   }
   if (tool() === "stamp") {

@@ -186,9 +186,15 @@ def test_pick_draws_on_at_the_thing_that_was_clicked(visitor, yard):
     joined = visitor.scene()
     assert (joined.labels[10:14, 10:16] == DOG).all() and not joined.edges[9, 10:15].any()
     visitor.click("Undo")
-    visitor.click("New thing")
-    visitor.press(visitor.pixel(10, 10), visitor.pixel(13, 15))
-    assert visitor.scene().edges[9, 10:16].all()
+    for another in (lambda: visitor.click("New thing"), lambda: visitor.choose("dog", "Rectangle")):
+        visitor.page.keyboard.press("i")
+        visitor.press(visitor.pixel(9, 14))
+        another()
+        visitor.page.get_by_role("radio", name="Rectangle").check(force=True)
+        visitor.press(visitor.pixel(10, 10), visitor.pixel(13, 15))
+        assert visitor.scene().edges[9, 10:16].all()
+        visitor.click("Undo")
+        visitor.page.locator("canvas").focus()
 
 
 def test_the_eraser_takes_strokes_away_and_nothing_empties_the_scene(visitor, yard):
@@ -305,6 +311,24 @@ def test_what_was_kept_and_cannot_be_read_holds_nobody_up(page, address):
         visitor.choose("dog", "Fill")
         visitor.press(visitor.pixel(5, 5))
         assert (visitor.scene().labels == DOG).all()
+
+
+@pytest.mark.parametrize("tool", ["Brush", "Eraser", "Rectangle", "Fill"])
+def test_a_stroke_asks_the_page_a_few_times_only_however_many_pixels_it_has(visitor, tool):
+    visitor.choose("dog", tool)
+    visitor.page.get_by_label("Radius").evaluate("slider => { slider.value = slider.max; }")
+    visitor.page.evaluate(
+        """() => {
+          const real = Element.prototype.querySelector;
+          window.asked = 0;
+          Element.prototype.querySelector = function (x) {
+            window.asked++;
+            return real.call(this, x);
+          };
+        }"""
+    )
+    visitor.press(visitor.pixel(1, 1), visitor.pixel(30, 30))  # in eight moves
+    assert 0 < visitor.page.evaluate("window.asked") < 200
 
 
 def test_hands_that_use_no_mouse_draw_everything(visitor):
