@@ -54,6 +54,9 @@ function read(value) {
   for (const name of PLANES.filter((plane) => told[plane])) {
     const plane = toPlane(told[name]);
     if (plane.length !== told.size ** 2) throw new Error(`${name} has ${plane.length} pixels`);
+    if (name !== "things" && plane.some((x) => x >= names.length && x < UNTOUCHED)) {
+      throw new Error(`${name} has unknown classes`);
+    }
     found[name] = found[name].map(
       (_, i) => plane[nearest(Math.floor(i / size)) * told.size + nearest(i % size)],
     );
@@ -130,7 +133,7 @@ function draw() {
   for (let i = 0; i < size * size; i++) {
     const value = label(i);
     const apart = (j) => j < size * size && label(j) === value && !oneThing(i, j);
-    const edge = value < props.stuff && (((i + 1) % size && apart(i + 1)) || apart(i + size));
+    const edge = value < stuff && (((i + 1) % size && apart(i + 1)) || apart(i + size));
     fill(i, edge ? PAPER : colour(value));
   }
   if (pointer && tool() === "stamp" && stamp) {
@@ -218,7 +221,8 @@ ACTIONS.cancel = () => {
   if (!before) stamp = null;
   cancel();
 };
-const TOOLS = { b: "brush", e: "eraser", f: "fill", r: "rectangle", o: "ellipse", s: "stamp", i: "pick" };
+const TOOLS = { b: "brush", e: "eraser", f: "fill", r: "rectangle", o: "ellipse" };
+Object.assign(TOOLS, { s: "stamp", i: "pick" });
 const KEYS = { n: "thing", x: "flip", "[": "smaller", "]": "larger", escape: "cancel" };
 const CONTROL = { z: "undo", y: "redo", s: "save", o: "open" };
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -230,7 +234,8 @@ function keyOnCanvas(event) {
     else begin(pointer, event.altKey);
   } else if (event.key in ARROWS) {
     const step = event.shiftKey ? 1 : Math.round(size / grid / 2);
-    move(pointer.map((x, axis) => Math.min(size - 1, Math.max(0, x + ARROWS[event.key][axis] * step))));
+    const moved = pointer.map((x, axis) => x + ARROWS[event.key][axis] * step);
+    move(moved.map((x) => Math.min(size - 1, Math.max(0, x))));
     say(describe(pointer[1] * size + pointer[0]));
   } else return false;
   draw();
@@ -262,7 +267,7 @@ element.addEventListener("click", (event) => {
 });
 element.addEventListener("change", (event) => {
   if (event.target.name === "drawn") {
-    thing ||= 1; // no longer the one that was picked up
+    if (!thing) newThing(); // no longer one of the scene below, that was picked
     find("[data-is=brush]").textContent = named(event.target.closest("label"));
   } else if (event.target.name === "tool") {
     finish();
@@ -283,7 +288,8 @@ search.addEventListener("input", () => {
 search.addEventListener("keydown", (event) => {
   if (event.key !== "Enter") return;
   const wanted = search.value.trim().toLowerCase();
-  const best = (test) => classes.find((choice) => !choice.hidden && test(named(choice).toLowerCase()));
+  const shown = classes.filter((choice) => !choice.hidden);
+  const best = (test) => shown.find((choice) => test(named(choice).toLowerCase()));
   const found =
     best((name) => name === wanted) ?? best((name) => name.startsWith(wanted)) ?? best(() => true);
   if (!found) return;

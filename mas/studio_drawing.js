@@ -1,12 +1,12 @@
 // The canvas of the studio, first part: what a drawing is, and what the tools make of it.
 //
 // Runs with studio_canvas.js as `js_on_load` of the gr.HTML that mas/studio_canvas.py builds:
-// `element` is its root, `props` its values, `server` what it may ask Python. Drawn is at the size of
-// the scene, one class id a pixel, on two planes: what was put there (`labels`, `edges`, its
+// `element` is its root, `props` its values, `server` what it may ask Python. Drawn is at the size
+// of the scene, one class id a pixel, on two planes: what was put there (`labels`, `edges`, its
 // `picture`) and the strokes above it (`strokes`, and in `things` which of them are one thing).
 // mas/drawing.py reads them.
 
-const { size, grid, names, untouched: UNTOUCHED, nothing: NOTHING } = props;
+const { size, grid, names, parts, stuff, untouched: UNTOUCHED, nothing: NOTHING } = props;
 
 const find = (selector) => element.querySelector(selector);
 const canvas = find("canvas");
@@ -38,9 +38,9 @@ function blank() {
 const label = (i) => (state.strokes[i] === UNTOUCHED ? state.labels[i] : state.strokes[i]);
 const number = (i) => (state.strokes[i] === UNTOUCHED ? 0 : state.things[i]);
 
-// Whether an edge that was put there lies between pixel i and j, its right or lower neighbour, though
-// both are of one class. Edges lie on the left or upper one; where that one borders on another class,
-// too, the pixels beside it tell.
+// Whether an edge that was put there lies between pixel i and j, its right or lower neighbour,
+// though both are of one class. Edges lie on the left or upper one; where that one borders on
+// another class, too, the pixels beside it tell.
 function edgeBetween(i, j) {
   const { labels, edges } = state;
   const alone = (k) =>
@@ -48,17 +48,14 @@ function edgeBetween(i, j) {
     ((k + 1) % size === 0 || labels[k + 1] === labels[k]) &&
     (k + size >= size * size || labels[k + size] === labels[k]);
   const beside = j === i + 1 ? size : 1;
-  return (
-    edges[i] &&
-    [i, i - beside, i + beside].some((k) => labels[k] === labels[i] && alone(k))
-  );
+  return edges[i] && [i, i - beside, i + beside].some((k) => labels[k] === labels[i] && alone(k));
 }
 
 const oneThing = (i, j) =>
   label(i) === label(j) &&
   number(i) === number(j) &&
   (state.strokes[i] !== UNTOUCHED || state.strokes[j] !== UNTOUCHED || !edgeBetween(i, j));
-const isPart = (i) => label(i) >= props.parts && label(i) !== NOTHING;
+const isPart = (i) => label(i) >= parts && label(i) !== NOTHING;
 const oneFigure = (i, j) => oneThing(i, j) || (isPart(i) && isPart(j)); // people are made of parts
 
 // All pixels that hang together with one; joined(i, j) tells of neighbours i < j.
@@ -137,7 +134,8 @@ function takeStamp(i) {
 // Calls use(x, y, class) for each pixel of the stamp with its middle at a point.
 function eachOfStamp([column, row], use) {
   const scale = Number(find("[data-is=scale]").value) / 100;
-  const [width, height] = [stamp.width, stamp.height].map((n) => Math.max(1, Math.round(n * scale)));
+  const scaled = (side) => Math.max(1, Math.round(side * scale));
+  const [width, height] = [scaled(stamp.width), scaled(stamp.height)];
   const [left, top] = [column - Math.floor(width / 2), row - Math.floor(height / 2)];
   for (let y = 0; y < height; y++) {
     for (let x = 0; x < width; x++) {

@@ -186,13 +186,16 @@ def test_pick_draws_on_at_the_thing_that_was_clicked(visitor, yard):
     joined = visitor.scene()
     assert (joined.labels[10:14, 10:16] == DOG).all() and not joined.edges[9, 10:15].any()
     visitor.click("Undo")
+    visitor.click("New thing")
+    visitor.press(visitor.pixel(14, 10), visitor.pixel(15, 15))  # a third dog, one further down
     for another in (lambda: visitor.click("New thing"), lambda: visitor.choose("dog", "Rectangle")):
         visitor.page.keyboard.press("i")
         visitor.press(visitor.pixel(9, 14))
         another()
         visitor.page.get_by_role("radio", name="Rectangle").check(force=True)
         visitor.press(visitor.pixel(10, 10), visitor.pixel(13, 15))
-        assert visitor.scene().edges[9, 10:16].all()
+        edges = visitor.scene().edges
+        assert edges[9, 10:16].all() and edges[13, 10:16].all()
         visitor.click("Undo")
         visitor.page.locator("canvas").focus()
 
@@ -305,7 +308,9 @@ def test_a_drawing_of_another_model_is_fitted(page, address):
 def test_what_was_kept_and_cannot_be_read_holds_nobody_up(page, address):
     page.goto(address)
     page.locator("canvas").wait_for()
-    for junk in ("{", '{"size": 32, "labels": "AAAA"}', "[]", '{"size": -1}'):
+    strokes = base64.b64encode(np.full((SIZE, SIZE), 200, np.uint8)).decode()
+    unknown = json.dumps({"size": SIZE, "strokes": strokes})
+    for junk in (unknown, "{", '{"size": 32, "labels": "AAAA"}', "[]", '{"size": -1}'):
         page.evaluate("junk => sessionStorage.setItem('mas-studio-drawing', junk)", junk)
         visitor = Visitor(page, address)  # which waits for an empty canvas
         visitor.choose("dog", "Fill")
