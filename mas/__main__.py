@@ -19,6 +19,7 @@ from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple, NoReturn, get_args, get_origin
 
 import mas
+from mas.field_help import explain_fields
 
 
 class Command(NamedTuple):
@@ -222,6 +223,7 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
     )
     if name.startswith("bench "):
         parser.add_argument("--json", action="store_true", help="print the object on one line")
+    explain_fields(parser)
     _add_dashed_options(parser)
     return parser
 

@@ -35,8 +35,8 @@ LOGITS_AT_ONCE = 2**26  # elements; the loss works through more in pieces
 class GPTConfig:
     """Sizes of the GPT; the defaults are the 270M model of configs/base."""
 
-    layers: int = 16
-    width: int = 1024
+    layers: int = 16  # blocks
+    width: int = 1024  # channels of a token
     heads: int = 16  # divides width
     text_vocabulary: int = 16384  # BPE entries, padding included
     scene_vocabulary: int = 1024  # VQ-SEG codes

@@ -204,7 +204,7 @@ def tokenize(
     vqgan: str,
     tokenizer: str,
     batch_size: int = 16,
-    device: str = "cpu",
+    device: str = "auto",
     executor: Literal["ray", "serial"] = "ray",
     workers: int | None = None,
     address: str | None = None,
@@ -223,7 +223,8 @@ def tokenize(
         vqgan: folder of the VQ-GAN.
         tokenizer: the text tokenizer's tokenizer.json.
         batch_size: pictures a call of a network.
-        device: of the networks: cpu, cuda, cuda:1; auto = the GPU where the worker has one.
+        device: of the networks: cpu, cuda, cuda:1; auto = the GPU where the worker has one, so on
+            Ray give --gpus-per-worker as well.
         executor: ray, or serial = one shard after the other in this process.
         workers: at work at once; default one a CPU, 0 = serial.
         address: of a Ray cluster; auto = the one this machine belongs to; default a local Ray.

@@ -243,9 +243,10 @@ def missing(weights: Weights, folder: Path) -> str:
     name = "" if weights.default else f" --name {weights.name}"
     address = weights.page if weights.repository or not weights.urls else weights.urls[0]
     found_at = f" (see {weights.page})" if address != weights.page else ""
+    file = f"its {weights.member}" if weights.member else "it"
     return (
         f"the weights {weights.name} are missing: run `mas fetch-weights {weights.stage}{name}`, "
-        f"or download {address}{found_at} and put it at {folder / weights.path}"
+        f"or download {address}{found_at} and put {file} at {folder / weights.path}"
     )
 
 

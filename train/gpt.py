@@ -40,7 +40,7 @@ class StreamWeights:
 
     text: float = 1.0  # the paper has 7 image : 1 text
     scene: float = 7.0  # as the image: both are what the model is for
-    image: float = 7.0
+    image: float = 7.0  # as the scene
 
     def __post_init__(self) -> None:
         if min(vars(self).values()) < 0 or sum(vars(self).values()) == 0:

@@ -19,6 +19,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from mas.field_help import explain_fields
 from train.callbacks import (
     CONFIG,
     LAST,
@@ -139,6 +140,7 @@ class TrainCLI(LightningCLI):
             parser.link_arguments("model.boxes", "data.boxes", apply_on="instantiate")
         if self.name == "vqgan":
             parser.link_arguments("model.labels", "data.labels", apply_on="instantiate")
+        explain_fields(parser)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init.trainer

@@ -24,7 +24,14 @@ from mas.model_folder import INDEX
 from mas.reader import Reader
 from mas.refiner import Refiner
 from mas.sequence import Streams
-from mas.storage import CONFIG_FILE, StoredTensors, build_unfilled, parse_config, read_json
+from mas.storage import (
+    CONFIG_FILE,
+    StorageError,
+    StoredTensors,
+    build_unfilled,
+    parse_config,
+    read_json,
+)
 from mas.vq import token_parts
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
@@ -68,6 +75,11 @@ def start_from(network: Network, folder: str | Path) -> None:
     if type(network) in PARTS and not source.is_file() and (Path(folder) / INDEX).is_file():
         part = Path(folder) / PARTS[type(network)]
         raise ValueError(f"{folder} is a whole model: start from its part {part}")
+    if not source.is_file():
+        raise StorageError(
+            f"model.init_from: {source}: no such file; train or import that network first, or "
+            "train from nothing with --model.init_from null"
+        )
     config = parse_config(type(network.config), read_json(source), source)
     before, now = asdict(config), asdict(network.config)
     differing = {key for key in now if before[key] != now[key]}

@@ -66,6 +66,7 @@ def run(world, output, **options):
         "input": str(world / "scenes"),
         "tokenizer": str(world / "tokenizer.json"),
         "executor": "serial",
+        "device": "cpu",  # the bytes compared here are those of one device
         **paths,
         **options,
     }
@@ -162,6 +163,26 @@ def test_a_device_that_is_not_there_is_named_in_one_line(
     with pytest.raises((ValueError, OSError), match=r"device 'cuda': .*GPU") as caught:
         run(world, tmp_path / "out", device="cuda", executor=executor)
     assert "\n" not in str(caught.value)
+
+
+def test_a_gpu_is_used_where_there_is_one_unless_a_device_is_named(world, tmp_path, monkeypatch):
+    asked = []
+
+    def pick(name):
+        asked.append(name)
+        return torch.device("cpu")
+
+    monkeypatch.setattr("preprocess.tokens.pick_device", pick)
+    paths = {name: str(world / name) for name in ("vqseg", "vqgan")}
+    tokenize(
+        input=str(world / "scenes"),
+        output=str(tmp_path / "out"),
+        tokenizer=str(world / "tokenizer.json"),
+        executor="serial",
+        **paths,
+    )
+    run(world, tmp_path / "on a CPU", device="cpu")
+    assert set(asked) == {"auto", "cpu"}
 
 
 def test_a_missing_part_is_named(world, tmp_path):

@@ -223,6 +223,14 @@ def test_offline_downloads_nothing_and_names_file_and_address(entry, server):
         assert part in message
 
 
+def test_by_hand_an_archive_is_not_put_where_one_file_of_it_belongs(entry, server, monkeypatch):
+    known(monkeypatch, replace(entry, member="1/net.ckpt"))
+    with pytest.raises(WeightsError, match=r"put its 1/net\.ckpt at .*net\.pth"):
+        fetch_weights("human", offline=True)
+    with pytest.raises(WeightsError, match=r"put its 1/net\.ckpt at .*net\.pth"):
+        find_weights("net")
+
+
 def test_offline_is_content_with_what_is_there(entry, server):
     fetch_weights("human")
     before = len(server.requests)
