@@ -200,6 +200,19 @@ def test_captions_are_text_whatever_they_hold(visitor):
     assert visitor.page.get_by_text("<b>on</b> <img").count() == 1
 
 
+def test_all_results_are_seen_on_a_narrow_screen(chromium, address):
+    visitor = Visitor(chromium.new_page(viewport={"width": 360, "height": 740}), address)
+    visitor.paint("a giraffe")
+    for gallery in visitor.page.locator(".shown").all():
+        frame = gallery.bounding_box()
+        shown = gallery.locator("button.thumbnail-item").all()
+        assert len(shown) == 4
+        for box in (thumbnail.bounding_box() for thumbnail in shown):
+            assert frame["x"] <= box["x"] and box["width"] > 50
+            assert box["x"] + box["width"] <= frame["x"] + frame["width"]
+    visitor.page.close()
+
+
 def test_numbers_that_are_missing_or_impossible_are_said(visitor):
     visitor.page.get_by_label("Caption").fill("a giraffe")
     for value, message in (("", "fill in a number: Seed of the first"), ("-3", "seed is -3")):
