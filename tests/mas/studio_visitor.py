@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 
+import numpy as np
 from PIL import Image
 
 from mas.scene import CLASS_NAMES, PALETTE, VOID, SceneMap
@@ -165,3 +166,15 @@ def launch(playwright):
 
 def scene_of(files, name="0000.scene.png"):
     return SceneMap.from_png(io.BytesIO(files[name]))
+
+
+def open_scene(visitor, folder, labels, things=None):
+    scene = SceneMap.from_labels(labels.astype(np.uint8), things)
+    scene.to_png(folder / "mine.png")
+    visitor.open(folder / "mine.png")
+    visitor.page.get_by_text("The scene is on the canvas.").wait_for()
+    return scene
+
+
+def said(visitor, text):
+    visitor.page.locator("[data-is=said]").get_by_text(text).wait_for()
