@@ -43,7 +43,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["mas", "preprocess", "train"],
-    package_data={"mas": ["py.typed", "step.cu", "step_*.cuh", "models/*/*", "models/*/*/*"]},
+    package_data={
+        "mas": [
+            *("py.typed", "step.cu", "step_*.cuh", "studio*.js", "studio*.html", "studio.css"),
+            *("models/*/*", "models/*/*/*"),
+        ]
+    },
     ext_modules=[STEP],
     install_requires=[
         "torch>=2.9",

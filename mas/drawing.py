@@ -1,13 +1,15 @@
-"""Drawings and scenes: strokes on a canvas become a scene map, a scene map becomes a canvas.
+"""Drawings and scenes: what the studio's canvas tells becomes a scene map, and back.
 
-In: layers of RGBA pixels in palette colours, as an image editor hands them out, on a scene that may
-lie below. Out: a scene at the model's size, void where the model shall choose.
+In: planes of class ids as the page hands them out: a scene that may lie below, strokes above it.
+Out: a scene at the model's size, void where the model shall choose.
 Axes: H W pixels, h w grid cells, p q pixels of a cell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+import io
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +18,14 @@ from einops import reduce, repeat
 from PIL import Image, ImageFilter
 
 from mas.request import spread_labels
-from mas.scene import THINGS, VOID, SceneMap, find_edges, snap_colours
+from mas.scene import THINGS, VOID, SceneError, SceneMap, find_edges
 
-CANVAS = 512  # pixels a side that are drawn on, about
-PAPER = 255  # of each colour: the empty canvas is white, which no class is
-OPAQUE = 128  # alpha from which a stroke counts
+UNTOUCHED = 254  # on the plane of strokes: none, what lies below is seen
+LARGEST_PICTURE = 2048  # pixels a side
+
+
+class DrawingError(ValueError):
+    """What a page sent is no drawing; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -29,60 +34,104 @@ class Drawing:
 
     scene: SceneMap | None  # None: nothing
     drawn: np.ndarray  # bool H W: where there are strokes
-    on_loaded: bool  # whether the scene that was put on the canvas is still below them
+    picture: Image.Image | None  # of the scene below the strokes, if that has been painted
 
 
-def canvas_side(size: int) -> int:
-    """Pixels a side of a canvas for scenes of `size` pixels: a whole number of times as many."""
-    return size * max(1, CANVAS // size)
+def draw_scene(scene: SceneMap, picture: Image.Image | None = None) -> str:
+    """What puts a scene on the canvas, and with it the picture that was painted of it."""
+    told: dict[str, Any] = {
+        "size": len(scene.labels),
+        "labels": _to_text(scene.labels.tobytes()),
+        "edges": _to_text(scene.edges.astype(np.uint8).tobytes()),
+    }
+    if picture is not None:
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        told["picture"] = _to_text(file.getvalue())
+    return json.dumps(told)
 
 
-def draw_scene(scene: SceneMap) -> dict[str, Any]:
-    """What the editor shows of a scene: its colours in the background, nothing drawn on it."""
-    alpha = np.where(scene.labels == VOID, 0, 255).astype(np.uint8)
-    colours = np.dstack([np.asarray(scene.to_rgb()), alpha])
-    times = canvas_side(len(alpha)) // len(alpha)
-    background = repeat(colours, "h w c -> (h p) (w q) c", p=times, q=times)
-    return {"background": background, "layers": [], "composite": None}
-
-
-def read_drawing(drawing: Mapping[str, Any] | None, loaded: SceneMap | None, size: int) -> Drawing:
+def read_drawing(told: object, size: int) -> Drawing:
     """The scene on the canvas.
 
-    Two things of one class are parted by an edge where they were drawn on two layers, or one of
-    them on the other.
+    Two things of one class are parted by an edge where their strokes have two numbers, or one of
+    them lies on the other. Edges of the scene below are kept where nothing is drawn over them.
 
     Args:
-        drawing: of the editor: `background`, uint8 H W RGBA or None, and `layers`, a list of them.
-        loaded: the scene of `size` pixels that was put on the canvas last. Where the background
-            still shows it, its edges between things of one class are kept.
-        size: pixels a side of the result.
+        told: by the page, or by `draw_scene`; None: nothing. A stranger may have sent it.
+        size: pixels a side of a scene.
+
+    Raises:
+        DrawingError: anything else.
     """
-    drawing = drawing or {}
-    labels = np.full((size, size), VOID, np.uint8)
-    things = np.zeros((size, size), np.int32)
-    drawn = np.zeros((size, size), np.bool_)
-    kept = np.zeros((size, size), np.bool_)
-    on_loaded = False
-    if drawing.get("background") is not None:
-        background = _shrink(drawing["background"], size)
-        background[(background[..., :3] == PAPER).all(-1), 3] = 0
-        labels = snap_colours(background)
-        if loaded is not None and np.array_equal(loaded.labels, labels):
-            kept = loaded.edges & ~find_edges(labels)
-            on_loaded = True
-    for number, layer in enumerate(drawing.get("layers") or (), start=1):
-        rgba = _shrink(layer, size)
-        strokes = rgba[..., 3] >= OPAQUE
-        labels[strokes] = snap_colours(rgba)[strokes]
-        things[strokes] = number
-        drawn |= strokes
-        kept &= ~strokes
-    scene = None
-    if (labels != VOID).any():
-        things[labels >= THINGS] = 0  # stuff and parts of people have no instances
-        scene = SceneMap(labels, find_edges(labels, things) | kept)
-    return Drawing(scene, drawn, on_loaded)
+    planes = {
+        name: np.full((size, size), value, np.uint8)
+        for name, value in (("labels", VOID), ("edges", 0), ("strokes", UNTOUCHED), ("things", 0))
+    }
+    picture = None
+    if told is not None:
+        content = _parse(told, size)
+        planes |= {name: _to_plane(content[name], size) for name in planes if name in content}
+        if content.get("picture") is not None:
+            picture = _to_picture(content["picture"])
+    drawn = planes["strokes"] != UNTOUCHED
+    labels = np.where(drawn, planes["strokes"], planes["labels"])
+    if (labels == VOID).all():
+        return Drawing(None, drawn, picture)
+    things = np.where(drawn, planes["things"], 0)
+    things[labels >= THINGS] = 0  # stuff and parts of people have no instances
+    between_things = planes["edges"].astype(np.bool_) & ~find_edges(planes["labels"]) & ~drawn
+    try:
+        scene = SceneMap(labels, find_edges(labels, things) | between_things)
+    except SceneError as error:
+        raise DrawingError(f"this is no drawing: {error}") from error
+    return Drawing(scene, drawn, picture)
+
+
+def _parse(told: object, size: int) -> dict[str, Any]:
+    try:
+        content = json.loads(told) if isinstance(told, str) else None
+    except (ValueError, RecursionError) as error:
+        raise DrawingError(f"this is no drawing: {error}") from error
+    if not isinstance(content, dict):
+        raise DrawingError("this is no drawing: use the canvas of the page")
+    if content.get("size") != size:
+        raise DrawingError(
+            f"the drawing has {content.get('size')!r} pixels a side, scenes of this model {size}: "
+            "reload the page"
+        )
+    return content
+
+
+def _to_plane(text: object, size: int) -> np.ndarray:
+    pixels = _to_bytes(text)
+    if len(pixels) != size * size:
+        raise DrawingError(f"this is no drawing: {len(pixels)} pixels instead of {size * size}")
+    return np.frombuffer(pixels, np.uint8).reshape(size, size)
+
+
+def _to_picture(text: object) -> Image.Image:
+    """A PNG of a picture that this or another page was given before."""
+    try:
+        image = Image.open(io.BytesIO(_to_bytes(text)), formats=["PNG"])
+        if image.width != image.height or image.width > LARGEST_PICTURE:
+            raise DrawingError(f"this is no picture of a scene: {image.width}x{image.height}")
+        return image.convert("RGB")
+    except DrawingError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DrawingError(f"the picture of the scene cannot be read: {error}") from error
+
+
+def _to_bytes(text: object) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise DrawingError(f"this is no drawing: {error}") from error
+
+
+def _to_text(pixels: bytes) -> str:
+    return base64.b64encode(pixels).decode()
 
 
 def free_cells(scene: SceneMap, grid: int) -> SceneMap:
@@ -119,7 +168,3 @@ def widen(drawn_HW: np.ndarray, grid: int, side: int) -> np.ndarray:
     rows, columns = np.nonzero(np.asarray(wider))
     touched_hw[rows * grid // len(drawn_HW), columns * grid // len(drawn_HW)] = True
     return repeat(touched_hw, "h w -> (h p) (w q)", p=side // grid, q=side // grid)
-
-
-def _shrink(rgba: np.ndarray, size: int) -> np.ndarray:
-    return np.array(Image.fromarray(rgba).resize((size, size), Image.Resampling.NEAREST))

@@ -6,6 +6,7 @@ knows of the page.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -53,10 +54,31 @@ class Shown:
     images: list[Image.Image] | None = None
     result: Generation | None = None  # at the end
     held: SceneMap | None = None  # at the end: what the model was given, void where it was free
+    warnings: tuple[str, ...] = ()  # at the end
 
 
 class Stopped(Exception):
     """Somebody pressed the button that stops."""
+
+
+class Warnings(logging.Handler):
+    """What mas warns of in this thread meanwhile, for those who do not see the terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.thread = threading.get_ident()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread == self.thread:
+            self.said.append(record.getMessage())
+
+    def __enter__(self) -> list[str]:
+        logging.getLogger("mas").addHandler(self)
+        return self.said
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("mas").removeHandler(self)
 
 
 News = queue.SimpleQueue[Shown | BaseException | None]
@@ -115,8 +137,9 @@ class Painter:
 
     def _work(self, wish: Wish, stop: threading.Event, news: News) -> None:
         try:
-            with self._turn(stop, news):
-                news.put(self._generate(wish, stop, news))
+            with self._turn(stop, news), Warnings() as said:
+                shown = self._generate(wish, stop, news)
+                news.put(replace(shown, warnings=tuple(said)))
         except BaseException as error:  # whatever it is, the page must not wait for ever
             news.put(error)
         news.put(None)
@@ -162,7 +185,7 @@ class Painter:
             scene_candidates=wish.candidates,
             refine=wish.refine,
             batch=self._batch(),
-            on_progress=Reports(stop, news, paste),
+            on_progress=Reports(stop, news, paste, held if free_HW is None else None),
         )
         result = replace(result, images=paste(result.images))
         return Shown(
@@ -199,8 +222,10 @@ class Reports:
         stop: threading.Event,
         news: News,
         paste: Callable[[list[Image.Image]], list[Image.Image]],
+        followed: SceneMap | None,
     ) -> None:
-        self.stop, self.news, self.paste = stop, news, paste
+        """`followed` is a scene that is given whole: what its tokens say of it is coarser."""
+        self.stop, self.news, self.paste, self.followed = stop, news, paste, followed
         self.told = 0.0
 
     def __call__(self, progress: Progress) -> None:
@@ -209,7 +234,10 @@ class Reports:
         share = progress.done / progress.total
         rows = progress.rows
         if progress.new_scene:
-            self.news.put(Shown(share=share, scenes=progress.scenes()))
+            scenes = progress.scenes()
+            if scenes and self.followed is not None:
+                scenes = [self.followed] * len(scenes)
+            self.news.put(Shown(share=share, scenes=scenes))
         elif progress.new_rows and rows % ROWS_A_PREVIEW == 0 and rows < progress.grid:
             images = progress.images()
             self.news.put(Shown(share=share, images=images and self.paste(images)))

@@ -18,10 +18,10 @@ import gradio as gr
 from mas.model import MakeAScene
 from mas.painter import Painter
 from mas.precision import Precision
-from mas.studio_page import CSS, Page
+from mas.studio_canvas import CSS
+from mas.studio_page import Page
 
 LOOK_UP = 0.2  # seconds until a signal is noticed, at most
-LARGEST_FILE = "20mb"  # that is opened
 
 
 def studio(
@@ -66,7 +66,7 @@ def studio(
                 allowed_paths=[folder],
                 footer_links=[],
                 run_history=False,
-                max_file_size=LARGEST_FILE,
+                max_file_size="1kb",  # nothing is uploaded: the canvas sends its files itself
                 css=CSS,
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             )

@@ -18,20 +18,23 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from mas.drawing import canvas_side, draw_scene, read_drawing
+from mas.drawing import draw_scene, read_drawing
 from mas.filter import Sampling
 from mas.model import Generation
 from mas.painter import MOST_PICTURES, Painter, Shown, Wish
-from mas.sample import describe_model, read_square_scene, write_result
-from mas.scene import CLASS_NAMES, PALETTE, VOID, SceneMap
+from mas.sample import describe_model, write_result
+from mas.scene import CLASS_NAMES, SceneMap
+from mas.studio_canvas import build_canvas, colour_of
 
-BRUSH = 28  # radius in pixels of the canvas
-WIDEST = 150
 SHOWN = 256  # pixels a side that pictures are shown with at least
-NOTHING = "nothing: the model decides"  # the brush that empties
 READY = "Write a caption, or draw a scene, or both. Then paint."
 KEPT = (300, 3600)  # seconds: how often shown files are looked over, how old they get
+LONGEST_CAPTION = 2000
+TOLD = 200  # characters of it that are told again with the result
 FOLDERS = 20  # of finished pictures that stay on the disk
+# A reload of the page keeps the caption, as the canvas keeps the drawing.
+REMEMBER = "caption => { sessionStorage.setItem('mas-studio-caption', caption); }"
+RECALL = "() => sessionStorage.getItem('mas-studio-caption') ?? ''"
 EXAMPLES = {  # captions, by the name of the model
     "park": (
         "the elephant is walking around in the park",
@@ -40,13 +43,7 @@ EXAMPLES = {  # captions, by the name of the model
         "three sheep in the mountains",
     )
 }
-CSS = """
-.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px }
-.legend i { display: inline-block; width: 12px; height: 12px; margin-right: 5px }
-.shown .grid-wrap { min-height: 0; max-height: none }
-"""
-Loaded = tuple[SceneMap, Image.Image | None]  # a scene on the canvas, and its picture if any
-Finished = list[Loaded]
+Finished = list[tuple[SceneMap, Image.Image | None]]  # scenes, and their pictures if there are
 
 
 class Page:
@@ -64,9 +61,8 @@ class Page:
         with gr.Blocks(
             title="mini Make-A-Scene", analytics_enabled=False, fill_width=True, delete_cache=KEPT
         ) as page:
-            # Of each visitor: the scene put on the canvas last and its picture; the scenes and
-            # pictures painted last; which of them.
-            self.loaded, self.finished, self.chosen = gr.State(), gr.State(), gr.State(0)
+            # Of each visitor: the scenes and pictures painted last; which of them.
+            self.finished, self.chosen = gr.State(), gr.State(0)
             gr.Markdown(f"## mini Make-A-Scene\n`{self.name}` on {self.model.device}")
             with gr.Row():
                 with gr.Column(scale=5):
@@ -75,38 +71,24 @@ class Page:
                     self._put_results()
                     self._put_settings()
             self._connect()
+            page.load(None, None, self.caption, js=RECALL, api_visibility="private")
         return page
 
     def _put_drawing(self) -> None:
         self.caption = gr.Textbox(
-            label="Caption", placeholder="What is to be seen?", autofocus=True
+            label="Caption",
+            placeholder="What is to be seen?",
+            max_length=LONGEST_CAPTION,
+            max_lines=6,
+            autofocus=True,
         )
         if self.name in EXAMPLES:
             gr.Examples(
                 [[text] for text in EXAMPLES[self.name]], self.caption, label="For instance"
             )
-        names = sorted(self.model.classes or CLASS_NAMES)
-        with gr.Row():
-            self.brush = gr.Dropdown(
-                [NOTHING, *names], value=names[0], label="Brush: what is drawn", scale=2
-            )
-            self.width = gr.Slider(2, WIDEST, BRUSH, step=1, label="Its radius", scale=1)
-        side = canvas_side(self.size)
-        self.canvas = gr.ImageEditor(
-            label="Scene",
-            type="numpy",
-            image_mode="RGBA",
-            format="png",
-            sources=(),
-            transforms=(),
-            canvas_size=(side, side),
-            fixed_canvas=True,
-            brush=_brush(names[0], BRUSH),
-            height=side + 120,
+        self.canvas = build_canvas(
+            self.size, self.model.vqseg.config.grid, sorted(self.model.classes or CLASS_NAMES)
         )
-        with gr.Row():
-            self.opened = gr.UploadButton("Open a scene", file_types=[".png"], size="sm")
-            self.emptied = gr.Button("Empty the canvas", size="sm")
         self.keep_picture = gr.Checkbox(
             True, label="Drawn on a painted scene: keep the picture where nothing is drawn"
         )
@@ -120,7 +102,7 @@ class Page:
         with gr.Row():
             self.start = gr.Button("Paint", variant="primary", scale=3)
             self.stop = gr.Button("Stop", scale=1)
-        self.status = gr.HTML(READY)
+        self.status = gr.HTML(tell(READY))
         self.pictures, self.scenes = (
             gr.Gallery(
                 label=label,
@@ -167,7 +149,7 @@ class Page:
         # Nothing of this is for programs: they have `mas sample` and MakeAScene.generate.
         private: Any = {"api_visibility": "private"}
         asked = {
-            *(self.caption, self.canvas, self.loaded, self.keep_picture, self.keep_void),
+            *(self.caption, self.canvas, self.keep_picture, self.keep_void),
             *(self.count, self.seed, self.advance, self.candidates, self.refine),
             *(part for parts in self.sampling.values() for part in parts.values()),
         }
@@ -183,20 +165,10 @@ class Page:
             **private,
         )
         self.stop.click(self.end, queue=False, **private)
+        self.caption.change(None, self.caption, None, js=REMEMBER, **private)
         for gallery in (self.pictures, self.scenes):
             gallery.select(choose, None, self.chosen, queue=False, **private)
-        board = [self.canvas, self.loaded]
-        self.edited.click(edit, [self.finished, self.chosen], board, **private)
-        self.opened.upload(self.open_scene, self.opened, board, **private)
-        self.emptied.click(lambda: (None, None), None, board, **private)
-        gr.on(
-            [self.brush.change, self.width.release],
-            lambda name, width: gr.ImageEditor(brush=_brush(name, width)),
-            [self.brush, self.width],
-            self.canvas,
-            show_progress="hidden",
-            **private,
-        )
+        self.edited.click(edit, [self.finished, self.chosen], self.canvas, **private)
 
     def paint(self, asked: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
         """Shows scenes and pictures as they come.
@@ -212,19 +184,19 @@ class Page:
                 **{part: None for part in (self.pictures, self.scenes, self.finished)},
                 self.colours: "",
                 self.chosen: 0,
-                self.status: "0% …",
+                self.status: tell("Painting …", share=0),
                 self.files: gr.DownloadButton(interactive=False),
             }
             for shown in self.painter.paint(wish, request.session_hash or ""):
                 yield self._show(shown, wish)
         except ValueError as error:
-            yield {self.status: f"<b>This cannot be painted:</b> {html.escape(str(error))}"}
+            yield {self.status: tell(f"This cannot be painted: {error}")}
             return
         except Exception:
-            yield {self.status: "<b>Something went wrong;</b> the terminal says what."}
+            yield {self.status: tell("Something went wrong; the terminal says what.")}
             raise
         if shown is None or shown.result is None:
-            yield {self.status: "Stopped."}
+            yield {self.status: tell("Stopped.")}
         elif asked[self.advance]:
             yield {self.seed: wish.seed + wish.count}
 
@@ -242,13 +214,17 @@ class Page:
             stream: {name: asked[part] for name, part in parts.items()}
             for stream, parts in self.sampling.items()
         }
-        scene, picture = asked[self.loaded] or (None, None)
-        drawing = read_drawing(asked[self.canvas], scene, self.size)
-        kept = asked[self.keep_picture] and drawing.on_loaded and drawing.drawn.any()
+        drawing = read_drawing(asked[self.canvas], self.size)
+        picture = drawing.picture if asked[self.keep_picture] and drawing.drawn.any() else None
+        if picture is not None and picture.width != self.model.vqgan.config.size:
+            raise ValueError("the picture of the scene is not of this model: empty the canvas")
+        caption = " ".join((asked[self.caption] or "").split())
+        if len(caption) > LONGEST_CAPTION:
+            raise ValueError(f"the caption has more than {LONGEST_CAPTION} characters: shorten it")
         return Wish(
-            caption=" ".join((asked[self.caption] or "").split()),
+            caption=caption,
             scene=drawing.scene,
-            picture=picture if kept else None,
+            picture=picture,
             drawn=drawing.drawn,
             keep_void=asked[self.keep_void],
             count=int(asked[self.count]),
@@ -262,10 +238,10 @@ class Page:
     def _show(self, shown: Shown, wish: Wish) -> dict[Any, Any]:
         """What changes on the page."""
         if shown.result is not None:
-            return self._show_result(shown.result, shown.held)
+            return self._show_result(shown.result, shown.held, shown.warnings)
         if shown.ahead:
-            return {self.status: f"Waiting for {shown.ahead} before you …"}
-        news: dict[Any, Any] = {self.status: f"{shown.share:.0%} …"}
+            return {self.status: tell(f"Waiting for {shown.ahead} before you …")}
+        news: dict[Any, Any] = {self.status: tell("Painting …", share=shown.share)}
         if shown.images is not None:
             news[self.pictures] = [enlarge(image) for image in shown.images]
         if shown.scenes is not None:
@@ -283,7 +259,9 @@ class Page:
             self.finished: [(scene, None) for scene in scenes],
         }
 
-    def _show_result(self, result: Generation, held: SceneMap | None) -> dict[Any, Any]:
+    def _show_result(
+        self, result: Generation, held: SceneMap | None, warnings: Sequence[str]
+    ) -> dict[Any, Any]:
         """The finished pictures, and all files that `mas sample` would have written.
 
         With them goes drawing.png: what was given of the scene, for `--scene` and `--fill-void`.
@@ -304,23 +282,16 @@ class Page:
         seeds = " to ".join(
             str(seed) for seed in dict.fromkeys((result.seeds[0], result.seeds[-1]))
         )
-        caption = html.escape(result.captions[0] or "the scene alone")
+        caption = result.captions[0] or "the scene alone"
+        if len(caption) > TOLD:
+            caption = caption[:TOLD] + " …"
         speed = f"{result.seconds:.1f} s, {result.tokens_per_second:.0f} tokens/s"
         return self._show_scenes(result.scenes, result.seeds[0]) | {
             self.pictures: pictures,
-            self.status: f"<i>{caption}</i>, seed {seeds}: {speed}",
+            self.status: tell(f"{caption}, seed {seeds}: {speed}", *warnings),
             self.files: gr.DownloadButton(value=packed, interactive=True),
             self.finished: list(zip(result.scenes, result.images, strict=True)),
         }
-
-    def open_scene(self, path: str) -> tuple[dict[str, Any], Loaded]:
-        """Puts a scene file on the canvas, in any form that `mas sample --scene` reads alone."""
-        try:
-            scene = read_square_scene(Path(path)).resized(self.size)
-        except ValueError as error:
-            message = str(error).replace(str(path), Path(path).name)
-            raise gr.Error(message, print_exception=False) from error
-        return draw_scene(scene), (scene, None)
 
 
 def _put_sampling(name: str, sampling: Sampling) -> dict[str, gr.Slider]:
@@ -344,9 +315,13 @@ def _put_sampling(name: str, sampling: Sampling) -> dict[str, gr.Slider]:
         }
 
 
-def _brush(name: str, radius: int) -> gr.Brush:
-    colour = colour_of(name)
-    return gr.Brush(radius, colors=[colour], default_color=colour, color_mode="fixed")
+def tell(*lines: str, share: float | None = None) -> str:
+    """HTML of what the page says, and of how much is done; screen readers read the lines aloud."""
+    said = "<br>".join(html.escape(line) for line in lines)
+    bar = ""
+    if share is not None:
+        bar = f"<progress value={share:.3f} aria-label=Painted></progress> {share:.0%}"
+    return f"<div role=status>{said}</div><div class=telling>{bar}</div>"
 
 
 def choose(event: gr.SelectData) -> int:
@@ -354,12 +329,11 @@ def choose(event: gr.SelectData) -> int:
     return int(event.index)
 
 
-def edit(finished: Finished | None, chosen: int) -> tuple[dict[str, Any], Loaded]:
+def edit(finished: Finished | None, chosen: int) -> str:
     """Puts the scene of a picture on the canvas."""
     if not finished:
         raise gr.Error("There is no scene yet: paint first.", print_exception=False)
-    loaded = finished[min(chosen, len(finished) - 1)]
-    return draw_scene(loaded[0]), loaded
+    return draw_scene(*finished[min(chosen, len(finished) - 1)])
 
 
 def legend(scenes: Sequence[SceneMap]) -> str:
@@ -372,12 +346,6 @@ def legend(scenes: Sequence[SceneMap]) -> str:
         for name, _ in pixels.most_common()
     )
     return f"<div class='legend'>{''.join(entries)}</div>"
-
-
-def colour_of(name: str) -> str:
-    """#rrggbb of a class; black for `NOTHING`."""
-    index = VOID if name == NOTHING else CLASS_NAMES.index(name)
-    return "#" + bytes(PALETTE[index]).hex()
 
 
 def enlarge(picture: Image.Image, *, smooth: bool = True) -> Image.Image:

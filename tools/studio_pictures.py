@@ -18,18 +18,18 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 WIDTH, HEIGHT = 1500, 1240  # of the window
-SIDE = 480  # of the canvas, in pixels of the window
 CAPTION = "a dog and a red umbrella on the beach at sunset"
-BEACH = {  # strokes in shares of the canvas, by class
-    "sea": [((0, y), (1, y)) for y in (0.5, 0.54, 0.58)],
-    "sand": [((0, y), (1, y)) for y in (0.64, 0.7, 0.76, 0.82, 0.88, 0.94)],
-    "dog": [
-        ((0.2, 0.68), (0.42, 0.68)),
-        *[((x, 0.68), (x, 0.84)) for x in (0.2, 0.42)],
-        ((0.43, 0.6), (0.49, 0.62)),
-    ],
-}
-MORE = {"kite": [((0.7, 0.15), (0.78, 0.23)), ((0.78, 0.15), (0.7, 0.23))]}
+BEACH = [  # tool, class, and points in shares of the canvas
+    ("Rectangle", "sea", [(0, 0.45), (0.999, 0.62)]),
+    ("Fill", "sand", [(0.5, 0.9)]),
+    ("Ellipse", "dog", [(0.2, 0.66), (0.44, 0.76)]),
+    ("Brush", "dog", [(0.24, 0.72), (0.24, 0.84)]),
+    ("Brush", "dog", [(0.4, 0.72), (0.4, 0.84)]),
+    ("Brush", "dog", [(0.41, 0.68), (0.44, 0.63), (0.5, 0.65)]),
+    ("Brush", "dog", [(0.2, 0.68), (0.16, 0.62)]),
+]
+RADIUS = 4
+DOG, BESIDE, SMALLER = (0.3, 0.71), (0.75, 0.87), "80"
 
 
 def main() -> None:
@@ -55,15 +55,17 @@ def main() -> None:
             )
             page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
             page.goto(address)
-            page.get_by_role("button", name="Brush", exact=True).wait_for()
+            page.locator("canvas").wait_for()
             page.wait_for_timeout(1000)
-            draw(page, BEACH)
+            page.get_by_label("Radius").fill(str(RADIUS))
+            for tool, name, points in BEACH:
+                draw(page, tool, name, points)
             paint(page, CAPTION)
             shoot(page, arguments.output / "drawn.jpg")
             page.get_by_role("button", name="Draw on the chosen scene").click()
-            page.wait_for_timeout(3000)
-            draw(page, MORE)
-            paint(page, CAPTION + ", with a kite")
+            page.get_by_text("The scene is on the canvas.").wait_for()
+            stamp(page)
+            paint(page, CAPTION.replace("a dog", "two dogs"))
             shoot(page, arguments.output / "drawn-on.jpg")
             browser.close()
     finally:
@@ -71,30 +73,31 @@ def main() -> None:
         server.wait()
 
 
-def draw(page: Page, strokes: dict[str, list[tuple[tuple[float, float], ...]]]) -> None:
-    for name, lines in strokes.items():
-        page.get_by_role("button", name="Brush", exact=True).click()
-        box = page.get_by_role("combobox", name="Brush: what is drawn")
-        box.click()
-        box.fill(name)
-        box.press("Enter")
-        page.wait_for_timeout(1000)
-        area = page.locator("canvas").first.bounding_box()
-        assert area is not None
-        for line in lines:
-            places = [
-                (
-                    area["x"] + area["width"] / 2 + (x - 0.5) * SIDE,
-                    area["y"] + area["height"] / 2 + (y - 0.5) * SIDE,
-                )
-                for x, y in line
-            ]
-            page.mouse.move(*places[0])
-            page.mouse.down()
-            for place in places[1:]:
-                page.mouse.move(*place, steps=8)
-            page.mouse.up()
-            page.wait_for_timeout(200)
+def place(page: Page, point: tuple[float, float]) -> tuple[float, float]:
+    area = page.locator("canvas").bounding_box()
+    assert area is not None
+    return area["x"] + point[0] * area["width"], area["y"] + point[1] * area["height"]
+
+
+def draw(page: Page, tool: str, name: str, points: list[tuple[float, float]]) -> None:
+    box = page.get_by_label("Find a class")
+    box.fill(name)
+    box.press("Enter")
+    page.get_by_role("radio", name=tool, exact=True).check(force=True)
+    page.mouse.move(*place(page, points[0]))
+    page.mouse.down()
+    for point in points[1:]:
+        page.mouse.move(*place(page, point), steps=8)
+    page.mouse.up()
+
+
+def stamp(page: Page) -> None:
+    """A second dog, as the first one but smaller and flipped."""
+    page.get_by_role("radio", name="Stamp", exact=True).check(force=True)
+    page.mouse.click(*place(page, DOG))
+    page.get_by_label("Size, %").fill(SMALLER)
+    page.get_by_role("button", name="Flip").click()
+    page.mouse.click(*place(page, BESIDE))
 
 
 def paint(page: Page, caption: str) -> None:
@@ -109,7 +112,7 @@ def shoot(page: Page, path: Path) -> None:
     page.evaluate("scrollTo(0, 0)")
     page.mouse.move(5, 5)
     page.wait_for_timeout(500)
-    Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(path, quality=80)
+    Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(path, quality=70)
 
 
 if __name__ == "__main__":

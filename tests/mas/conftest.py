@@ -1,5 +1,8 @@
 """A complete model of the smallest legal sizes, with random weights, for tests that sample."""
 
+import os
+import signal
+
 import pytest
 import torch
 
@@ -127,3 +130,52 @@ def run(tiny_folder, tmp_path, monkeypatch, capsys):
 def few_keys_a_bucket(monkeypatch):
     """So that the 31 positions of a small GPT lie in four buckets of a recorded step."""
     monkeypatch.setattr("mas.cuda_decoder.BUCKET", 8)
+
+
+@pytest.fixture(scope="module")
+def studio(tiny_folder, tmp_path_factory):
+    from studio_visitor import Studio
+
+    studio = Studio(tiny_folder, tmp_path_factory.mktemp("studio"))
+    yield studio
+    studio.end(signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def address(studio):
+    return studio.address
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    from studio_visitor import CHROMIUM, launch
+
+    if not os.path.exists(CHROMIUM):
+        pytest.skip("needs chromium")
+    with api.sync_playwright() as playwright:
+        browser = launch(playwright)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium, address):
+    """An empty page; at the end nothing must have gone wrong on it."""
+    page = chromium.new_page(viewport={"width": 1400, "height": 1300})
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    # Nothing is loaded from anywhere else: the page works without a network, and tells nobody.
+    page.on(
+        "request", lambda r: r.url.startswith((address, "data:", "blob:")) or errors.append(r.url)
+    )
+    yield page
+    page.close()
+    assert not errors
+
+
+@pytest.fixture
+def visitor(page, address):
+    from studio_visitor import Visitor
+
+    return Visitor(page, address)

@@ -1,89 +1,29 @@
-"""The studio's page: what it offers, and in a browser that a stroke becomes a scene."""
+"""The studio's page: what it offers, and in a browser that captions and scenes become pictures."""
 
 import io
 import json
-import os
 import re
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
 import urllib.request
-import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mas.__main__ import main
-from mas.scene import CLASS_NAMES, PALETTE, VOID, SceneMap
+from mas.scene import CLASS_NAMES, PALETTE, SceneMap
 
 gr = pytest.importorskip("gradio", reason="needs the extra studio")
-from mas.painter import Painter  # noqa: E402
-from mas.studio_page import NOTHING, Page, colour_of, legend  # noqa: E402
+from studio_visitor import Studio, Visitor, scene_of  # noqa: E402
 
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+from mas.painter import Painter  # noqa: E402
+from mas.studio_canvas import NOTHING, colour_of  # noqa: E402
+from mas.studio_page import Page, legend  # noqa: E402
+
 LABELS = np.full((32, 32), CLASS_NAMES.index("grass-merged"), np.uint8)
 LABELS[:10] = CLASS_NAMES.index("sea")
 DOG = CLASS_NAMES.index("dog")
-LOOK, LOOKED_AT = (40, -60), (12, 18)  # in pixels from the canvas' middle; row, column of a scene
-
-
-class Studio:
-    """A studio that runs as users run it."""
-
-    def __init__(self, model, folder):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.address = f"http://127.0.0.1:{self.port}"
-        self.log, self.temporary = folder / "log.txt", folder / "temporary"
-        self.temporary.mkdir()
-        command = [sys.executable, "-m", "mas", "studio", "--model", str(model)]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*command, "--port", str(self.port)],
-                stdout=log,
-                stderr=log,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as behind an &
-                env=os.environ
-                | {
-                    "OMP_NUM_THREADS": "1",
-                    "TMPDIR": str(self.temporary),
-                    "PYTHONFAULTHANDLER": "1",
-                },
-            )
-        for _ in range(600):
-            if f"{self.address} (Ctrl-C ends it)\n" in self.log.read_text():
-                return
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.1)
-        raise AssertionError(self.log.read_text())
-
-    def end(self, number):
-        """Sends a signal; the studio must end in order and leave nothing behind."""
-        self.process.send_signal(number)
-        try:
-            self.process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGABRT)  # says where each thread is
-        assert self.process.wait(timeout=60) == 0, self.log.read_text()
-        assert self.log.read_text().endswith("The studio is closed.\n")
-        assert not list(self.temporary.glob("mas-studio-*"))
-
-
-@pytest.fixture(scope="module")
-def studio(tiny_folder, tmp_path_factory):
-    studio = Studio(tiny_folder, tmp_path_factory.mktemp("studio"))
-    yield studio
-    studio.end(signal.SIGINT)
-
-
-@pytest.fixture(scope="module")
-def address(studio):
-    return studio.address
 
 
 def component(page, kind, label):
@@ -92,6 +32,11 @@ def component(page, kind, label):
     ]
     assert len(found) == 1, (kind, label)
     return found[0]
+
+
+def offered(page):
+    [canvas] = [x for x in page.blocks.values() if isinstance(x, gr.HTML) and "classes" in x.props]
+    return [choice["name"] for choice in canvas.props["classes"]]
 
 
 def test_the_page_offers_what_the_model_knows_and_its_own_settings(parts, tmp_path):
@@ -103,8 +48,7 @@ def test_the_page_offers_what_the_model_knows_and_its_own_settings(parts, tmp_pa
     )
     model = MakeAScene(**parts, sampling=sampling, classes=("dog", "sea"))
     page = Page(Painter(model), "mine", tmp_path).build()
-    brush = component(page, gr.Dropdown, "Brush: what is drawn")
-    assert [name for name, _ in brush.choices] == [NOTHING, "dog", "sea"]
+    assert offered(page) == [NOTHING, "dog", "sea"]
     for label, value in (
         ("Guidance, scene", 2),
         ("Top-p, scene", 0.9),
@@ -116,8 +60,7 @@ def test_the_page_offers_what_the_model_knows_and_its_own_settings(parts, tmp_pa
     judged = component(page, gr.Slider, "Scenes drawn for a picture; the judge takes one")
     assert not judged.visible  # this model has none
     unknown = Page(Painter(MakeAScene(**parts)), "mine", tmp_path).build()
-    brush = component(unknown, gr.Dropdown, "Brush: what is drawn")
-    assert len(brush.choices) == 1 + len(CLASS_NAMES)
+    assert offered(unknown) == [NOTHING, *sorted(CLASS_NAMES)]
 
 
 def test_the_legend_names_every_class_once_the_largest_first():
@@ -125,7 +68,6 @@ def test_the_legend_names_every_class_once_the_largest_first():
     assert re.findall(r"</i>([^<]+)<", text) == ["grass-merged", "sea"]
     assert re.findall(r"background:(#\w{6})", text) == [colour_of("grass-merged"), colour_of("sea")]
     assert colour_of("dog") == "#" + bytes(PALETTE[DOG]).hex()
-    assert colour_of(NOTHING) == "#000000"
 
 
 def test_a_port_that_cannot_be_had_is_said_in_one_line(tiny_folder, capsys):
@@ -155,113 +97,6 @@ def test_the_server_shows_files_of_its_own_only(address, tmp_path):
             urllib.request.urlopen(f"{address}/gradio_api/file={path}")
 
 
-class Visitor:
-    """Somebody in front of the page, who looks before doing the next thing."""
-
-    def __init__(self, page, address):
-        self.page = page
-        self.colour = None  # of the brush
-        page.goto(address)
-        page.get_by_role("button", name="Brush", exact=True).wait_for()
-        self.see(LOOK, (255, 255, 255))
-
-    def click(self, name):
-        self.page.get_by_role("button", name=name, exact=True).click()
-
-    def place(self, point):
-        """Where on the screen a point lies that is given in pixels from the canvas' middle."""
-        area = self.page.locator("canvas").first.bounding_box()
-        return area["x"] + area["width"] / 2 + point[0], area["y"] + area["height"] / 2 + point[1]
-
-    def see(self, point, colour):
-        """Waits until the canvas has this colour there."""
-        colour = tuple(map(int, colour))
-        for _ in range(300):
-            x, y = self.place(point)
-            shot = self.page.screenshot(clip={"x": x, "y": y, "width": 1, "height": 1})
-            found = Image.open(io.BytesIO(shot)).convert("RGB").getpixel((0, 0))
-            if found == colour:
-                return
-            self.page.wait_for_timeout(100)
-        raise AssertionError(f"{point} of the canvas is {found}, not {colour}")
-
-    def take(self, name):
-        self.click("Brush")
-        box = self.page.get_by_role("combobox", name="Brush: what is drawn")
-        box.click()
-        box.fill(name)
-        box.press("Enter")
-        self.colour = tuple(map(int, PALETTE[CLASS_NAMES.index(name)]))
-        self.page.wait_for_function(
-            "colour => document.querySelector('button[title=Color]').style.color == colour",
-            arg=f"rgb{self.colour}",
-        )
-
-    def stroke(self, *points):
-        """Draws through points of the canvas, see `place`."""
-        places = [self.place(point) for point in points]
-        self.page.mouse.move(*places[0])
-        self.page.mouse.down()
-        for place in places[1:]:
-            self.page.mouse.move(*place, steps=8)
-        self.page.mouse.up()
-        for point in points:
-            self.see(point, self.colour)
-
-    def open(self, file):
-        self.page.get_by_test_id("Open a scene-upload-button").set_input_files(file)
-
-    def see_scene(self, scene):
-        """Waits until the canvas shows a scene, as far as one look tells."""
-        assert scene.labels[LOOKED_AT] != VOID  # which is white, as the canvas was before
-        self.see(LOOK, PALETTE[scene.labels[LOOKED_AT]])
-
-    def paint(self, caption=""):
-        """Presses the button, waits, and unpacks what there is to download."""
-        seed = int(self.page.get_by_label("Seed of the first").input_value())
-        self.page.get_by_label("Caption").fill(caption)
-        self.click("Paint")
-        self.page.get_by_text(f"seed {seed} to ").wait_for()
-        for _ in range(50):
-            with self.page.expect_download() as download:
-                self.page.get_by_text("Download all").click()
-            with zipfile.ZipFile(download.value.path()) as files:
-                found = {name: files.read(name) for name in files.namelist()}
-            if json.loads(found["samples.json"])["seed"] == seed:
-                return found
-            self.page.wait_for_timeout(100)  # the page changes one part after the other
-        raise AssertionError("the download is of an older result")
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if not os.path.exists(CHROMIUM):
-        pytest.skip("needs chromium")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visitor(chromium, address):
-    page = chromium.new_page(viewport={"width": 1400, "height": 1300})
-    errors = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    # Nothing is loaded from anywhere else: the page works without a network, and tells nobody.
-    page.on(
-        "request", lambda r: r.url.startswith((address, "data:", "blob:")) or errors.append(r.url)
-    )
-    yield Visitor(page, address)
-    page.close()
-    assert not errors
-
-
-def scene_of(files, name="0000.scene.png"):
-    return SceneMap.from_png(io.BytesIO(files[name]))
-
-
 def test_a_caption_becomes_pictures_and_all_files_that_sample_writes(visitor, tiny_model):
     files = visitor.paint("a giraffe in the park")
     assert len(files) == 4 * 2 + 2
@@ -278,9 +113,9 @@ def test_a_caption_becomes_pictures_and_all_files_that_sample_writes(visitor, ti
 
 def test_strokes_stay_where_they_are_drawn(visitor):
     visitor.page.get_by_label("stays empty").check()
-    visitor.take("dog")
+    visitor.choose("dog")
     visitor.stroke((-150, -100), (150, -100))
-    visitor.take("sea")
+    visitor.choose("sea")
     visitor.stroke((-150, 100), (150, 100))
     scene = scene_of(visitor.paint())
     found = {name: np.nonzero(scene.labels == CLASS_NAMES.index(name)) for name in ("dog", "sea")}
@@ -303,7 +138,7 @@ def test_a_scene_file_is_opened_and_drawn_on(visitor, tmp_path):
     visitor.open(tmp_path / "mine.png")
     visitor.see_scene(SceneMap.from_labels(LABELS))
     assert np.array_equal(scene_of(visitor.paint()).labels, LABELS)
-    visitor.take("dog")
+    visitor.choose("dog")
     visitor.stroke((-100, 60), (100, 60))
     painted = scene_of(visitor.paint())
     dogs = painted.labels == DOG
@@ -319,19 +154,13 @@ def test_a_result_is_drawn_on_and_its_picture_kept_if_wanted(visitor, keep):
     visitor.click("Draw on the chosen scene")
     visitor.see_scene(scene)
     visitor.page.get_by_label("keep the picture where nothing is drawn").set_checked(keep)
-    visitor.take(new_class)
-    visitor.stroke((-150, -150), (-130, -150))
+    visitor.choose(new_class)
+    visitor.stroke((-200, -200), (-190, -200))
     new = visitor.paint("a giraffe")
     before, after = (np.asarray(Image.open(io.BytesIO(x["0000.png"]))) for x in (files, new))
     drawn = scene_of(new).labels == CLASS_NAMES.index(new_class)
     assert drawn[:10, :10].any() and not drawn[16:].any()
     assert (before[16:] == after[16:]).all() == keep
-
-
-def test_a_file_that_is_no_scene_is_named(visitor, tmp_path):
-    Image.new("RGB", (40, 20)).save(tmp_path / "wide.png")
-    visitor.open(tmp_path / "wide.png")
-    visitor.page.get_by_text("wide.png: a scene must be square, this one is 40x20").wait_for()
 
 
 def test_who_waits_is_told_and_may_stop(chromium, tmp_path):
@@ -348,7 +177,8 @@ def test_who_waits_is_told_and_may_stop(chromium, tmp_path):
     second.page.get_by_text("Waiting for 1 before you …").wait_for()
     second.click("Stop")
     second.page.get_by_text("Stopped.").wait_for()
-    first.page.get_by_text(re.compile(r"[1-9]\d?% …")).wait_for()
+    first.page.get_by_text(re.compile(r"[1-9]\d?%")).wait_for()
+    assert 0 < first.page.get_by_role("progressbar").evaluate("bar => bar.value") < 1
     studio.end(signal.SIGTERM)  # while it paints
     for page in pages:
         page.close()
@@ -368,6 +198,19 @@ def test_captions_are_text_whatever_they_hold(visitor):
     """Also the picture of another server: the fixture would tell of the request."""
     visitor.paint("a ![dog](http://example.com/x.png) <b>on</b> <img src='http://example.com/y'>")
     assert visitor.page.get_by_text("<b>on</b> <img").count() == 1
+
+
+def test_all_results_are_seen_on_a_narrow_screen(chromium, address):
+    visitor = Visitor(chromium.new_page(viewport={"width": 360, "height": 740}), address)
+    visitor.paint("a giraffe")
+    for gallery in visitor.page.locator(".shown").all():
+        frame = gallery.bounding_box()
+        shown = gallery.locator("button.thumbnail-item").all()
+        assert len(shown) == 4
+        for box in (thumbnail.bounding_box() for thumbnail in shown):
+            assert frame["x"] <= box["x"] and box["width"] > 50
+            assert box["x"] + box["width"] <= frame["x"] + frame["width"]
+    visitor.page.close()
 
 
 def test_numbers_that_are_missing_or_impossible_are_said(visitor):
