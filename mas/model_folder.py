@@ -120,6 +120,8 @@ def find_folder(name: str | Path) -> Path:
     Raises:
         ModelError: there is no such model.
     """
+    if not isinstance(name, (str, Path)):
+        raise ModelError(f"model is {name!r}, use a folder, a hub id or park")
     if name == "park":
         folder = SHIPPED / "park"
         if not (folder / INDEX).is_file():
@@ -201,6 +203,8 @@ def write_folder(
         OSError: the place cannot be written.
     """
     folder = Path(folder)
+    if card is not None and not isinstance(card, str):
+        raise ModelError(f"card is of type {type(card).__name__}, use its text")
     _check_place(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _folder_beside(folder) as temporary:
