@@ -153,7 +153,7 @@ class MakeAScene(Codec):
         Raises:
             ModelError: no such model, a missing part, parts that do not fit or were exchanged.
         """
-        folder = find_folder(name)
+        folder = find_folder(name).absolute()  # part of it is read later, wherever one is then
         index = read_index(folder)
         place = choose_device(device)
         with undisturbed(place):

@@ -3,7 +3,10 @@
 import copy
 import dataclasses
 import json
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from mas import MakeAScene, SceneMap
 from mas.filter import Sampling
 from mas.gpt import GPT
 
+ROOT = Path(__file__).parent.parent.parent
 CAPTION = "a giraffe in the park"
 
 
@@ -235,3 +239,48 @@ def test_a_call_that_was_broken_off_leaves_nothing_behind(tiny_folder, precision
     with pytest.raises(error):
         model.generate(CAPTION, count=2, seed=3, on_progress=watch)
     assert digest(model.generate(CAPTION, count=2, seed=3)) == expected
+
+
+def test_a_model_of_a_relative_folder_is_read_wherever_the_program_goes(tiny_folder, monkeypatch):
+    monkeypatch.chdir(tiny_folder.parent)
+    model = MakeAScene.from_pretrained(tiny_folder.name, device="cpu")
+    monkeypatch.chdir("/")
+    assert digest(pickle.loads(pickle.dumps(model)).generate(CAPTION)) == digest(
+        model.generate(CAPTION)
+    )
+    assert model.gpt.config.layers == 2
+
+
+CLIENT = """
+from mas import Generation, MakeAScene, Progress, SceneMap
+from mas.scene import VOID, read_scene
+
+def watch(progress: Progress) -> None:
+    images = progress.images()
+    if progress.new_rows and images is not None:
+        images[0].save("preview.png")
+
+model = MakeAScene.from_pretrained("park", device="cpu", precision="int8")
+scene: SceneMap = read_scene("scene.png")
+out: Generation = model.generate(
+    ["a dog"], scene=scene, scene_free=scene.labels == VOID, top_p=0.9, on_progress=watch
+)
+out.images[0].save(f"{out.seeds[0]}.png")
+"""
+WRONG = """
+model.generate("a dog", scene="scene.png")
+model.generate("a dog", colour="red")
+model.generate("a dog", on_progress=len)
+MakeAScene.from_pretrained("park", precision="float8")
+"""
+
+
+@pytest.mark.slow
+def test_programs_that_use_the_library_are_checked_by_its_types(tmp_path):
+    (tmp_path / "client.py").write_text(CLIENT + WRONG)
+    command = [sys.executable, "-m", "mypy", "--strict", "client.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    found = [line for line in result.stdout.splitlines() if ": error:" in line]
+    first = CLIENT.count("\n") + 2
+    assert [int(line.split(":")[1]) for line in found] == [*range(first, first + 4)], result
