@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +226,46 @@ def test_sampling_leaves_random_numbers_of_the_program_alone(tiny_model):
     tiny_model.generate(CAPTION, count=2, seed=3)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == np.random.get_state()[1].tolist()
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_several_calls_of_one_model_may_run_at_once(tiny_folder, precision):
+    model = MakeAScene.from_pretrained(tiny_folder, device="cpu", precision=precision)
+    expected = [digest(model.generate(CAPTION, count=2, seed=seed)) for seed in range(4)]
+    inner = []
+
+    def watch(progress):
+        if progress.done == 10:
+            inner.append(digest(model.generate(CAPTION, count=2)))
+
+    with ThreadPoolExecutor(4) as pool:
+        calls = [
+            pool.submit(model.generate, CAPTION, count=2, seed=seed, on_progress=watch)
+            for seed in range(4)
+        ]
+        assert [digest(call.result()) for call in calls] == expected
+    assert inner == expected[:1] * 4
+
+
+def sample_in_a_worker(model, seed):
+    return digest(model.generate(CAPTION, seed=seed))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_worker_processes_sample_what_their_parent_does(tiny_folder, precision, method):
+    model = MakeAScene.from_pretrained(tiny_folder, device="cpu", precision=precision)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = [digest(model.generate(CAPTION, seed=seed)) for seed in range(2)]
+        one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}  # docs/sampling.md
+        with multiprocessing.get_context(method).Pool(2, **one_thread) as pool:
+            found = pool.starmap_async(sample_in_a_worker, [(model, seed) for seed in range(2)])
+            assert found.get(timeout=60) == expected
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
