@@ -87,8 +87,8 @@ class Request:
         if not given and not all(text.strip() for text in self.captions):
             raise ModelError("the caption is empty: say what to paint, or give a scene")
         if not 0 <= self.seed <= LARGEST_SEED - self.count:
-            others = f" for {self.count} pictures" if self.count > 1 else ""
-            raise ModelError(f"seed is {self.seed}{others}, use a number from 0 to 2^63 - 1")
+            many = f" for {self.count} pictures" if 0 <= self.seed <= LARGEST_SEED else ""
+            raise ModelError(f"seed is {self.seed}{many}, use a number from 0 to 2^63 - 1")
         if self.on_progress is not None and not callable(self.on_progress):
             raise ModelError(f"on_progress is {self.on_progress!r}, use a function")
 
