@@ -30,6 +30,7 @@ from mas.model_folder import (
     JUDGE,
     REFINER,
     Index,
+    ModelError,
     check_classes,
     check_fit,
     find_folder,
@@ -132,8 +133,15 @@ class MakeAScene(Codec):
     def gpt(self) -> GPT:
         """The float32 GPT; sampling does not need it, so it is read when first asked for."""
         if isinstance(self._gpt, StoredGPT):
+            self._check_stored(self._gpt)
             self._gpt = self._gpt.load()
         return self._gpt
+
+    def _check_stored(self, gpt: StoredGPT) -> None:
+        """ModelError where the folder that the other parts came from was replaced since."""
+        folder = gpt.folder.parent
+        if self.sha256 is not None and read_index(folder).sha256 != self.sha256:
+            raise ModelError(f"{folder}: holds another model by now: load it again")
 
     @classmethod
     def from_pretrained(
@@ -189,6 +197,8 @@ class MakeAScene(Codec):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        if isinstance(self._gpt, StoredGPT):
+            self._check_stored(self._gpt)
         self.decoder = make_decoder(self._gpt, self.precision)
 
     def save_pretrained(

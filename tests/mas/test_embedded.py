@@ -293,6 +293,18 @@ def test_a_model_of_a_relative_folder_is_read_wherever_the_program_goes(tiny_fol
     assert model.gpt.config.layers == 2
 
 
+@pytest.mark.parametrize("read", [lambda model: model.gpt, copy.deepcopy])
+def test_a_folder_that_holds_another_model_by_now_is_not_read_for_this_one(parts, tmp_path, read):
+    MakeAScene(**parts).save_pretrained(tmp_path / "model")
+    model = MakeAScene.from_pretrained(tmp_path / "model", device="cpu")
+    assert read(model) is not None
+    model = MakeAScene.from_pretrained(tmp_path / "model", device="cpu")
+    other = {**parts, "gpt": GPT(parts["gpt"].config)}
+    MakeAScene(**other).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds another model by now: load it again"):
+        read(model)
+
+
 CLIENT = """
 from mas import Generation, MakeAScene, Progress, SceneMap
 from mas.scene import VOID, read_scene
