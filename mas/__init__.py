@@ -6,13 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mas.model import Generation as Generation
     from mas.model import MakeAScene as MakeAScene
+    from mas.progress import Progress as Progress
     from mas.scene import SceneMap as SceneMap
 
 __version__ = "0.1.0"
-__all__ = ["MakeAScene", "SceneMap"]
+__all__ = ["Generation", "MakeAScene", "Progress", "SceneMap"]
 
-_HOMES = {"MakeAScene": "mas.model", "SceneMap": "mas.scene"}
+_HOMES = {
+    "Generation": "mas.model",
+    "MakeAScene": "mas.model",
+    "Progress": "mas.progress",
+    "SceneMap": "mas.scene",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,12 +64,12 @@ class Setting:
     """One measurement."""
 
     folder: Path  # of a GPT
-    precision: Precision
-    count: int  # pictures at once
     guidance: float
     repeats: int
     device: str
-    mode: Mode  # a CPU knows only eager
+    precision: Precision = "float32"
+    count: int = 1  # pictures at once
+    mode: Mode = "eager"  # the only one of a CPU
 
 
 def bench_sample(
@@ -113,27 +113,14 @@ def bench_sample(
         folder = find_gpt(model) if model else write_random(network, Path(temporary))
         config = StoredGPT(folder, place).config
         bandwidth = measure_bandwidth(place)
+        common = Setting(folder=folder, guidance=guidance, repeats=repeats, device=device)
         settings = [
-            Setting(
-                folder=folder,
-                precision=precision,
-                count=count,
-                guidance=guidance,
-                repeats=repeats,
-                device=device,
-                mode=mode,
-            )
+            replace(common, mode=mode, precision=precision, count=count)
             for mode in modes
             for precision in precisions
             for count in counts or ([1, 4] if on_cpu else [1, 64])
         ]
-        results = []
-        for setting in settings:
-            if place.type == "cuda":
-                results.append(measure(setting, bandwidth))
-            else:
-                results.append(run_apart(measure, setting, bandwidth))
-            logger.info("%s", results[-1])
+        results = measure_all(settings, bandwidth, apart=place.type != "cuda")
         agreement = compare_folder(folder, tokens, precisions, pictures) if tokens else None
     return {
         "parameters": count_parameters(config)["all"],
@@ -144,6 +131,18 @@ def bench_sample(
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
         "threads": torch.get_num_threads(),
     }
+
+
+def measure_all(
+    settings: Sequence[Setting], bandwidth: float, *, apart: bool
+) -> list[dict[str, Any]]:
+    """Figures of each setting, in turn; `apart`: each in a process of its own."""
+    results = []
+    for setting in settings:
+        run = run_apart(measure, setting, bandwidth) if apart else measure(setting, bandwidth)
+        results.append(run)
+        logger.info("%s", results[-1])
+    return results
 
 
 def find_gpt(model: str | Path) -> Path:
@@ -224,23 +223,14 @@ def measure(setting: Setting, bandwidth: float) -> dict[str, Any]:
         decoder = CUDADecoder(decoder.gpt, graphs=graphs, kernels=MODES[setting.mode])
         first_run, _ = time_run(decoder, setting, seed=0)
     runs = [time_run(decoder, setting, seed=seed) for seed in range(setting.repeats)]
-    parameters, layout = count_parameters(stored.config), decoder.layout
-    sampled = layout.scene.length + layout.image.length
+    sampled = decoder.layout.scene.length + decoder.layout.image.length
     seconds = min(total for total, _ in runs)
     if isinstance(decoder, CUDADecoder):
         prepared = {
             "mode": setting.mode,
             "prepare_seconds": round(first_run - seconds, 2),
         }
-    step_bytes = BYTES[setting.precision] * parameters["step"]
-    rows = setting.count * (1 if setting.guidance == 1 else 2)
-    config = stored.config
-    elements = 2 * config.layers * rows * config.layout.length * config.width
-    cache_bytes = elements * torch.finfo(decoder.dtype).bits // 8
-    table = 4 if setting.precision == "float32" else 2
-    weight_bytes = (
-        BYTES[setting.precision] * parameters["matrices"] + table * parameters["embeddings"]
-    )
+    size = count_bytes(setting, stored.config, decoder.dtype)
     return {
         "precision": setting.precision,
         "count": setting.count,
@@ -249,12 +239,26 @@ def measure(setting: Setting, bandwidth: float) -> dict[str, Any]:
         **({"steps": decoder.mode} if isinstance(decoder, CPUDecoder | CUDADecoder) else {}),
         "tokens_per_second": round(setting.count * sampled / seconds, 1),
         "first_token_seconds": round(runs[0][1], 3),
-        "bytes_per_token": step_bytes // setting.count,
-        "bandwidth_share": round(step_bytes * sampled / seconds / bandwidth, 3),
+        "bytes_per_token": size["step"] // setting.count,
+        "bandwidth_share": round(size["step"] * sampled / seconds / bandwidth, 3),
         "peak_mb": round(peak_mb(device), 1),
-        "peak_limit_mb": round((1.2 * weight_bytes + cache_bytes) / 2**20 + SPARE_MB, 1),
-        "weights_mb": round(weight_bytes / 2**20, 1),
-        "cache_mb": round(cache_bytes / 2**20, 1),
+        "peak_limit_mb": round((1.2 * size["weights"] + size["cache"]) / 2**20 + SPARE_MB, 1),
+        "weights_mb": round(size["weights"] / 2**20, 1),
+        "cache_mb": round(size["cache"] / 2**20, 1),
+    }
+
+
+def count_bytes(setting: Setting, config: GPTConfig, cache_dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that a step reads of the matrices, those of all weights, and of the whole cache."""
+    parameters = count_parameters(config)
+    each = BYTES[setting.precision]
+    table = 4 if setting.precision == "float32" else 2  # bytes of a number of the embeddings
+    rows = setting.count * (1 if setting.guidance == 1 else 2)
+    elements = 2 * config.layers * rows * config.layout.length * config.width
+    return {
+        "step": each * parameters["step"],
+        "weights": each * parameters["matrices"] + table * parameters["embeddings"],
+        "cache": elements * torch.finfo(cache_dtype).bits // 8,
     }
 
 

@@ -34,8 +34,8 @@ class Codec:
     def encode_scene(self, scene: SceneMap) -> Tensor:
         """Scene tokens, long 1 T on the CPU; the scene is resized to the model's size."""
         scene = scene.resized(self.vqseg.config.size)
-        labels_1HW = torch.from_numpy(scene.labels)[None].to(self.device)
-        edges_1HW = torch.from_numpy(scene.edges)[None].to(self.device)
+        labels_1HW = torch.from_numpy(scene.labels.copy())[None].to(self.device)
+        edges_1HW = torch.from_numpy(scene.edges.copy())[None].to(self.device)
         return self.vqseg.encode(labels_1HW, edges_1HW).cpu()
 
     def encode_image(self, image: Image.Image) -> Tensor:
@@ -96,6 +96,7 @@ class Codec:
         *,
         scene: SceneMap | None,
         kept_T: Tensor | None,
+        refine: bool = True,
     ) -> list[Image.Image]:
         """Pictures of both streams' tokens, refined once their scenes are complete.
 
@@ -104,8 +105,10 @@ class Codec:
             image_BT: long.
             scene: that all of them follow; None: the one of their tokens.
             kept_T: as for `decode_images`.
+            refine: whether that is wanted at all.
         """
-        if self.refiner is None or (scene is None and (scene_BT == FREE).any()):
+        wanted = refine and self.refiner is not None
+        if not wanted or (scene is None and (scene_BT == FREE).any()):
             return self.decode_images(image_BT)
         scenes = self.decode_scenes(scene_BT) if scene is None else [scene] * len(image_BT)
         return self.decode_images(image_BT, scenes=scenes, kept_T=kept_T)

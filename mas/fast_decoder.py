@@ -148,7 +148,7 @@ class StepLinear:
             )
         x_RK = x_RK.contiguous()
         rows = len(x_RK)
-        y_RV = torch.empty(rows, self.outputs)
+        y_RV = _floats(rows, self.outputs)
         memory = _memory(self.library.step_multiply_bytes(rows, self.inputs))
         self.library.step_multiply(
             self.matrix,
@@ -206,7 +206,7 @@ class FastDecoder(CPUDecoder):
         self._check(tokens_RT, cache, start)
         tokens_R = tokens_RT.contiguous()
         stream = self.layout.stream_at(start)
-        state_RD = torch.empty(rows, self.config.width)
+        state_RD = _floats(rows, self.config.width)
         memory = _memory(self.library.step_read_bytes(self.model, rows))
         failed = self.library.step_read(
             self.model,
@@ -248,8 +248,14 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+# Never of the default type or device, which a program may have changed: the library writes there.
+def _floats(rows: int, width: int) -> Tensor:
+    return torch.empty(rows, width, dtype=torch.float32, device="cpu")
+
+
 def _memory(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)  # begins at a whole vector, as all of PyTorch's
+    # It begins at a whole vector, as all memory of PyTorch's does.
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def _address(floats: Tensor | None) -> int | None:

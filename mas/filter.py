@@ -8,14 +8,16 @@ Axes: B pictures, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 MOST_GUIDANCE = 1000  # far beyond any use; without a limit the logits would overflow
 FIRST_SORT = 512  # tokens sorted first by top-p
+FILTERS = ("top_k", "top_p")  # settings that may be off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,11 @@ class Sampling:
     top_p: float | None = None  # keep the likeliest tokens that together have this probability
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, Real) and (value is not None or name not in FILTERS):
+                raise ValueError(f"{name} is {value!r}, use a number")
+            if value is not None and not isinstance(value, (int, float)):  # of NumPy: as plain one
+                object.__setattr__(self, name, float(value))
         if not 0 <= self.guidance <= MOST_GUIDANCE:
             raise ValueError(f"guidance is {self.guidance}, use a number from 0 to {MOST_GUIDANCE}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -45,6 +52,22 @@ class StreamSampling:
 
     scene: Sampling = Sampling()
     image: Sampling = Sampling()
+
+
+def for_both_streams(sampling: Sampling | StreamSampling | None) -> StreamSampling:
+    """One sampling alone is for both streams; None is the default.
+
+    Raises:
+        ValueError: something else.
+    """
+    if sampling is None:
+        return StreamSampling()
+    if isinstance(sampling, Sampling):
+        return StreamSampling(scene=sampling, image=sampling)
+    if not isinstance(sampling, StreamSampling):
+        kind = type(sampling).__name__
+        raise ValueError(f"sampling is of type {kind}, use a Sampling or StreamSampling")
+    return sampling
 
 
 def by_stream(
@@ -66,17 +89,21 @@ def by_stream(
         ValueError: an unknown name, or a setting out of its range.
     """
     said = {name: value for name, value in common.items() if value is not None}
-    scene, image = (
-        {name.replace("-", "_"): value for name, value in overrides.items()}
-        for overrides in (scene, image)
-    )
-    for stream, overrides in (("scene", scene), ("image", image)):
-        unknown = sorted(set(overrides) - set(common))
-        if unknown:
-            raise ValueError(f"{stream}_sampling knows {', '.join(common)}, not {unknown[0]}")
     return StreamSampling(
-        scene=replace(base.scene, **(said | scene)), image=replace(base.image, **(said | image))
+        scene=replace(base.scene, **(said | _own("scene_sampling", scene, known=common))),
+        image=replace(base.image, **(said | _own("image_sampling", image, known=common))),
     )
+
+
+def _own(source: str, settings: Mapping[str, float], *, known: Iterable[str]) -> dict[str, float]:
+    """Settings of one stream by their names."""
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{source} is {settings!r}, use a mapping such as {{'top_p': 0.9}}")
+    own = {str(name).replace("-", "_"): value for name, value in settings.items()}
+    unknown = sorted(set(own) - set(known))
+    if unknown:
+        raise ValueError(f"{source} knows {', '.join(known)}, not {unknown[0]}")
+    return own
 
 
 def guide(conditional_BV: Tensor, unconditional_BV: Tensor, guidance: float) -> Tensor:

@@ -407,13 +407,14 @@ def rotation_table(config: GPTConfig, like: Tensor) -> Rotation:
     for stream in config.layout.streams:
         index = torch.arange(stream.length, device=like.device)
         if stream.grid is None:
-            places.append(torch.stack([index - stream.length, index - stream.length], -1))
+            places.append(torch.stack([index - stream.length, index - stream.length], -1).float())
         else:
-            cells = torch.stack([index // stream.grid, index % stream.grid], -1)
+            cells = torch.stack([index // stream.grid, index % stream.grid], -1).float()
             places.append((cells + 0.5) * (finest / stream.grid))
     place_T2 = torch.cat(places).double()
     quarter = config.width // config.heads // 4
-    frequencies = 100.0 ** -(torch.arange(quarter, device=like.device) / quarter).double()
+    steps = torch.arange(quarter, dtype=torch.float32, device=like.device)  # whatever the default
+    frequencies = 100.0 ** -(steps / quarter).double()
     angles = rearrange(place_T2[:, :, None] * frequencies, "t two f -> t (two f)")
     return Rotation(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
 

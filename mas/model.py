@@ -8,7 +8,6 @@ Axes: B pictures, T tokens, H W pixels, C colours.
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,13 +22,14 @@ from torch import Tensor
 
 from mas.candidates import choose_scenes
 from mas.codec import Codec
-from mas.filter import Sampling, StreamSampling, by_stream
+from mas.filter import Sampling, StreamSampling, by_stream, for_both_streams
 from mas.generate import Decoder, generate
 from mas.gpt import GPT
 from mas.judge import SceneJudge
 from mas.model_folder import (
     JUDGE,
     REFINER,
+    Index,
     ModelError,
     check_classes,
     check_fit,
@@ -45,29 +45,31 @@ from mas.precision import (
     choose_precision,
     make_decoder,
     pictures_that_fit,
+    undisturbed,
 )
 from mas.progress import Decoders, Progress, Reporter, Tally, hide
 from mas.refiner import Refiner
 from mas.request import (
+    Request,
     check_candidates,
     check_memory,
-    check_request,
-    fill_free,
-    fill_void,
+    give_image,
+    give_scene,
+    list_captions,
     release,
     room_for,
-    to_cells,
     warn_of_void,
+    whole_number,
 )
 from mas.rounding import Weights
 from mas.scene import SceneMap
-from mas.sequence import FREE, Streams
+from mas.sequence import FREE, Streams, count_free
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Generation:
     """Pictures, the scenes they follow, and what made them; one entry a picture in each list."""
 
@@ -118,13 +120,10 @@ class MakeAScene(Codec):
         self._gpt = gpt
         self.judge = judge and judge.eval().requires_grad_(False).to(self.device)
         self.refiner = refiner and refiner.eval().requires_grad_(False).to(self.device)
-        check_candidates(scene_candidates, judge)
-        self.scene_candidates = scene_candidates
+        self.scene_candidates = check_candidates(scene_candidates, judge)
         check_classes(classes)
         self.classes = classes  # that its scenes were learned from; empty = not known
-        if isinstance(sampling, Sampling):
-            sampling = StreamSampling(scene=sampling, image=sampling)
-        self.sampling = sampling or StreamSampling()
+        self.sampling = for_both_streams(sampling)
         self.card: str | None = None
         self.sha256: str | None = None  # of the folder it was loaded from
         self.precision = choose_precision(gpt, precision)
@@ -134,8 +133,15 @@ class MakeAScene(Codec):
     def gpt(self) -> GPT:
         """The float32 GPT; sampling does not need it, so it is read when first asked for."""
         if isinstance(self._gpt, StoredGPT):
+            self._check_stored(self._gpt)
             self._gpt = self._gpt.load()
         return self._gpt
+
+    def _check_stored(self, gpt: StoredGPT) -> None:
+        """ModelError where the folder that the other parts came from was replaced since."""
+        folder = gpt.folder.parent
+        if self.sha256 is not None and read_index(folder).sha256 != self.sha256:
+            raise ModelError(f"{folder}: holds another model by now: load it again")
 
     @classmethod
     def from_pretrained(
@@ -155,24 +161,45 @@ class MakeAScene(Codec):
         Raises:
             ModelError: no such model, a missing part, parts that do not fit or were exchanged.
         """
-        folder = find_folder(name)
+        folder = find_folder(name).absolute()  # part of it is read later, wherever one is then
         index = read_index(folder)
-        model = cls(
+        place = choose_device(device)
+        with undisturbed(place):
+            model = cls._load(folder, index, place, precision)
+        model.sha256 = index.sha256
+        model.card = (folder / "README.md").read_text("utf-8")
+        return model
+
+    @classmethod
+    def _load(
+        cls, folder: Path, index: Index, device: torch.device, precision: Precision
+    ) -> MakeAScene:
+        return cls(
             tokenizer=Tokenizer.from_file(folder / "tokenizer.json"),
             vqseg=VQSEG.from_pretrained(folder / "vqseg"),
             vqgan=VQGAN.from_pretrained(folder / "vqgan"),
-            gpt=StoredGPT(folder / "gpt", choose_device(device)),
+            gpt=StoredGPT(folder / "gpt", device),
             judge=SceneJudge.from_pretrained(folder / JUDGE) if JUDGE in index.extras else None,
             refiner=Refiner.from_pretrained(folder / REFINER) if REFINER in index.extras else None,
             sampling=index.sampling,
             scene_candidates=index.scene_candidates,
             classes=index.classes,
-            device=device,
+            device=str(device),
             precision=precision,
         )
-        model.sha256 = index.sha256
-        model.card = (folder / "README.md").read_text("utf-8")
-        return model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the decoder, which holds memory of libraries: a copy makes one of its own.
+
+        Of a GPT that was never asked for, where it lies, not its weights.
+        """
+        return {name: value for name, value in vars(self).items() if name != "decoder"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if isinstance(self._gpt, StoredGPT):
+            self._check_stored(self._gpt)
+        self.decoder = make_decoder(self._gpt, self.precision)
 
     def save_pretrained(
         self, folder: str | Path, *, card: str | None = None, weights: Weights = "float32"
@@ -207,7 +234,6 @@ class MakeAScene(Codec):
         """Uploads the model folder to the Hugging Face hub and returns its address."""
         return push_folder(self.save_pretrained, repo_id, private=private)
 
-    @torch.inference_mode()
     def generate(
         self,
         caption: str | Sequence[str] = "",
@@ -260,73 +286,89 @@ class MakeAScene(Codec):
             on_progress: called after every step.
 
         Raises:
-            ValueError: nothing to go by, settings out of their range, a scene or picture that does
-                not fit, or a batch that does not fit the memory.
+            ValueError: nothing to go by, a value of another kind, settings out of their range, a
+                scene or picture that does not fit, or a batch that does not fit the memory.
         """
-        captions = [caption] if isinstance(caption, str) else list(caption)
-        settings = by_stream(
-            self.sampling,
-            {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p},
-            scene=scene_sampling or {},
-            image=image_sampling or {},
+        common = {
+            "guidance": guidance,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
+        vqseg, vqgan = self.vqseg.config, self.vqgan.config
+        request = Request(
+            captions=list_captions(caption),
+            count=whole_number("count", count, least=1),
+            seed=whole_number("seed", seed),
+            batch=whole_number("batch", batch, least=1),
+            candidates=check_candidates(
+                self.scene_candidates if scene_candidates is None else scene_candidates, self.judge
+            ),
+            settings=by_stream(
+                self.sampling, common, scene=scene_sampling or {}, image=image_sampling or {}
+            ),
+            scene=give_scene(scene, scene_free, grid=vqseg.grid, size=vqseg.size),
+            image=give_image(image, image_free, grid=vqgan.grid),
+            refine=refine,
+            on_progress=on_progress,
         )
-        conditioned = scene is not None or image is not None
-        seed = operator.index(seed)  # of NumPy, too
-        check_request(captions, conditioned=conditioned, count=count, seed=seed, batch=batch)
-        candidates = self.scene_candidates if scene_candidates is None else scene_candidates
-        check_candidates(candidates, self.judge)
-        if scene is not None and scene_free is not None:
-            free_hw = to_cells(scene_free, grid=self.vqseg.config.grid, name="scene_free")
-            scene_free = scene_free if free_hw.any() else None
-        if scene is not None and scene_free is None:
-            candidates = 1  # there is nothing to choose
-        at_a_time = min(batch, len(captions) * count * candidates)
+        at_a_time = min(request.batch, len(request.seeds) * request.draws)
         check_memory(self.decoder, self._gpt.config, at_a_time)
+        with torch.inference_mode(), undisturbed(self.device):
+            return self._paint(request)
+
+    def _paint(self, request: Request) -> Generation:
         start = time.perf_counter()
-        if scene is not None:
-            scene = scene.resized(self.vqseg.config.size)
-            if scene_free is None:
-                warn_of_void(scene)
-        given = Streams(
-            self.tokenizer.encode(captions).repeat_interleave(count, dim=0),
-            self._given_scene(scene, scene_free).repeat(len(captions) * count, 1),
-            self._given_image(image, image_free).repeat(len(captions) * count, 1),
-        )
-        seeds = [seed + i for _ in captions for i in range(count)]
-        tally = Tally(total=self._count_tokens(given, candidates))
-        followed = scene if scene_free is None else None
-        # What is given of a picture knows nothing of a scene that the model invents.
-        kept_T = given.image[0] != FREE if image is not None else None
-        decoders = Decoders(
-            scenes=self.decode_scenes,
-            images=partial(self.decode_preview, scene=followed, kept_T=kept_T)
-            if refine
-            else lambda _, image_BT: self.decode_images(image_BT),
-        )
-        tokens = self._sample(
-            given, seeds, settings, batch, candidates, tally, decoders, on_progress
-        )
+        followed = request.followed
         if followed is not None:
-            scenes = [followed] * len(seeds)
-        else:
+            warn_of_void(followed)
+        given = self._encode(request)
+        # What is given of a picture knows nothing of a scene that the model invents.
+        kept_T = None if request.image is None else given.image[0] != FREE
+        tally = Tally(total=count_free(given.scene) * request.draws + count_free(given.image))
+        tokens = self._sample(request, given, tally, self._decoders(request, kept_T))
+        if followed is None:
             scenes = self.decode_scenes(tokens.scene)
-        images = self.decode_images(tokens.image, scenes=scenes if refine else None, kept_T=kept_T)
+        else:
+            scenes = [followed] * len(request.seeds)
+        refined_by = scenes if request.refine else None
+        images = self.decode_images(tokens.image, scenes=refined_by, kept_T=kept_T)
         seconds = time.perf_counter() - start
-        described = asdict(settings)
-        if candidates > 1:
-            described["scene"]["candidates"] = candidates
-        if self.refiner is not None:
-            described["image"]["refined"] = refine
         return Generation(
             images=images,
             scenes=scenes,
-            captions=[text for text in captions for _ in range(count)],
-            seeds=seeds,
+            captions=[text for text in request.captions for _ in range(request.count)],
+            seeds=request.seeds,
             tokens=tokens,
-            settings=described,
+            settings=self._describe(request),
             seconds=seconds,
             tokens_per_second=tally.total / seconds,
         )
+
+    def _encode(self, request: Request) -> Streams:
+        """What is given of every picture, long B T."""
+        layout, scene, image = self.decoder.layout, request.scene, request.image
+        scene_1T, image_1T = layout.free(layout.scene, 1), layout.free(layout.image, 1)
+        if scene is not None:
+            scene_1T = release(self.encode_scene(scene.filled), scene.free_hw)
+        if image is not None:
+            image_1T = release(self.encode_image(image.filled), image.free_hw)
+        text_BT = self.tokenizer.encode(request.captions).repeat_interleave(request.count, dim=0)
+        return Streams(text_BT, scene_1T.repeat(len(text_BT), 1), image_1T.repeat(len(text_BT), 1))
+
+    def _decoders(self, request: Request, kept_T: Tensor | None) -> Decoders:
+        """How to show what is there of the pictures before they are complete."""
+        scene = request.followed
+        images = partial(self.decode_preview, scene=scene, kept_T=kept_T, refine=request.refine)
+        return Decoders(scenes=self.decode_scenes, images=images)
+
+    def _describe(self, request: Request) -> dict[str, dict[str, Any]]:
+        described = asdict(request.settings)
+        if request.draws > 1:
+            described["scene"]["candidates"] = request.draws
+        if self.refiner is not None:
+            described["image"]["refined"] = request.refine
+        return described
 
     def pictures_that_fit(self) -> int:
         """How many pictures at a time fit into the memory that is free now; 0 = not one."""
@@ -363,38 +405,29 @@ class MakeAScene(Codec):
         ).to(given.scene.device)
 
     def _sample(
-        self,
-        given: Streams,
-        seeds: list[int],
-        settings: StreamSampling,
-        batch: int,
-        candidates: int,
-        tally: Tally,
-        decoders: Decoders,
-        on_progress: Callable[[Progress], None] | None,
+        self, request: Request, given: Streams, tally: Tally, decoders: Decoders
     ) -> Streams:
-        parts = []
-        for start in range(0, len(seeds), batch):
-            rows = slice(start, start + batch)
-            part = Streams(*(tokens_BT[rows] for tokens_BT in given))
-
-            def report(tell: Callable[[Progress], None], first: int = start) -> Reporter:
-                return Reporter(tell, self.decoder.layout, decoders, first=first, tally=tally)
-
-            tell = on_progress
-            with room_for(min(batch, len(part.text) * candidates)):
+        """All tokens, long B T on the CPU, batch by batch."""
+        parts, settings, tell = [], request.settings, request.on_progress
+        for start in range(0, len(request.seeds), request.batch):
+            rows = slice(start, start + request.batch)
+            seeds, part = request.seeds[rows], Streams(*(tokens_BT[rows] for tokens_BT in given))
+            report = partial(
+                Reporter, layout=self.decoder.layout, decoders=decoders, first=start, tally=tally
+            )
+            with room_for(min(request.batch, len(seeds) * request.draws)):
                 scene_BT = self.choose_scenes(
                     part,
-                    seeds=seeds[rows],
+                    seeds=seeds,
                     sampling=settings.scene,
-                    candidates=candidates,
-                    batch=batch,
-                    watch=tell and (lambda tell=tell: report(lambda seen: tell(hide(seen)))),
+                    candidates=request.draws,
+                    batch=request.batch,
+                    watch=tell and partial(report, lambda seen: tell(hide(seen))),
                 )
                 sampled = generate(
                     self.decoder,
                     part.text,
-                    seeds=seeds[rows],
+                    seeds=seeds,
                     scene_BT=scene_BT,
                     image_BT=part.image,
                     scene=settings.scene,
@@ -402,28 +435,5 @@ class MakeAScene(Codec):
                     on_progress=tell and report(tell),
                 )
             parts.append(sampled)
-        return Streams(*(torch.cat(streams).cpu() for streams in zip(*parts, strict=True)))
-
-    def _count_tokens(self, given: Streams, candidates: int) -> int:
-        """Tokens that will be sampled, those of candidates that are not chosen included."""
-        scene, image = (int((tokens_BT == FREE).sum()) for tokens_BT in given[1:])
-        return scene * candidates + image
-
-    def _given_scene(self, scene: SceneMap | None, free: np.ndarray | None) -> Tensor:
-        if scene is None:
-            if free is not None:
-                raise ModelError("scene_free says where a given scene is free: give the scene too")
-            return self.decoder.layout.free(self.decoder.layout.scene, 1)
-        if free is None:
-            return self.encode_scene(scene)
-        free_hw = to_cells(free, grid=self.vqseg.config.grid, name="scene_free")
-        scene = fill_void(scene.resized(self.vqseg.config.size), free_hw)
-        return release(self.encode_scene(scene), free_hw)
-
-    def _given_image(self, image: Image.Image | None, free: np.ndarray | None) -> Tensor:
-        if (image is None) != (free is None):
-            raise ModelError("image and image_free belong together: give both or neither")
-        if image is None or free is None:
-            return self.decoder.layout.free(self.decoder.layout.image, 1)
-        free_hw = to_cells(free, grid=self.vqgan.config.grid, name="image_free")
-        return release(self.encode_image(fill_free(image, free)), free_hw)
+        with torch.inference_mode(False):  # so that results are tensors like any other
+            return Streams(*(torch.cat(streams).cpu() for streams in zip(*parts, strict=True)))

@@ -120,6 +120,8 @@ def find_folder(name: str | Path) -> Path:
     Raises:
         ModelError: there is no such model.
     """
+    if not isinstance(name, (str, Path)):
+        raise ModelError(f"model is {name!r}, use a folder, a hub id or park")
     if name == "park":
         folder = SHIPPED / "park"
         if not (folder / INDEX).is_file():
@@ -201,51 +203,54 @@ def write_folder(
         OSError: the place cannot be written.
     """
     folder = Path(folder)
+    if card is not None and not isinstance(card, str):
+        raise ModelError(f"card is of type {type(card).__name__}, use its text")
     _check_place(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    gpt = networks["gpt"]
+    assert isinstance(gpt, GPT)
+    if weights == "int8":  # for sampling alone
+        gpt = gpt.without_text_head()
+    stored = {**networks, "gpt": gpt}
+    formats = {name: choose_format(name, network, weights) for name, network in networks.items()}
+    extras = tuple(name for name in EXTRAS if name in networks)
+    index_format = _choose_index_format(sampling, extras, gpt=gpt, weights=weights)
+    sizes = _sizes(tokenizer, stored)
     with _folder_beside(folder) as temporary:
         new = temporary / "new"
         new.mkdir()
         tokenizer.save(new / TOKENIZER)
-        formats = {name: choose_format(name, networks[name], weights) for name in networks}
-        stored = dict(networks)
-        gpt = networks["gpt"]
-        assert isinstance(gpt, GPT)
-        if weights == "int8":  # for sampling alone
-            stored["gpt"] = gpt = gpt.without_text_head()
         for name, network in stored.items():
             packed = name == "gpt" and weights == "int8"
             save_network(network, new / name, weights=formats[name], packed=packed)
-        extras = tuple(name for name in EXTRAS if name in networks)
-        hashes = {name: file_hash(new / name) for name in list_files(extras)}
-        sizes = _sizes(tokenizer, stored)
         content = {
             "sizes": sizes,
             "weights": formats,
-            **_describe_sampling(sampling),
-            "sha256": hashes,
+            "format": index_format,
+            "sampling": _brief(sampling) if index_format < 3 else asdict(sampling),
+            "sha256": {name: file_hash(new / name) for name in list_files(extras)},
         }
-        if extras:
-            content |= {"format": 3, "sampling": asdict(sampling)}
-        if REFINER in extras or not gpt.config.text_head:
-            content |= {"format": 4, "sampling": asdict(sampling), "extras": list(extras)}
-        if weights == "int8":
-            content["format"] = 5
+        if index_format >= 4:
+            content["extras"] = list(extras)
         if JUDGE in extras:
             content["scene_candidates"] = scene_candidates
         if classes:
             content["classes"] = list(classes)
         write_json(new / INDEX, content)
         (new / CARD).write_text(card or _write_card(sizes, sampling), "utf-8")
-        old = temporary / "old"
-        try:
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-        except BaseException:  # a signal may come between the two
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            raise
+        _exchange(folder, new, old=temporary / "old")
+
+
+def _exchange(folder: Path, new: Path, *, old: Path) -> None:
+    """Moves what is there away and the new folder to its place; nothing moves where that fails."""
+    try:
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:  # a signal may come between the two
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
 
 
 def list_files(extras: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -286,11 +291,22 @@ def _read_classes(content: dict[str, Any], source: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _describe_sampling(sampling: StreamSampling) -> dict[str, Any]:
-    """Format and sampling as they stand in the index; the older format where it can say it."""
-    if sampling.scene == sampling.image:
-        return {"format": 1, "sampling": asdict(sampling.scene)}
-    return {"format": 2, "sampling": asdict(sampling)}
+def _choose_index_format(
+    sampling: StreamSampling, extras: tuple[str, ...], *, gpt: GPT, weights: Weights
+) -> int:
+    """The oldest of `FORMATS` that can say it, so that older versions read on."""
+    if weights == "int8":
+        return 5
+    if REFINER in extras or not gpt.config.text_head:
+        return 4
+    if extras:
+        return 3
+    return 1 if sampling.scene == sampling.image else 2
+
+
+def _brief(sampling: StreamSampling) -> dict[str, Any]:
+    """One sampling where it is the same for both streams, else one of each."""
+    return asdict(sampling.scene if sampling.scene == sampling.image else sampling)
 
 
 def _read_sampling(content: dict[str, Any], source: Path) -> StreamSampling:
@@ -400,7 +416,7 @@ model.generate("two dogs in the park", count=4).images[0].show()
 {rows}
 
 Parameters: {", ".join(f"{name} {count:,}" for name, count in parameters.items())}.
-Sampling defaults: `{json.dumps(_describe_sampling(sampling)["sampling"])}`.
+Sampling defaults: `{json.dumps(_brief(sampling))}`.
 
 ## Data
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -119,6 +120,17 @@ def make_decoder(gpt: GPT | StoredGPT, precision: Precision) -> Decoder:
         make_linear=make_int8 if precision == "int8" else make_linear,
         stored=torch.bfloat16,
     )
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Keeps away what a program has set up for its own work: autocast and a default device."""
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 def count_parameters(gpt: GPT) -> int:

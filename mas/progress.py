@@ -29,7 +29,7 @@ class Decoders:
     images: Callable[[Tensor, Tensor], list[Image.Image]]  # of tokens of scenes and pictures
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Progress:
     """The state of a generation after a step."""
 

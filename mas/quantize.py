@@ -64,7 +64,7 @@ class Int8Linear:
         # The step of the inputs, 1/127 of the largest, is multiplied in here, not in each call.
         self.scale_V = scale_V.float() / LARGEST_INT8
         self.zeros_V = torch.zeros_like(self.scale_V, dtype=torch.int32)
-        self.zero = torch.tensor(ZERO_POINT + 0.5)
+        self.zero = torch.tensor(ZERO_POINT + 0.5, dtype=torch.float32)
         self.multiply = torch.ops.onednn.qlinear_pointwise.default
 
     def __call__(self, x_RK: Tensor) -> Tensor:
@@ -98,7 +98,8 @@ def sums_are_exact() -> bool:
     """Whether `Int8Linear` works here; without VNNI instructions sums may overflow."""
     size = 64
     try:
-        y_RV = Int8Linear(torch.ones(size, size))(torch.ones(1, size))
+        ones = torch.ones(size, size, dtype=torch.float32)
+        y_RV = Int8Linear(ones)(ones[:1])
     except (AttributeError, RuntimeError):  # torch was built without this kernel
         return False
     return bool((y_RV - size).abs().max() < 0.5)

@@ -106,7 +106,7 @@ class Refiner(UNet):
         """
         scene = scene.resized(self.config.size)
         planes = (
-            torch.from_numpy(plane_HW)[None].to(image_1CHW.device)
+            torch.from_numpy(plane_HW.copy())[None].to(image_1CHW.device)
             for plane_HW in (scene.labels, scene.edges)
         )
         return self(image_1CHW, *planes).clamp(0, 1)

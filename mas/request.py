@@ -1,15 +1,17 @@
 """What may be asked of a model: requests are checked before anything is computed.
 
-In: captions, numbers and masks as they were handed in. Out: tokens of which some are free, or a
-`ModelError` of one line that names the mend.
+In: captions, numbers, scenes, pictures and masks as they were handed in. Out: a `Request`, or a
+`ModelError` of one line that names the mend; tokens of which some are free.
 Axes: T tokens, H W pixels, h w grid.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,60 +20,196 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
+from mas.filter import StreamSampling
 from mas.generate import Decoder
 from mas.gpt import GPTConfig
 from mas.judge import SceneJudge
 from mas.model_folder import ModelError
 from mas.precision import pictures_that_fit
+from mas.progress import Progress
 from mas.scene import VOID, SceneMap, find_edges
 from mas.sequence import FREE
 
 LARGEST_SEED = 2**63 - 1
 MUCH_VOID = 0.05  # of a scene; the park has none
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # how torch's error begins when the CPU's memory is used up
+NO_COLOURS = ("I", "F")  # how Pillow's modes begin whose numbers are cut off at 255 as RGB
 
 logger = logging.getLogger(__name__)
 
 
-def check_request(
-    captions: Sequence[str], *, conditioned: bool, count: int, seed: int, batch: int
-) -> None:
-    """Refuses a request without anything to go by, or with impossible numbers.
+@dataclass(frozen=True, kw_only=True)
+class GivenScene:
+    """A scene of the model's size, and which of its cells the model chooses anew."""
 
-    Args:
-        captions: as they were handed in.
-        conditioned: whether a scene or a picture is given besides.
-        count: pictures a caption.
-        seed: of the first picture.
-        batch: pictures at a time.
+    scene: SceneMap
+    free_hw: np.ndarray  # bool; nowhere: the scene is followed as it is
+
+    @property
+    def filled(self) -> SceneMap:
+        """What its tokens are made of."""
+        return fill_void(self.scene, self.free_hw) if self.free_hw.any() else self.scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenImage:
+    """A picture of which a part is given."""
+
+    image: Image.Image
+    free_HW: np.ndarray  # bool, square: what the model paints; counts for nothing
+    free_hw: np.ndarray  # bool: the cells it does so in
+
+    @property
+    def filled(self) -> Image.Image:
+        """What its tokens are made of."""
+        return fill_free(self.image, self.free_HW)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One call of `MakeAScene.generate`: `count` pictures of each caption."""
+
+    captions: list[str]
+    count: int  # 1 or more
+    seed: int  # of the first picture of each caption
+    batch: int  # pictures at a time, 1 or more
+    candidates: int  # scenes drawn for a picture whose scene is not given, 1 or more
+    settings: StreamSampling
+    scene: GivenScene | None
+    image: GivenImage | None
+    refine: bool
+    on_progress: Callable[[Progress], None] | None
+
+    def __post_init__(self) -> None:
+        if not self.captions:
+            raise ModelError("there is no caption")
+        given = self.scene is not None or self.image is not None
+        if not given and not all(text.strip() for text in self.captions):
+            raise ModelError("the caption is empty: say what to paint, or give a scene")
+        if not 0 <= self.seed <= LARGEST_SEED - self.count:
+            many = f" for {self.count} pictures" if 0 <= self.seed <= LARGEST_SEED else ""
+            raise ModelError(f"seed is {self.seed}{many}, use a number from 0 to 2^63 - 1")
+        if self.on_progress is not None and not callable(self.on_progress):
+            raise ModelError(f"on_progress is {self.on_progress!r}, use a function")
+
+    @property
+    def seeds(self) -> list[int]:
+        """One a picture, caption by caption."""
+        return [self.seed + i for _ in self.captions for i in range(self.count)]
+
+    @property
+    def followed(self) -> SceneMap | None:
+        """The scene that every picture follows as it is."""
+        if self.scene is None or self.scene.free_hw.any():
+            return None
+        return self.scene.scene
+
+    @property
+    def draws(self) -> int:
+        """Scenes drawn for a picture: one where there is nothing to choose."""
+        return self.candidates if self.followed is None else 1
+
+
+def list_captions(caption: str | Sequence[str]) -> list[str]:
+    """The captions, one or several; ModelError for anything but text."""
+    try:
+        captions = [caption] if isinstance(caption, str) else list(caption)
+    except TypeError:
+        captions = [caption]  # type: ignore[list-item]
+    for text in captions:
+        if not isinstance(text, str):
+            raise ModelError(f"caption holds {text!r}, use a text or a list of texts")
+    return captions
+
+
+def whole_number(name: str, value: int, *, least: int | None = None) -> int:
+    """A plain integer of whatever kind of integer it was.
 
     Raises:
-        ModelError: names the value.
+        ModelError: no whole number, or one below `least`.
     """
-    if not captions:
-        raise ModelError("there is no caption")
-    if not conditioned and not all(text.strip() for text in captions):
-        raise ModelError("the caption is empty: say what to paint, or give a scene")
-    for name, value in (("count", count), ("batch", batch)):
-        if value < 1:
-            raise ModelError(f"{name} is {value}, use 1 or more")
-    if not 0 <= seed <= LARGEST_SEED - count:
-        raise ModelError(f"seed is {seed}, use a number from 0 to 2^63 - 1")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ModelError(f"{name} is {value!r}, use a whole number") from None
+    if least is not None and number < least:
+        raise ModelError(f"{name} is {number}, use {least} or more")
+    return number
 
 
-def check_candidates(candidates: int, judge: SceneJudge | None) -> None:
-    """Refuses several scenes where nobody chooses among them.
+def give_scene(
+    scene: SceneMap | None, free_HW: np.ndarray | None, *, grid: int, size: int
+) -> GivenScene | None:
+    """A scene to follow, with the cells that are free in it.
+
+    Args:
+        scene: square, of any size; None: the model invents one.
+        free_HW: bool, square, of any size from the grid's; None: nothing is free.
+        grid: scene tokens a side.
+        size: pixels of the model's scenes.
+
+    Raises:
+        ModelError: something else than a scene, or a mask that does not fit.
+        SceneError: a scene that is not square.
+    """
+    if scene is None:
+        if free_HW is not None:
+            raise ModelError("scene_free says where a given scene is free: give the scene too")
+        return None
+    if not isinstance(scene, SceneMap):
+        raise ModelError(
+            f"scene is of type {type(scene).__name__}, use a SceneMap: mas.scene.read_scene reads "
+            "a file, SceneMap.from_labels takes an array of ids"
+        )
+    nothing_hw = np.zeros((grid, grid), np.bool_)
+    free_hw = nothing_hw if free_HW is None else to_cells(free_HW, grid=grid, name="scene_free")
+    return GivenScene(scene=scene.resized(size), free_hw=free_hw)
+
+
+def give_image(
+    image: Image.Image | None, free_HW: np.ndarray | None, *, grid: int
+) -> GivenImage | None:
+    """A picture of which a part is given, with the cells that are free in it.
+
+    Args:
+        image: square, of any size.
+        free_HW: bool, square, of any size from the grid's.
+        grid: image tokens a side.
+
+    Raises:
+        ModelError: one without the other, something else than a picture in colours, or a mask that
+            does not fit.
+    """
+    if image is None and free_HW is None:
+        return None
+    if image is None or free_HW is None:
+        raise ModelError("image and image_free belong together: give both or neither")
+    if not isinstance(image, Image.Image):
+        raise ModelError(
+            f"image is of type {type(image).__name__}, use a Pillow image: Image.open reads a "
+            "file, Image.fromarray takes an array of colours (uint8)"
+        )
+    if image.mode.startswith(NO_COLOURS):
+        raise ModelError(f"image has mode {image.mode}, use one in colours from 0 to 255, as RGB")
+    if image.width != image.height or image.width == 0:
+        raise ModelError(f"a picture must be square, this one is {image.width}x{image.height}")
+    free_hw = to_cells(free_HW, grid=grid, name="image_free")
+    return GivenImage(image=image, free_HW=free_HW, free_hw=free_hw)
+
+
+def check_candidates(candidates: int, judge: SceneJudge | None) -> int:
+    """The number of scenes drawn for a picture; several are refused where nobody chooses.
 
     Raises:
         ModelError: names the number.
     """
-    if candidates < 1:
-        raise ModelError(f"scene_candidates is {candidates}, use 1 or more")
+    candidates = whole_number("scene_candidates", candidates, least=1)
     if candidates > 1 and judge is None:
         raise ModelError(
             f"scene_candidates is {candidates}, but this model has no judge to choose: use 1, "
             "or train one with mas train judge and assemble the model with --judge"
         )
+    return candidates
 
 
 def check_memory(decoder: Decoder, config: GPTConfig, pictures: int) -> None:
@@ -127,6 +265,8 @@ def to_cells(free_HW: np.ndarray, *, grid: int, name: str) -> np.ndarray:
     Raises:
         ModelError: a mask of another kind or too small a one.
     """
+    if not isinstance(free_HW, np.ndarray):
+        raise ModelError(f"{name} must be a NumPy array of bool, not a {type(free_HW).__name__}")
     if free_HW.dtype != np.bool_ or free_HW.ndim != 2 or free_HW.shape[0] != free_HW.shape[1]:
         raise ModelError(f"{name} must be a square bool array, got {free_HW.dtype} {free_HW.shape}")
     size = len(free_HW)

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,50 +105,28 @@ def sample(
         device: auto, cpu, cuda, …
         precision: of the GPT; auto takes what is best on the device.
     """
-    conditioned = scene is not None or image is not None
-    captions = read_captions(caption, prompts, empty_is_fine=conditioned)
-    common = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    by_stream(StreamSampling(), common, scene=scene_sampling or {}, image=image_sampling or {})
-    for name, value in (
-        ("count", count),
-        ("batch", batch),
-        ("scene-candidates", 1 if scene_candidates is None else scene_candidates),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, use 1 or more")
-    if fill_void and scene is None:
-        raise ValueError("--fill-void fills the void of a scene: give one with --scene")
+    captions = read_captions(caption, prompts, empty_is_fine=bool(scene or image))
+    knobs: dict[str, Any] = {
+        "count": count,
+        "guidance": guidance,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "scene_sampling": scene_sampling,
+        "image_sampling": image_sampling,
+        "scene_candidates": scene_candidates,
+        "refine": refine,
+        "seed": seed,
+        "batch": batch,
+    }
+    check_knobs(knobs)
     check_choice(captions, rerank, count=count, keep=keep)
-    layout = None if scene is None else read_square_scene(scene)
-    picture, unpainted = (None, None) if image is None else read_picture(image)
+    given = read_given(scene, image, fill_void=fill_void)
     find_folder(model)
     with writing(output) as folder:
         judge = None if rerank is None else Clip.from_pretrained(clip, device=device)
         network = MakeAScene.from_pretrained(model, device=device, precision=precision)
-        if image is not None and picture is not None:
-            check_side(image, picture.width, grid=network.vqgan.config.grid)
-        if scene is not None and layout is not None and fill_void:
-            check_side(scene, layout.size[0], grid=network.vqseg.config.grid)
-        with tqdm(desc="sample", unit=" tokens", disable=None) as bar:
-            result = network.generate(
-                captions,
-                scene=layout,
-                scene_free=layout.labels == VOID if layout is not None and fill_void else None,
-                image=picture,
-                image_free=unpainted,
-                count=count,
-                guidance=guidance,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                scene_sampling=scene_sampling,
-                image_sampling=image_sampling,
-                scene_candidates=scene_candidates,
-                refine=refine,
-                seed=seed,
-                batch=batch,
-                on_progress=lambda progress: advance(bar, progress),
-            )
+        result = paint(network, captions, given, knobs)
         about = describe_model(network, model)
         dropped = None
         if judge is not None:
@@ -157,6 +136,73 @@ def sample(
     speed = f"{result.seconds:.1f} s, {result.tokens_per_second:.0f} tokens/s"
     plural = "" if len(result.images) == 1 else "s"
     print(f"{output}: {len(result.images)} picture{plural}, {speed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """A file of which a part is given, and what was read of it."""
+
+    path: Path
+    content: SceneMap | Image.Image  # square
+    free_HW: np.ndarray | None  # bool: what the model fills; None: nothing
+
+    def check_side(self, grid: int) -> None:
+        """Refuses what is too small to say which tokens of a `grid` x `grid` are given."""
+        side = grid if self.free_HW is None else len(self.free_HW)
+        if side < grid:
+            raise ValueError(
+                f"{self.path}: {side}x{side} pixels are too few, use {grid}x{grid} or more"
+            )
+
+
+def read_given(
+    scene: Path | None, image: Path | None, *, fill_void: bool
+) -> dict[Literal["scene", "image"], Given]:
+    """What is given besides captions, by the stream that it is of.
+
+    Raises:
+        ValueError: a file that does not hold it, or void to fill in no scene.
+    """
+    given: dict[Literal["scene", "image"], Given] = {}
+    if fill_void and scene is None:
+        raise ValueError("--fill-void fills the void of a scene: give one with --scene")
+    if scene is not None:
+        layout = read_square_scene(scene)
+        free_HW = layout.labels == VOID if fill_void else None
+        given["scene"] = Given(path=scene, content=layout, free_HW=free_HW)
+    if image is not None:
+        picture, free_HW = read_picture(image)
+        given["image"] = Given(path=image, content=picture, free_HW=free_HW)
+    return given
+
+
+def paint(
+    network: MakeAScene,
+    captions: list[str],
+    given: dict[Literal["scene", "image"], Given],
+    knobs: dict[str, Any],
+) -> Generation:
+    """Pictures of all captions, under a progress bar; `knobs` are arguments of `generate`."""
+    conditions: dict[str, Any] = {}
+    for name, tokenizer in (("scene", network.vqseg), ("image", network.vqgan)):
+        if name in given:
+            given[name].check_side(tokenizer.config.grid)
+            conditions |= {name: given[name].content, f"{name}_free": given[name].free_HW}
+    with tqdm(desc="sample", unit=" tokens", disable=None) as bar:
+        return network.generate(
+            captions, **conditions, **knobs, on_progress=lambda progress: advance(bar, progress)
+        )
+
+
+def check_knobs(knobs: dict[str, Any]) -> None:
+    """Refuses what no model can do, before one is loaded; ValueError names the flag."""
+    common = {name: knobs[name] for name in ("guidance", "temperature", "top_k", "top_p")}
+    own = {stream: knobs[f"{stream}_sampling"] or {} for stream in ("scene", "image")}
+    by_stream(StreamSampling(), common, **own)
+    for name in ("count", "batch", "scene_candidates"):
+        value = knobs[name]
+        if value is not None and value < 1:
+            raise ValueError(f"{name.replace('_', '-')} is {value}, use 1 or more")
 
 
 def read_captions(caption: str | None, prompts: Path | None, *, empty_is_fine: bool) -> list[str]:
@@ -220,12 +266,6 @@ def read_picture(path: Path) -> tuple[Image.Image, np.ndarray]:
     if not free_HW.any():
         raise ValueError(f"{path}: nothing is left to paint; make the part to paint transparent")
     return Image.fromarray(bands_HWC[..., :3].copy()), free_HW
-
-
-def check_side(path: Path, side: int, *, grid: int) -> None:
-    """Refuses what is too small to say which tokens of a `grid` x `grid` are given."""
-    if side < grid:
-        raise ValueError(f"{path}: {side}x{side} pixels are too few, use {grid}x{grid} or more")
 
 
 def advance(bar: tqdm, progress: Progress) -> None:

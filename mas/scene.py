@@ -140,12 +140,9 @@ class SceneMap:
 
     def __post_init__(self) -> None:
         labels, edges = self.labels, self.edges
-        if labels.ndim != 2 or labels.dtype != np.uint8 or labels.size == 0:
-            raise SceneError(f"labels must be uint8 H x W, got {labels.dtype} {labels.shape}")
-        if edges.dtype != np.bool_ or edges.shape != labels.shape:
-            raise SceneError(
-                f"edges must be bool {labels.shape} like labels, got {edges.dtype} {edges.shape}"
-            )
+        _check_labels(labels)
+        if getattr(edges, "dtype", None) != np.bool_ or edges.shape != labels.shape:
+            raise SceneError(f"edges must be bool {labels.shape} like labels, got {_kind(edges)}")
         unknown = (labels >= CLASSES) & (labels != VOID)
         if unknown.any():
             ids = np.unique(labels[unknown]).tolist()
@@ -168,6 +165,7 @@ class SceneMap:
     @classmethod
     def from_labels(cls, labels: np.ndarray, instances: np.ndarray | None = None) -> SceneMap:
         """Computes the edges from the boundaries of `labels` (and of `instances`)."""
+        _check_labels(labels)
         return cls(labels, find_edges(labels, instances))
 
     def to_png(self, path: str | Path | IO[bytes]) -> None:
@@ -231,6 +229,15 @@ class SceneMap:
     def void_fraction(self) -> float:
         """Share of the pixels that carry no label, 0-1."""
         return np.count_nonzero(self.labels == VOID) / self.labels.size
+
+
+def _check_labels(labels: np.ndarray) -> None:
+    if getattr(labels, "dtype", None) != np.uint8 or labels.ndim != 2 or labels.size == 0:
+        raise SceneError(f"labels must be a uint8 array of H x W, got {_kind(labels)}")
+
+
+def _kind(x: object) -> str:
+    return f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
 
 
 def find_edges(labels: np.ndarray, instances: np.ndarray | None = None) -> np.ndarray:

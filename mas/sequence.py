@@ -32,6 +32,11 @@ class Streams(NamedTuple):
     image: Tensor
 
 
+def count_free(tokens_BT: Tensor) -> int:
+    """Tokens that nobody has given."""
+    return int((tokens_BT == FREE).sum())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """Where one stream lies in the sequence and which tokens it may hold."""
