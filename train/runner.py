@@ -208,9 +208,14 @@ class TrainCLI(LightningCLI):
                     self.model, self.datamodule, ckpt_path=self.checkpoint, weights_only=True
                 )
             except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise ValueError(self._advise_on_memory()) from error
+                if is_out_of_memory(error):
+                    raise ValueError(self._advise_on_memory()) from error
+                if is_lost_process(error):
+                    raise ValueError(
+                        "another process of this training has ended or cannot be reached: look "
+                        "at what it said last, then go on with --ckpt_path last"
+                    ) from error
+                raise
 
     def _averaging(self, *, sharded: bool) -> list[Callback]:
         decay = self.config_init.ema_decay
@@ -316,6 +321,11 @@ def check_sharding(name: str, model: Any) -> None:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether `error` says that a card or the machine has not enough memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether `error` says that a process of the training does not answer any more."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _quieten() -> None:
