@@ -142,35 +142,9 @@ class TrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init.trainer
-        if settings.max_steps < 1:
-            raise ValueError("set trainer.max_steps: training is counted in optimiser steps")
-        if settings.max_epochs != -1:
-            raise ValueError(
-                "leave trainer.max_epochs alone and set trainer.max_steps: "
-                "the data stream has no epochs that end"
-            )
-        if str(settings.precision) in ("16", "16-mixed", "16-true"):
-            raise ValueError(
-                f"trainer.precision {settings.precision} needs a scaled loss, which is not "
-                "offered: use bf16-mixed, or 32-true where the card has no bfloat16"
-            )
-        self.folder = Path(settings.default_root_dir)
-        self.checkpoint = find_checkpoint(self.folder, self.config_init.ckpt_path)
-        self.start_step = 0
-        self.model.averaged = bool(self.config_init.ema_decay)
-        self.model.checkpoint = self.checkpoint
-        if self.checkpoint:
-            checkpoint = read_checkpoint(self.checkpoint)
-            self.model.on_load_checkpoint(checkpoint)
-            self.start_step = checkpoint["global_step"]
-        self.checkpoints: Checkpoints = self.config_init.checkpoints
-        self.checkpoints.stage = self.name
-        anywhere = self.config.clone()
-        anywhere.ckpt_path = None  # the file says how to train, not where this start began
-        self.checkpoints.config = self.parser.dump(anywhere)
-        self.checkpoints.defaults = self.parser.dump(
-            self.parser.get_defaults(), skip_validation=True
-        )
+        check_trainer(settings)
+        self._find_start(Path(settings.default_root_dir))
+        self._tell_checkpoints()
         sharded = settings.strategy == "fsdp"
         if sharded:
             check_sharding(self.name, self.model)
@@ -193,6 +167,29 @@ class TrainCLI(LightningCLI):
                 "one: leave the strategy out, or set trainer.devices"
             )
         return trainer
+
+    def _find_start(self, folder: Path) -> None:
+        """Finds the checkpoint and the step that the run in `folder` goes on from."""
+        self.folder = folder
+        self.checkpoint = find_checkpoint(folder, self.config_init.ckpt_path)
+        self.start_step = 0
+        self.model.averaged = bool(self.config_init.ema_decay)
+        self.model.checkpoint = self.checkpoint
+        if self.checkpoint:
+            checkpoint = read_checkpoint(self.checkpoint)
+            self.model.on_load_checkpoint(checkpoint)
+            self.start_step = checkpoint["global_step"]
+
+    def _tell_checkpoints(self) -> None:
+        """Gives the checkpoints what they note of the run: its stage and its configs."""
+        self.checkpoints: Checkpoints = self.config_init.checkpoints
+        self.checkpoints.stage = self.name
+        anywhere = self.config.clone()
+        anywhere.ckpt_path = None  # the file says how to train, not where this start began
+        self.checkpoints.config = self.parser.dump(anywhere)
+        self.checkpoints.defaults = self.parser.dump(
+            self.parser.get_defaults(), skip_validation=True
+        )
 
     def run(self) -> None:
         """Trains; a finished run is left as it is."""
@@ -245,6 +242,26 @@ class TrainCLI(LightningCLI):
 
             loggers.append(Events(str(self.folder), name="", version=EVENTS, purge_step=purged))
         return loggers
+
+
+def check_trainer(settings: Any) -> None:
+    """Refuses settings of Lightning's that trainings counted in optimiser steps cannot follow.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    if settings.max_steps < 1:
+        raise ValueError("set trainer.max_steps: training is counted in optimiser steps")
+    if settings.max_epochs != -1:
+        raise ValueError(
+            "leave trainer.max_epochs alone and set trainer.max_steps: "
+            "the data stream has no epochs that end"
+        )
+    if str(settings.precision) in ("16", "16-mixed", "16-true"):
+        raise ValueError(
+            f"trainer.precision {settings.precision} needs a scaled loss, which is not "
+            "offered: use bf16-mixed, or 32-true where the card has no bfloat16"
+        )
 
 
 def find_checkpoint(folder: Path, wanted: str | None) -> str | None:
