@@ -105,10 +105,7 @@ def assemble(
         scene_candidates=scene_candidates if judge else 1,
     )
     if tune is not None:
-        labels_BHW, edges_BHW = read_scenes(tune, tune_count, model.vqseg.config.size)
-        model.classes = name_classes(labels_BHW)
-        tuned = tune_decisions(model.vqseg, labels_BHW, edges_BHW)
-        print(f"VQ-SEG tuned: mean IoU {tuned.before:.3f}, now {tuned.after:.3f} on these scenes")
+        tune_to_scenes(model, tune, tune_count)
     if classes is not None:
         model.classes = name_classes(read_scenes(classes, tune_count, model.vqseg.config.size)[0])
     model.save_pretrained(output, card=text, weights=weights)
@@ -116,6 +113,14 @@ def assemble(
     megabytes = sum(file.stat().st_size for file in Path(output).rglob("*.*")) / 1e6
     print(f"{output}: GPT of {millions:.1f}M parameters, {megabytes:.1f} MB on the disk")
     print(f"mas sample --model {output} 'a caption'")
+
+
+def tune_to_scenes(model: MakeAScene, shards: str, count: int) -> None:
+    """Tunes the decisions of the model's VQ-SEG on `count` scenes, whose classes it remembers."""
+    labels_BHW, edges_BHW = read_scenes(shards, count, model.vqseg.config.size)
+    model.classes = name_classes(labels_BHW)
+    tuned = tune_decisions(model.vqseg, labels_BHW, edges_BHW)
+    print(f"VQ-SEG tuned: mean IoU {tuned.before:.3f}, now {tuned.after:.3f} on these scenes")
 
 
 def name_classes(labels_BHW: Tensor) -> tuple[str, ...]:

@@ -188,9 +188,14 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         value = trainer.callback_metrics.get(self.monitor or "")
-        if trainer.sanity_checking or value is None or not float(value) < self.best:
+        if trainer.sanity_checking or value is None:
+            return
+        # All ranks must decide alike, and of a training loss each has logged its own.
+        own = torch.tensor(float(value), device=pl_module.device)
+        mean = float(trainer.strategy.reduce(own, reduce_op="mean"))
+        if not mean < self.best:
             return  # nor is a loss that is no number any better
-        self.best = float(value)
+        self.best = mean
         trainer.save_checkpoint(Path(trainer.default_root_dir) / BEST)
         self._weights = {}
 

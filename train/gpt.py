@@ -31,6 +31,7 @@ from train.flops import training_flops
 from train.sharding import shard
 from train.stage import Optimiser, Rows, Stage, to_step
 from train.start import check_tokens, start_from
+from train.totals import log_totals
 from train.vqgan import to_picture
 
 
@@ -114,6 +115,37 @@ class Painter:
         return [to_picture(image) for image in self.vqgan.decode(image_BT.cpu())]
 
 
+class StreamTotals:
+    """Losses and accuracies of the streams, averaged over all tokens of a set.
+
+    Captions differ in length, so a mean of batches would be another number for every batch size.
+    """
+
+    def __init__(self, weights: StreamWeights) -> None:
+        self.weights = weights
+        self.sums = torch.zeros(2, 3, dtype=torch.double)  # losses and hits of the streams
+        self.counts = torch.zeros(3, dtype=torch.double)  # tokens
+
+    def update(self, losses: StreamLosses, tokens: Streams) -> None:
+        """Adds a batch, of which `losses` are means over the tokens that count."""
+        text_BT, scene_BT, image_BT = tokens
+        captioned = int((text_BT[:, 1:] != PAD).sum())
+        counts = torch.tensor([captioned, scene_BT.numel(), image_BT.numel()])
+        self.sums += torch.stack(losses).view(2, 3).detach().cpu() * counts
+        self.counts += counts
+
+    @property
+    def totals(self) -> tuple[Tensor, ...]:
+        """What is summed up over ranks."""
+        return self.sums, self.counts
+
+    def compute(self) -> dict[str, float]:
+        """`loss`, and the losses and accuracies by the names of StreamLosses."""
+        means = StreamLosses(*(self.sums / self.counts.clamp(min=1)).flatten())
+        values = {"loss": self.weights.mean(means), **means._asdict()}
+        return {name: float(value) for name, value in values.items()}
+
+
 class GPTTraining(Stage):
     """GPT with weighted losses.
 
@@ -195,18 +227,21 @@ class GPTTraining(Stage):
         text_BT = self.caption_dropout(
             batch["text"], step=self.global_step, steps=self.trainer.max_steps
         )
-        return self._losses("train", text_BT, batch)
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._losses("validation", batch["text"], batch)
-
-    def _losses(self, part: str, text_BT: Tensor, batch: dict[str, Any]) -> Tensor:
         losses = self.network.losses(text_BT, batch["scene"], batch["image"])
         loss = self.weights.mean(losses)
-        if part == "train":
-            self.check(loss, batch)
-        self.log_losses(part, {"loss": loss, **losses._asdict()}, count=len(text_BT))
+        self.check(loss, batch)
+        self.log_losses("train", {"loss": loss, **losses._asdict()}, count=len(text_BT))
         return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._totals = StreamTotals(self.weights)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        tokens = Streams(*(batch[name] for name in Streams._fields))
+        self._totals.update(self.network.losses(*tokens), tokens)
+
+    def on_validation_epoch_end(self) -> None:
+        log_totals(self, [self._totals])
 
     def header(self) -> list[str]:
         return ["caption", "scene", "picture for it", "own scene", "own picture", "original"]

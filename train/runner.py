@@ -144,35 +144,9 @@ class TrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init.trainer
-        if settings.max_steps < 1:
-            raise ValueError("set trainer.max_steps: training is counted in optimiser steps")
-        if settings.max_epochs != -1:
-            raise ValueError(
-                "leave trainer.max_epochs alone and set trainer.max_steps: "
-                "the data stream has no epochs that end"
-            )
-        if str(settings.precision) in ("16", "16-mixed", "16-true"):
-            raise ValueError(
-                f"trainer.precision {settings.precision} needs a scaled loss, which is not "
-                "offered: use bf16-mixed, or 32-true where the card has no bfloat16"
-            )
-        self.folder = Path(settings.default_root_dir)
-        self.checkpoint = find_checkpoint(self.folder, self.config_init.ckpt_path)
-        self.start_step = 0
-        self.model.averaged = bool(self.config_init.ema_decay)
-        self.model.checkpoint = self.checkpoint
-        if self.checkpoint:
-            checkpoint = read_checkpoint(self.checkpoint)
-            self.model.on_load_checkpoint(checkpoint)
-            self.start_step = checkpoint["global_step"]
-        self.checkpoints: Checkpoints = self.config_init.checkpoints
-        self.checkpoints.stage = self.name
-        anywhere = self.config.clone()
-        anywhere.ckpt_path = None  # the file says how to train, not where this start began
-        self.checkpoints.config = self.parser.dump(anywhere)
-        self.checkpoints.defaults = self.parser.dump(
-            self.parser.get_defaults(), skip_validation=True
-        )
+        check_trainer(settings)
+        self._find_start(Path(settings.default_root_dir))
+        self._tell_checkpoints()
         sharded = settings.strategy == "fsdp"
         if sharded:
             check_sharding(self.name, self.model)
@@ -196,6 +170,29 @@ class TrainCLI(LightningCLI):
             )
         return trainer
 
+    def _find_start(self, folder: Path) -> None:
+        """Finds the checkpoint and the step that the run in `folder` goes on from."""
+        self.folder = folder
+        self.checkpoint = find_checkpoint(folder, self.config_init.ckpt_path)
+        self.start_step = 0
+        self.model.averaged = bool(self.config_init.ema_decay)
+        self.model.checkpoint = self.checkpoint
+        if self.checkpoint:
+            checkpoint = read_checkpoint(self.checkpoint)
+            self.model.on_load_checkpoint(checkpoint)
+            self.start_step = checkpoint["global_step"]
+
+    def _tell_checkpoints(self) -> None:
+        """Gives the checkpoints what they note of the run: its stage and its configs."""
+        self.checkpoints: Checkpoints = self.config_init.checkpoints
+        self.checkpoints.stage = self.name
+        anywhere = self.config.clone()
+        anywhere.ckpt_path = None  # the file says how to train, not where this start began
+        self.checkpoints.config = self.parser.dump(anywhere)
+        self.checkpoints.defaults = self.parser.dump(
+            self.parser.get_defaults(), skip_validation=True
+        )
+
     def run(self) -> None:
         """Trains; a finished run is left as it is."""
         step = self.start_step
@@ -210,9 +207,14 @@ class TrainCLI(LightningCLI):
                     self.model, self.datamodule, ckpt_path=self.checkpoint, weights_only=True
                 )
             except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise ValueError(self._advise_on_memory()) from error
+                if is_out_of_memory(error):
+                    raise ValueError(self._advise_on_memory()) from error
+                if is_lost_process(error):
+                    raise ValueError(
+                        "another process of this training has ended or cannot be reached: look "
+                        "at what it said last, then go on with --ckpt_path last"
+                    ) from error
+                raise
 
     def _averaging(self, *, sharded: bool) -> list[Callback]:
         decay = self.config_init.ema_decay
@@ -242,6 +244,26 @@ class TrainCLI(LightningCLI):
 
             loggers.append(Events(str(self.folder), name="", version=EVENTS, purge_step=purged))
         return loggers
+
+
+def check_trainer(settings: Any) -> None:
+    """Refuses settings of Lightning's that trainings counted in optimiser steps cannot follow.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    if settings.max_steps < 1:
+        raise ValueError("set trainer.max_steps: training is counted in optimiser steps")
+    if settings.max_epochs != -1:
+        raise ValueError(
+            "leave trainer.max_epochs alone and set trainer.max_steps: "
+            "the data stream has no epochs that end"
+        )
+    if str(settings.precision) in ("16", "16-mixed", "16-true"):
+        raise ValueError(
+            f"trainer.precision {settings.precision} needs a scaled loss, which is not "
+            "offered: use bf16-mixed, or 32-true where the card has no bfloat16"
+        )
 
 
 def find_checkpoint(folder: Path, wanted: str | None) -> str | None:
@@ -318,6 +340,11 @@ def check_sharding(name: str, model: Any) -> None:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether `error` says that a card or the machine has not enough memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether `error` says that a process of the training does not answer any more."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _quieten() -> None:

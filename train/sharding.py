@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import (
+    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -161,6 +162,9 @@ class ShardedAveraging(Callback):
 
     @torch.no_grad()
     def _swap(self, pl_module: LightningModule) -> None:
+        for module in pl_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward pass alone leaves the outermost one whole
         for average, parameter in zip(self.weights, pl_module.parameters(), strict=True):
             current = _local(parameter)
             before = current.clone()

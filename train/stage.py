@@ -203,6 +203,13 @@ class Stage(LightningModule):
                 group["lr"] = rate
         self.log("learning_rate", self._on_device(rate))
 
+    def on_validation_batch_start(
+        self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        # What is drawn (pixels to read) is drawn alike at every validation: what differs between
+        # two of them is the network's.
+        torch.manual_seed(mix(self.seed, batch_idx))
+
     def _on_device(self, number: float) -> Tensor:
         """Made where it is needed; Lightning would copy it there and wait."""
         return torch.full((), float(number), device=self.device)

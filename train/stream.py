@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that end a run
+ORPHANED = 2.0  # seconds after which a loader worker notices that its training process is gone
 ENDLESS = 2**40  # batches; training stops by steps, never because a loader runs dry
 FEISTEL_ROUNDS = 6
 
@@ -134,22 +135,25 @@ def ignore_signals(worker: int) -> None:
     It stops after the step at hand and saves; a worker that died of the signal would spoil that.
     Only SIGTERM of the training process itself ends a worker: with it Python, as it exits, ends
     those that are left over (something still refers to their iterator, such as the traceback of
-    an error) and waits until they have ended.
+    an error) and waits until they have ended. So does its death, which torch does not see where
+    workers are started by a fork server, the default from Python 3.14 on.
     """
     for number in set(STOPPING) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS has none: there a worker dies of any SIGTERM
+    if hasattr(signal, "sigtimedwait"):  # macOS has none: there a worker dies of any SIGTERM
         # Blocked before any other thread is there to inherit it, so that all leave it to this one.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Ends the process at the first SIGTERM of the process that started it."""
+    """Ends the process at the first SIGTERM of the process that started it, or when that dies."""
     parent = multiprocessing.parent_process()  # not the fork server that may lie between them
     assert parent is not None
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
-        pass
+    while parent.is_alive():
+        found = signal.sigtimedwait({signal.SIGTERM}, ORPHANED)
+        if found is not None and found.si_pid == parent.pid:
+            break
     os._exit(0)  # anything else would be reported as a worker that failed
 
 

@@ -149,7 +149,9 @@ def test_every_sample_is_seen_once_an_epoch_before_and_after_a_rank_was_killed(l
     assert_each_once_an_epoch(collect(tmp_path, "straight"))
 
     status = launch("killed", kill_at_step_5)
-    assert status[1] == -signal.SIGKILL and status[0] != 0  # the other rank does not wait for it
+    assert status == [1, -signal.SIGKILL]  # the other rank does not wait for it
+    said = (tmp_path / "killed.0.log").read_text()
+    assert "another process of this training has ended" in said and "Traceback" not in said
     step, _ = trained(tmp_path / "killed")
     assert step == 5  # 30 samples: half of the second epoch
     before = collect(tmp_path, "killed")
@@ -169,6 +171,14 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(launch, tmp_path):
     assert len(before) == 4 * BATCH * len(RANKS)
     assert launch("stopped") == [0, 0]
     assert_each_once_an_epoch(before + collect(tmp_path, "stopped"))
+
+
+def test_ranks_agree_on_which_checkpoint_is_best(launch, tmp_path):
+    """Of the loss of a training step every rank has logged its own."""
+    settings = {"checkpoints__monitor": "train/loss", "trainer__val_check_interval": 1}
+    assert launch("best", **settings) == [0, 0]
+    best = torch.load(tmp_path / "best/checkpoints/best.ckpt", weights_only=True)
+    assert 0 < best["callbacks"]["Checkpoints"]["best"] < float("inf")
 
 
 def test_tasks_of_slurm_find_each_other(launch, tmp_path):

@@ -154,3 +154,12 @@ def test_the_configs_parse_and_their_networks_build(folder, size, most, capsys):
     with torch.device("meta"):
         assert sum(p.numel() for p in Reader(config).parameters()) < most
     assert config.size == size
+
+
+def test_every_validation_reads_the_same_pixels(fact_shards, tmp_path):
+    rate = 1e-30  # leaves the weights as they are
+    settings = {"model__optimiser__learning_rate": rate, "trainer__val_check_interval": 1}
+    assert train(words(fact_shards, tmp_path, trainer__max_steps=3, **settings)) == 0
+    with open(tmp_path / "metrics.csv") as file:
+        losses = [row["validation/loss"] for row in csv.DictReader(file)]
+    assert len(set(filter(None, losses))) == 1

@@ -1,5 +1,7 @@
 """Two processes share one GPT (FSDP over gloo) and leave what any other training leaves."""
 
+import csv
+
 import pytest
 import torch
 from processes import finish, start
@@ -13,17 +15,16 @@ from train.cli import train
 def launch(words, tmp_path):
     """launch(folder, strategy, steps): runs both ranks as torchrun does, resuming what is there."""
 
-    def launch(folder, strategy, steps):
-        arguments = words(
-            "gpt",
-            folder,
-            trainer__max_steps=steps,
-            trainer__devices=len(RANKS),
-            trainer__strategy=strategy,
-            data__batch_size=2,
-            model__optimiser__schedule="constant",
-            ckpt_path="auto",
-        )
+    def launch(folder, strategy, steps, **changed):
+        settings = {
+            "trainer__max_steps": steps,
+            "trainer__devices": len(RANKS),
+            "trainer__strategy": strategy,
+            "data__batch_size": 2,
+            "model__optimiser__schedule": "constant",
+            "ckpt_path": "auto",
+        }
+        arguments = words("gpt", folder, **settings | changed)
         port = free_port()
         processes = [
             start(
@@ -70,6 +71,17 @@ def test_sharded_and_unsharded_training_continue_each_other(launch, tmp_path):
     exported = GPT.from_pretrained(tmp_path / "mixed").state_dict()
     for name, weight in exported.items():
         assert torch.equal(weight, mixed["state_dict"][f"network.{name}"])
+
+
+def test_a_sharded_average_is_validated_like_a_whole_one(launch, tmp_path):
+    validated = {}
+    for strategy in ("ddp", "fsdp"):
+        launch(strategy, strategy, 3, trainer__val_check_interval=1)
+        with open(tmp_path / strategy / "metrics.csv") as file:
+            losses = [row["validation/loss"] for row in csv.DictReader(file)]
+        validated[strategy] = [float(loss) for loss in losses if loss]
+    assert len(validated["ddp"]) == 3
+    assert validated["fsdp"] == pytest.approx(validated["ddp"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

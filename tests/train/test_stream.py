@@ -96,10 +96,16 @@ del batches
 """
 
 
-def read(words, *, sent):
-    """Starts a process with a loader in a group of its own; what it wrote, once it has ended."""
+DIES = """
+import os
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def read(words, *, sent=()):
+    """Starts a process with a loader in a group of its own; what it wrote, once all have ended."""
     process = subprocess.Popen(
-        [sys.executable, "-c", READS + words],
+        [sys.executable, "-c", words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -119,14 +125,20 @@ def read(words, *, sent):
 
 @pytest.mark.parametrize("words", ["", "raise ValueError('it fails')", "sys.exit(3)"])
 def test_a_process_that_still_holds_an_iterator_ends_all_the_same(words):
-    status, said = read(words, sent=())
+    status, said = read(READS + words)
     assert status == {"": 0, "sys.exit(3)": 3}.get(words, 1)
     assert "DataLoader" not in said
 
 
 def test_workers_leave_a_signal_to_the_whole_group_to_their_parent():
     sent = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    assert read(NOTES_SIGNALS, sent=sent) == (0, "reads\nhas read\n")
+    assert read(READS + NOTES_SIGNALS, sent=sent) == (0, "reads\nhas read\n")
+
+
+def test_workers_of_a_fork_server_end_with_a_process_that_is_killed():
+    """They write to the same pipe, which ends when the last of them has closed it."""
+    start = "import multiprocessing; multiprocessing.set_start_method('forkserver')"
+    assert read(start + READS + DIES)[0] == -signal.SIGKILL
 
 
 def test_mix_separates_its_arguments():

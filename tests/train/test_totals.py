@@ -6,7 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mas.gpt import GPT, GPTConfig
 from mas.metrics import CodeMetrics, SceneMetrics
+from mas.sequence import Streams
+from mas.storage import parse_config
+from train.gpt import StreamTotals, StreamWeights
 from train.totals import log_totals
 
 
@@ -52,3 +56,22 @@ def test_what_nothing_was_seen_of_is_not_logged():
     log_totals(module, seen([[[3]]], [[0]]))
     assert "validation/face_iou" not in module.logged and "validation/edge_f1" not in module.logged
     assert module.logged["validation/miou"] == 1
+
+
+@torch.no_grad()
+def test_a_gpts_loss_is_that_of_all_tokens_whatever_the_batches(network_sizes):
+    torch.manual_seed(0)
+    network = GPT(parse_config(GPTConfig, network_sizes["gpt"], "conftest")).eval()
+    tokens = Streams(
+        *(torch.randint(1, s.vocabulary, (4, s.length)) for s in network.config.layout.streams)
+    )
+    for row, length in enumerate((8, 2, 3, 0)):  # captions
+        tokens.text[row, length:] = 0
+    weights = StreamWeights()
+    whole = network.losses(*tokens)
+    wanted = {"loss": weights.mean(whole), **whole._asdict()}
+    for sizes in ((4,), (1, 1, 1, 1), (3, 1)):
+        totals = StreamTotals(weights)
+        for part in zip(*(stream.split(sizes) for stream in tokens), strict=True):
+            totals.update(network.losses(*part), Streams(*part))
+        assert totals.compute() == pytest.approx({k: float(v) for k, v in wanted.items()}, rel=1e-5)
