@@ -33,10 +33,11 @@ from mas.figures import (
     measure_tokenizers,
     obey,
     plain,
+    share_claims,
 )
 from mas.model import MakeAScene
 from mas.model_folder import SHIPPED, find_folder
-from mas.obedience import CLAIMS
+from mas.obedience import CLAIMS, Obedience
 from mas.precision import Precision
 from mas.reader import Reader
 from mas.report import Row, name_guidance, write_report
@@ -192,10 +193,13 @@ def examine(
         sweep = try_guidances(examiner, cases, real, plan)
         guidance = choose_guidance(sweep) if sweep else next(iter(plan.guidances), None)
         answers = answer(examiner, cases.cases, guidance, real)
-        figures = {
+        judged = {
             "caption": obey(cases, cases.cases, answers.made),
             "caption_real": obey(cases, cases.cases, real),
-            **measure_unseen(examiner, others, guidance),
+            **judge_unseen(examiner, others, guidance),
+        }
+        figures = {
+            **share_claims(judged),
             **measure(examiner, cases.cases, answers, seeds=plan.seeds),
             "published_distance": extractor
             and measure_distance(extractor, examiner, answers.made, real),
@@ -250,9 +254,9 @@ def measure(
     }
 
 
-def measure_unseen(
+def judge_unseen(
     examiner: Examiner, others: Cases | None, guidance: float | None
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Obedience | None]:
     """Claims kept in combinations that the training never showed; none where none are asked."""
     if others is None:
         return {}
@@ -329,8 +333,9 @@ def try_guidances(examiner: Examiner, cases: Cases, real: Made, plan: Plan) -> l
     entries = []
     for guidance in plan.guidances:
         made = examiner.paint(tried, guidance)
-        obeyed, distances = obey(cases, tried, made), compare_sets(made, real)
-        entries.append({"guidance": guidance, "caption": obeyed, "distribution": distances})
+        obeyed = share_claims({"caption": obey(cases, tried, made)}) or {"caption": {}}
+        distances = compare_sets(made, real)
+        entries.append({"guidance": guidance, **obeyed, "distribution": distances})
     return entries
 
 

@@ -31,10 +31,10 @@ GROUPS = {
 }
 
 
-def obey(cases: Cases, asked: Sequence[Case], made: Made) -> dict[str, float]:
-    """Shares of the captions' claims that hold; empty where captions come without facts."""
+def obey(cases: Cases, asked: Sequence[Case], made: Made) -> Obedience | None:
+    """Judges what captions claim; None where captions come without facts."""
     if not cases.has_facts:
-        return {}
+        return None
     judge = Obedience(cases.lights)
     for i, case in enumerate(asked):
         scene = made.scenes[i]
@@ -48,7 +48,21 @@ def obey(cases: Cases, asked: Sequence[Case], made: Made) -> dict[str, float]:
                 time=made.times[i],
             ),
         )
-    return {**judge.compute(), "captions": len(asked)}
+    return judge
+
+
+def share_claims(judged: Mapping[str, Obedience | None]) -> dict[str, Any]:
+    """Shares of claims that hold under each name, and under `claims` what they were counted from.
+
+    Empty where nothing was judged.
+    """
+    judges = {name: judge for name, judge in judged.items() if judge}
+    if not judges:
+        return {}
+    shares = {
+        name: {**judge.compute(), "captions": len(judge.captions)} for name, judge in judges.items()
+    }
+    return {**shares, "claims": {name: judge.count() for name, judge in judges.items()}}
 
 
 def compare_scenes(sets: Mapping[str, Made]) -> dict[str, Any]:
