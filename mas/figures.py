@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mas.cases import Case, Cases, resize
@@ -21,6 +22,7 @@ from mas.examiner import Examiner, Made
 from mas.features import DistanceMetrics, Extractor
 from mas.metrics import CodeMetrics, PictureMetrics, SceneMetrics
 from mas.obedience import Obedience, Seen
+from mas.rerank import Judge
 from mas.scene import CLASS_NAMES, FACE_IDS, HUMAN_IDS, THINGS
 
 GROUPS = {
@@ -147,6 +149,36 @@ def measure_distance(
             image_BCHW = examiner.to_image(pictures[start : start + examiner.batch])
             metrics.update(image_BCHW, real=is_real)
     return asdict(metrics.compute(seed=examiner.seed))
+
+
+def measure_clip(
+    clip: Judge, examiner: Examiner, asked: Sequence[Case], pictures: Mapping[str, Made]
+) -> dict[str, float]:
+    """CLIP score of pictures with their captions: the mean of 100 max(cosine, 0) over the pairs.
+
+    Hessel et al. 2021 (https://arxiv.org/abs/2104.08718) with the weight 100 of torchmetrics
+    instead of the paper's 2.5. `clip_score_shuffled` is that of real pictures with the captions
+    of others: what a picture reaches that has nothing to do with its caption but the world.
+
+    Args:
+        clip: gives the cosines.
+        examiner: says how many pictures at a time, and has the bar.
+        asked: the captions.
+        pictures: by suffix of the figures' names, one picture a caption; "_real" are the real ones.
+    """
+    captions = [case.caption for case in asked]
+    middle = len(captions) // 2
+    pairs = {suffix: (captions, made.pictures) for suffix, made in pictures.items()}
+    pairs["_shuffled"] = ([*captions[middle:], *captions[:middle]], pictures["_real"].pictures)
+    figures = {}
+    for suffix, (texts, painted) in pairs.items():
+        cosines: list[float] = []
+        for part in examiner.batches(asked):
+            now = slice(len(cosines), len(cosines) + len(part))
+            images = [Image.fromarray(picture) for picture in painted[now]]
+            cosines += clip.scores(texts[now], images)
+        figures[f"clip_score{suffix}"] = 100 * float(np.mean(np.maximum(cosines, 0)))
+    return figures
 
 
 def measure_diversity(

@@ -251,6 +251,7 @@ def _others(figures: Mapping[str, Any]) -> str:
         "vqgan": "VQ-GAN on real pictures",
         "distribution": "Distance from real pictures (features of the reader, not of Inception)",
         "published_distance": "Distance from real pictures on features of a network from a file",
+        "clip": "CLIP score: 100 max(cosine, 0) of pictures with captions",
         "diversity": "Diversity: pictures of one caption, beside real ones of different captions",
         "codes": "Codes used in generated pictures",
     }
