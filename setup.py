@@ -62,6 +62,7 @@ setup(
         "jsonargparse[signatures]>=4.51",
         "fsspec>=2024.6",
         "braceexpand>=0.1.7",
+        "packaging>=21",
         "tqdm>=4.66",
     ],
     extras_require={**EXTRAS, "all": sorted({p for extra in EXTRAS.values() for p in extra})},

@@ -1,4 +1,4 @@
-"""`mas doctor`: what is installed, which extras are missing, what the machine offers.
+"""`mas doctor`: what is installed, what is missing or too old, what the machine offers.
 
 In: nothing. Out: a report a person can paste into a bug report, or JSON.
 """
@@ -9,9 +9,10 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 import mas
 
@@ -20,7 +21,7 @@ WEIGHTS_GROUP = "mini_make_a_scene.weights"  # of entry points: functions that l
 
 
 def doctor(*, as_json: bool = False) -> None:
-    """Says what is installed, which extras are missing, and what the machine offers.
+    """Says what is installed, what is missing or too old, and what the machine offers.
 
     Args:
         as_json: print one JSON object instead of text.
@@ -35,29 +36,44 @@ def doctor(*, as_json: bool = False) -> None:
     print(f"accelerator: {machine['accelerator']}")
     print(f"fast step of int8 sampling: {machine['fast_step']}")
     for extra, packages in report["extras"].items():
-        absent = [name for name, version in packages.items() if version is None]
-        state = f"missing {', '.join(absent)}" if absent else "complete"
-        print(f"\n{extra or 'plain install'}: {state}")
-        if absent and extra:
-            print(f"  pip install '{DISTRIBUTION}[{extra}]'")
-        for name, version in packages.items():
-            print(f"  {name:<20} {version or '-'}")
+        _print_packages(extra, packages, report["too_old"].get(extra, {}))
+    if not report["extras"]:
+        print(f"\npackages and weights: not known, {DISTRIBUTION} runs without being installed")
+        print("  pip install -e . where its setup.py lies")
     print("\noutside the package index")
     for name, version in report["outside"].items():
         print(f"  {name:<20} {version or '- (see docs/segmenters.md)'}")
-    print("\nweights (mas fetch-weights STAGE)")
+    if report["weights"]:
+        print("\nweights (mas fetch-weights STAGE)")
     for weights in report["weights"]:
         mark = "there" if weights["present"] else "-"
         print(f"  {weights['stage']:<10} {weights['name']:<22} {mark:<6} {weights['path']}")
     print(f"\nshipped models: {', '.join(report['models']) or 'none'}, in {_models()}")
 
 
+def _print_packages(extra: str, packages: dict[str, str | None], old: dict[str, str]) -> None:
+    absent = [name for name, version in packages.items() if version is None]
+    faults = {"missing": absent, "too old": old}
+    state = [f"{fault} {', '.join(names)}" for fault, names in faults.items() if names]
+    print(f"\n{extra or 'plain install'}: {'; '.join(state) or 'complete'}")
+    if state:
+        print(f"  pip install '{DISTRIBUTION}{f'[{extra}]' if extra else ''}'")
+    for name, version in packages.items():
+        needs = f"  needs {old[name]}" if name in old else ""
+        print(f"  {name:<20} {version or '-'}{needs}")
+
+
 def examine() -> dict[str, Any]:
-    """The report as a dictionary: version, machine, extras, outside, weights, models."""
+    """The report as a dictionary: version, machine, extras, too_old, outside, weights, models."""
+    required = _required()
     return {
         "version": mas.__version__,
         "machine": _machine(),
-        "extras": _extras(),
+        "extras": {
+            extra: {each.name: _version(each.name) for each in requirements}
+            for extra, requirements in required.items()
+        },
+        "too_old": {extra: old for extra, each in required.items() if (old := _too_old(each))},
         "outside": {"detectron2": _version("detectron2")},
         "weights": _weights(),
         "models": sorted(p.parent.name for p in _models().glob("*/model_index.json")),
@@ -85,17 +101,32 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _extras() -> dict[str, dict[str, str | None]]:
-    """Required packages per extra ('' = plain install) with their installed versions."""
-    found: dict[str, dict[str, str | None]] = {}
-    for requirement in importlib.metadata.requires(DISTRIBUTION) or []:
-        extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
-        key = extra.group(1) if extra else ""
-        if key == "all":
-            continue
-        name = re.match(r"[\w.-]+", requirement)
-        if name:
-            found.setdefault(key, {})[name.group()] = _version(name.group())
+def _required() -> dict[str, list[Requirement]]:
+    """Required packages by extra ('' = plain install); empty where mas is not installed."""
+    try:
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
+        extras = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a folder on the path
+        return {}
+    plain: list[Requirement] = []
+    optional: list[Requirement] = []
+    for requirement in map(Requirement, lines):
+        needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        (plain if needed else optional).append(requirement)
+    return {"": plain} | {
+        extra: [each for each in optional if each.marker and each.marker.evaluate({"extra": extra})]
+        for extra in extras
+        if extra != "all"
+    }
+
+
+def _too_old(requirements: list[Requirement]) -> dict[str, str]:
+    """The versions asked for of packages that are installed in older ones, by name."""
+    found = {}
+    for each in requirements:
+        version = _version(each.name)
+        if version and not each.specifier.contains(version, prereleases=True):
+            found[each.name] = str(each.specifier)
     return found
 
 

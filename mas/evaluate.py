@@ -27,20 +27,23 @@ from mas.figures import (
     compare_scenes,
     compare_sets,
     count_codes,
+    measure_clip,
     measure_distance,
     measure_diversity,
     measure_reader,
     measure_tokenizers,
     obey,
     plain,
+    share_claims,
 )
 from mas.model import MakeAScene
 from mas.model_folder import SHIPPED, find_folder
-from mas.obedience import CLAIMS
+from mas.obedience import CLAIMS, Obedience
 from mas.precision import Precision
 from mas.reader import Reader
 from mas.report import Row, name_guidance, write_report
 from mas.request import check_candidates
+from mas.rerank import Clip, Judge
 from mas.storage import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -88,6 +91,7 @@ def evaluate(
     unseen: str | None = None,
     reader: Path | None = None,
     extractor: Path | None = None,
+    clip: str | None = None,
     count: int = 200,
     guidance: list[float] | None = None,
     scene_candidates: int | None = None,
@@ -111,6 +115,8 @@ def evaluate(
             that ships with the model.
         extractor: file of a feature extractor, such as Inception's weights, for FID and KID as they
             are published.
+        clip: which CLIP gives the CLIP score: a folder, or a hub id that was downloaded before
+            (default: not measured).
         count: pictures, spread evenly over the shards.
         guidance: of scene and picture, one or more; more are a sweep, whose best is used for
             everything else (default: the model's, which may differ for the two).
@@ -132,13 +138,16 @@ def evaluate(
     others = read_cases(unseen, count) if unseen else None
     eye = find_reader(reader, find_folder(model))
     features = Extractor(extractor) if extractor else None
+    matcher = None if clip is None else Clip.from_pretrained(clip, device=device)
     network = MakeAScene.from_pretrained(model, device=device, precision=precision)
     if scene_candidates is not None:
         check_candidates(scene_candidates, network.judge)
         network.scene_candidates = scene_candidates
     start = time.perf_counter()
     examiner = Examiner(network, eye, seed=seed, batch=batch)
-    figures, rows = examine(examiner, cases, others, plan, features)
+    figures, rows = examine(examiner, cases, others, plan, features, matcher)
+    if matcher:
+        figures["clip"]["model"] = clip
     about = {
         "model": {"name": model, "sha256": network.sha256, "precision": network.precision},
         "input": {"shards": input, "pictures": len(cases.cases), "unseen": unseen},
@@ -173,6 +182,7 @@ def examine(
     others: Cases | None,
     plan: Plan,
     extractor: Extractor | None = None,
+    clip: Judge | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
     """All figures and the rows of the sample sheet.
 
@@ -182,23 +192,29 @@ def examine(
         others: what it has seen no combination of; None: not asked.
         plan: how much is asked.
         extractor: of features for published distances; None: not asked.
+        clip: of the CLIP score; None: not asked.
     """
     check_cases(examiner, cases, others, sweep=plan.sweeps)
     if extractor:
         extractor(examiner.to_image([cases.cases[0].pixels(examiner.model.vqgan.config.size)]))
     with tqdm(desc="evaluate", unit=" pictures", disable=None) as examiner.bar:
-        examiner.bar.total = count_pictures(cases, others, plan)
+        examiner.bar.total = count_pictures(cases, others, plan, scored=clip is not None)
         real = examiner.look(cases.cases)
         sweep = try_guidances(examiner, cases, real, plan)
         guidance = choose_guidance(sweep) if sweep else next(iter(plan.guidances), None)
         answers = answer(examiner, cases.cases, guidance, real)
-        figures = {
+        judged = {
             "caption": obey(cases, cases.cases, answers.made),
             "caption_real": obey(cases, cases.cases, real),
-            **measure_unseen(examiner, others, guidance),
+            **judge_unseen(examiner, others, guidance),
+        }
+        scored = {"": answers.made, "_scene": answers.followed, "_real": real}
+        figures = {
+            **share_claims(judged),
             **measure(examiner, cases.cases, answers, seeds=plan.seeds),
             "published_distance": extractor
             and measure_distance(extractor, examiner, answers.made, real),
+            "clip": clip and measure_clip(clip, examiner, cases.cases, scored),
             "sweep": sweep,
         }
     asked_for = {name: value for name, value in figures.items() if value}
@@ -206,12 +222,13 @@ def examine(
     return figures, show(cases.cases, answers)
 
 
-def count_pictures(cases: Cases, others: Cases | None, plan: Plan) -> int:
-    """How many are painted or read, for the bar."""
+def count_pictures(cases: Cases, others: Cases | None, plan: Plan, *, scored: bool) -> int:
+    """How many are painted, read, or `scored` by CLIP, for the bar."""
     asked = len(cases.cases)
     tried = min(plan.sweep_count, asked) if plan.sweeps else 0
     unseen = len(others.cases) if others else 0
-    return 5 * asked + len(plan.guidances) * tried + plan.seeds * min(DIVERSE, asked) + 2 * unseen
+    seen = (9 if scored else 5) * asked + 2 * unseen
+    return seen + len(plan.guidances) * tried + plan.seeds * min(DIVERSE, asked)
 
 
 def answer(
@@ -250,9 +267,9 @@ def measure(
     }
 
 
-def measure_unseen(
+def judge_unseen(
     examiner: Examiner, others: Cases | None, guidance: float | None
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Obedience | None]:
     """Claims kept in combinations that the training never showed; none where none are asked."""
     if others is None:
         return {}
@@ -329,8 +346,9 @@ def try_guidances(examiner: Examiner, cases: Cases, real: Made, plan: Plan) -> l
     entries = []
     for guidance in plan.guidances:
         made = examiner.paint(tried, guidance)
-        obeyed, distances = obey(cases, tried, made), compare_sets(made, real)
-        entries.append({"guidance": guidance, "caption": obeyed, "distribution": distances})
+        obeyed = share_claims({"caption": obey(cases, tried, made)}) or {"caption": {}}
+        distances = compare_sets(made, real)
+        entries.append({"guidance": guidance, **obeyed, "distribution": distances})
     return entries
 
 
@@ -372,5 +390,7 @@ def summary(figures: Mapping[str, Any]) -> str:
     parts = [f"{name} {caption[name]:.0%}" for name in CLAIMS if caption.get(name) is not None]
     if "scene" in figures:
         parts.append(f"scene mIoU {figures['scene']['miou']:.2f}")
+    if "clip" in figures:
+        parts.append(f"CLIP score {figures['clip']['clip_score']:.1f}")
     parts.append(f"VQ-SEG mIoU {figures['vqseg']['miou']:.2f}")
     return f"{', '.join(parts)} ({name_guidance(figures['sampling'])})"

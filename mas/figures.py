@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mas.cases import Case, Cases, resize
@@ -21,6 +22,7 @@ from mas.examiner import Examiner, Made
 from mas.features import DistanceMetrics, Extractor
 from mas.metrics import CodeMetrics, PictureMetrics, SceneMetrics
 from mas.obedience import Obedience, Seen
+from mas.rerank import Judge
 from mas.scene import CLASS_NAMES, FACE_IDS, HUMAN_IDS, THINGS
 
 GROUPS = {
@@ -31,10 +33,10 @@ GROUPS = {
 }
 
 
-def obey(cases: Cases, asked: Sequence[Case], made: Made) -> dict[str, float]:
-    """Shares of the captions' claims that hold; empty where captions come without facts."""
+def obey(cases: Cases, asked: Sequence[Case], made: Made) -> Obedience | None:
+    """Judges what captions claim; None where captions come without facts."""
     if not cases.has_facts:
-        return {}
+        return None
     judge = Obedience(cases.lights)
     for i, case in enumerate(asked):
         scene = made.scenes[i]
@@ -48,7 +50,21 @@ def obey(cases: Cases, asked: Sequence[Case], made: Made) -> dict[str, float]:
                 time=made.times[i],
             ),
         )
-    return {**judge.compute(), "captions": len(asked)}
+    return judge
+
+
+def share_claims(judged: Mapping[str, Obedience | None]) -> dict[str, Any]:
+    """Shares of claims that hold under each name, and under `claims` what they were counted from.
+
+    Empty where nothing was judged.
+    """
+    judges = {name: judge for name, judge in judged.items() if judge}
+    if not judges:
+        return {}
+    shares = {
+        name: {**judge.compute(), "captions": len(judge.captions)} for name, judge in judges.items()
+    }
+    return {**shares, "claims": {name: judge.count() for name, judge in judges.items()}}
 
 
 def compare_scenes(sets: Mapping[str, Made]) -> dict[str, Any]:
@@ -133,6 +149,36 @@ def measure_distance(
             image_BCHW = examiner.to_image(pictures[start : start + examiner.batch])
             metrics.update(image_BCHW, real=is_real)
     return asdict(metrics.compute(seed=examiner.seed))
+
+
+def measure_clip(
+    clip: Judge, examiner: Examiner, asked: Sequence[Case], pictures: Mapping[str, Made]
+) -> dict[str, float]:
+    """CLIP score of pictures with their captions: the mean of 100 max(cosine, 0) over the pairs.
+
+    Hessel et al. 2021 (https://arxiv.org/abs/2104.08718) with the weight 100 of torchmetrics
+    instead of the paper's 2.5. `clip_score_shuffled` is that of real pictures with the captions
+    of others: what a picture reaches that has nothing to do with its caption but the world.
+
+    Args:
+        clip: gives the cosines.
+        examiner: says how many pictures at a time, and has the bar.
+        asked: the captions.
+        pictures: by suffix of the figures' names, one picture a caption; "_real" are the real ones.
+    """
+    captions = [case.caption for case in asked]
+    middle = len(captions) // 2
+    pairs = {suffix: (captions, made.pictures) for suffix, made in pictures.items()}
+    pairs["_shuffled"] = ([*captions[middle:], *captions[:middle]], pictures["_real"].pictures)
+    figures = {}
+    for suffix, (texts, painted) in pairs.items():
+        cosines: list[float] = []
+        for part in examiner.batches(asked):
+            now = slice(len(cosines), len(cosines) + len(part))
+            images = [Image.fromarray(picture) for picture in painted[now]]
+            cosines += clip.scores(texts[now], images)
+        figures[f"clip_score{suffix}"] = 100 * float(np.mean(np.maximum(cosines, 0)))
+    return figures
 
 
 def measure_diversity(

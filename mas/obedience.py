@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from mas.scene import CLASS_NAMES, SceneMap
 from mas.things import Found, find_things
 
 FORMAT = 1  # of the "park" entry this module understands
 CLAIMS = ("class", "number", "colour", "relation", "place", "time")
+CONFIDENCE = 0.95  # of the intervals around shares
 # The named colours of the park world, sRGB before shading.
 COLOURS: Mapping[str, tuple[int, int, int]] = {
     "red": (208, 44, 40), "orange": (240, 134, 36), "yellow": (246, 208, 58),
@@ -71,6 +73,29 @@ class Obedience:
         }
         whole = sum(self.captions) / len(self.captions) if self.captions else float("nan")
         return {**shares, "all": whole}
+
+    def count(self) -> dict[str, dict[str, Any]]:
+        """What each share of `compute` was counted from: `kept` of `count`, and its `interval`.
+
+        The interval is Wilson's (1927) of a proportion, `CONFIDENCE` wide; None where `count` is 0.
+        """
+        counted = {claim: (self.kept[claim], self.made[claim]) for claim in CLAIMS}
+        counted["all"] = (sum(self.captions), len(self.captions))
+        return {
+            claim: {"kept": kept, "count": count, "interval": wilson_interval(kept, count)}
+            for claim, (kept, count) in counted.items()
+        }
+
+
+def wilson_interval(kept: int, count: int) -> tuple[float, float] | None:
+    """Bounds of the share `kept` / `count` at `CONFIDENCE`; None where there is nothing to share.
+
+    Unlike the normal approximation it stays in 0–1 and has a width where all or none were kept.
+    """
+    if not count:
+        return None
+    bounds = binomtest(kept, count).proportion_ci(CONFIDENCE, method="wilson")
+    return float(bounds.low), float(bounds.high)
 
 
 def judge(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mas.obedience import CLAIMS
+from mas.obedience import CLAIMS, CONFIDENCE
 from mas.scene import SceneMap
 from mas.shards import write_file
 from mas.sheet import BACKGROUND, INK, contact_sheet
@@ -201,12 +201,24 @@ def _obedience(figures: Mapping[str, Any]) -> str:
     if not there:
         return ""
     rows = [
-        [kind if kind != "all" else "whole caption", *(figures[name][kind] for name in there)]
+        [
+            kind if kind != "all" else "whole caption",
+            *(_share(figures["claims"][name][kind]) for name in there),
+        ]
         for kind in (*CLAIMS, "all")
     ]
-    return "## Claims of captions that hold\n\n" + _table(
-        ["claim", *(columns[name] for name in there)], rows
-    )
+    text = "## Claims of captions that hold\n\n"
+    text += _table(["claim", *(columns[name] for name in there)], rows)
+    return f"{text}\n\nIn brackets: {CONFIDENCE:.0%} confidence interval, number of claims."
+
+
+def _share(claims: Mapping[str, Any]) -> str | None:
+    """A share with its interval and what it was counted from."""
+    if not claims["count"]:
+        return None
+    low, high = claims["interval"]
+    share = claims["kept"] / claims["count"]
+    return f"{share:.3f} ({low:.2f}-{high:.2f}, n={claims['count']})"
 
 
 def _scenes(figures: Mapping[str, Any]) -> str:
@@ -239,6 +251,7 @@ def _others(figures: Mapping[str, Any]) -> str:
         "vqgan": "VQ-GAN on real pictures",
         "distribution": "Distance from real pictures (features of the reader, not of Inception)",
         "published_distance": "Distance from real pictures on features of a network from a file",
+        "clip": "CLIP score: 100 max(cosine, 0) of pictures with captions",
         "diversity": "Diversity: pictures of one caption, beside real ones of different captions",
         "codes": "Codes used in generated pictures",
     }
@@ -266,7 +279,7 @@ def _sweep(sweep: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
             f"{entry['guidance']:g}",
-            *(entry["caption"][kind] for kind in kinds),
+            *(_share(entry["claims"]["caption"][kind]) for kind in kinds),
             entry["distribution"].get("fid"),
         ]
         for entry in sweep

@@ -66,8 +66,7 @@ class Clip:
             from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
         except ImportError as error:
             raise OSError(
-                f"re-ranking with CLIP needs transformers >= 5.4 ({error}): "
-                "pip install 'mini-make-a-scene[eval]'"
+                f"CLIP needs transformers >= 5.4 ({error}): pip install 'mini-make-a-scene[eval]'"
             ) from error
         folder = find_clip(name)
         try:

@@ -200,6 +200,62 @@ def test_doctor_reports_the_installation(capsys):
     assert f"fast step of int8 sampling: {report['machine']['fast_step']}" in text
 
 
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Makes packages look installed, by name and version, with what they require."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(name, version, *lines):
+        folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        about = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *lines]
+        (folder / "METADATA").write_text("\n".join(about) + "\n")
+
+    return install
+
+
+def test_doctor_reports_what_is_older_than_asked_for(install, capsys):
+    install(
+        "mini-make-a-scene", "1", "Requires-Dist: seen>=2.9", "Requires-Dist: early[all]>=1.5",
+        "Requires-Dist: of-other-pythons; python_version < '3'", "Provides-Extra: paint",
+        "Requires-Dist: brush>=2.10; extra == 'paint'", "Requires-Dist: oil; extra == 'paint'",
+        "Provides-Extra: all", "Requires-Dist: oil; extra == 'all'",
+    )  # fmt: skip
+    install("seen", "2.13.0+cpu")
+    install("early", "1.6rc1")
+    install("brush", "2.9")
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["extras"] == {
+        "": {"seen": "2.13.0+cpu", "early": "1.6rc1"},
+        "paint": {"brush": "2.9", "oil": None},
+    }
+    assert report["too_old"] == {"paint": {"brush": ">=2.10"}}
+    assert cli.main(["doctor"]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert "plain install: complete" in lines
+    start = lines.index("paint: missing oil; too old brush")
+    assert lines[start + 1] == "  pip install 'mini-make-a-scene[paint]'"
+    assert lines[start + 2].split() == ["brush", "2.9", "needs", ">=2.10"]
+
+
+def test_doctor_reports_a_plain_install_that_is_too_old(install, capsys):
+    install("mini-make-a-scene", "1", "Requires-Dist: seen>=2.9")
+    install("seen", "2.1")
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "plain install: too old seen\n  pip install 'mini-make-a-scene'\n" in text
+
+
+def test_doctor_works_where_the_package_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr("mas.doctor.DISTRIBUTION", "mas-from-a-folder")
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["extras"] == report["too_old"] == {} and report["machine"]["cores"]
+    assert cli.main(["doctor"]) == 0
+    assert "mas-from-a-folder runs without being installed" in capsys.readouterr().out
+
+
 def test_a_benchmark_prints_one_json_object(monkeypatch, capsys):
     def bench(*, photos: int = 3) -> dict[str, int]:
         """Counts photos."""

@@ -1,12 +1,12 @@
 """`mas evaluate` on a tiny model, a tiny reader and a few park pictures."""
 
-import io
 import json
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from park_shards import to_sample, write_shard
 from PIL import Image
 from torch import nn
 
@@ -24,45 +24,13 @@ from mas.model import MakeAScene
 from mas.obedience import CLAIMS
 from mas.reader import Reader, ReaderConfig
 from mas.report import draw_sweep
-from mas.scene import from_coco, merge
-from mas.shards import Sample, ShardError, ShardWriter
+from mas.shards import ShardError, ShardWriter
 from mas.storage import save_network
 from mas.weights_file import WeightsError
 from preprocess.park_truth import picture
 
 TIMES = ("morning", "day", "sunset", "night")
 PLACES = ("park", "beach", "street", "snow", "mountains", "farm")
-
-
-def to_sample(files, key, *, park=True):
-    """A scene shard's sample of a park picture."""
-    ids = np.array(Image.open(io.BytesIO(files["panoptic.png"])))
-    segments = from_coco(ids, json.loads(files["segments.json"])["segments_info"])
-    scene = merge(panoptic=segments, human=np.array(Image.open(io.BytesIO(files["human.png"]))))
-    buffer = io.BytesIO()
-    scene.to_png(buffer)
-    content = json.loads(files["json"])
-    if not park:
-        del content["park"]
-    return Sample(
-        key,
-        {
-            "jpg": files["jpg"],
-            "scene.png": buffer.getvalue(),
-            "txt": files["txt"],
-            "json": json.dumps(content).encode(),
-        },
-    )
-
-
-def write_shard(folder, *, count=6, size=32, **options):
-    folder.mkdir()
-    held_out = options.pop("held_out", "exclude")
-    with ShardWriter(str(folder / "00000.tar")) as writer:
-        for i in range(count):
-            files = picture(3, i, size=size, held_out=held_out)
-            writer.write(to_sample(files, f"{i:05}", **options))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +87,26 @@ def test_the_report_has_every_figure_of_the_contract(report):
     assert all(x is None or 0 <= x <= 1 for x in shares)
 
 
+def test_every_share_says_what_it_was_counted_from(report):
+    output, figures = report
+    captions = ("caption", "caption_real", "caption_unseen", "caption_unseen_real")
+    assert figures["claims"].keys() == {*captions}
+    for holder, names in ((figures, captions), *((e, ["caption"]) for e in figures["sweep"])):
+        for name in names:
+            counted = holder["claims"][name]
+            assert counted.keys() == {*CLAIMS, "all"}
+            for claim, of in counted.items():
+                share = holder[name][claim]
+                assert share == (of["kept"] / of["count"] if of["count"] else None)
+                assert (of["interval"] is None) == (share is None)
+            assert counted["all"]["count"] == holder[name]["captions"]
+    share, of = figures["caption"]["number"], figures["claims"]["caption"]["number"]
+    low, high = of["interval"]
+    text = output.with_suffix(".md").read_text()
+    assert f"| number | {share:.3f} ({low:.2f}-{high:.2f}, n={of['count']}) |" in text
+    assert "| relation | - |" in text or figures["claims"]["caption"]["relation"]["count"]
+
+
 def test_true_scenes_keep_the_classes_they_are_asked_for(report):
     _, figures = report
     # At 32 px the smallest things have less pixels than a thing needs.
@@ -168,7 +156,7 @@ def test_the_examiner_samples_with_the_settings_it_names(tiny_model, monkeypatch
 def test_the_report_is_written_for_people_too(report):
     output, figures = report
     text = output.with_suffix(".md").read_text()
-    assert f"| class | {figures['caption']['class']:.3f} |" in text
+    assert f"| class | {figures['caption']['class']:.3f} (" in text
     assert "not of Inception" in text
     for kind in ("samples", "sweep"):
         assert f"report.{kind}.png" in text
@@ -206,7 +194,7 @@ def test_a_model_that_paints_the_truth_reaches_the_ceiling(run, monkeypatch):
 
 def test_other_shards_are_measured_without_the_facts_of_the_park(run):
     _, figures = run("photos")
-    assert not figures.keys() & {"caption", "caption_real", "reader"}
+    assert not figures.keys() & {"caption", "caption_real", "claims", "reader"}
     assert figures.keys() >= {"scene", "vqseg", "vqgan", "distribution", "diversity", "codes"}
 
 

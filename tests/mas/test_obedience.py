@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mas.obedience import COLOURS, FORMAT, Obedience, Seen, judge, read_colour, relates
+from mas.obedience import (
+    COLOURS,
+    FORMAT,
+    Obedience,
+    Seen,
+    judge,
+    read_colour,
+    relates,
+    wilson_interval,
+)
 from mas.scene import CLASS_NAMES, from_coco, merge
 from mas.things import find_things
 from preprocess.park_colours import COLOURS as PAINT
@@ -140,6 +149,31 @@ def test_shares_are_of_claims_and_nan_where_nothing_was_claimed():
     assert shares["class"] == 1 and shares["number"] == 0.5 and shares["colour"] == 0.5
     assert shares["all"] == 0.5
     assert np.isnan(shares["relation"]) and np.isnan(shares["place"])
+
+
+def test_every_share_comes_with_what_it_was_counted_from():
+    judge_all = Obedience({})
+    for scene in (TWO_DOGS, TWO_DOGS, draw(LEFT)):
+        judge_all.update(facts(CLAIM), see(scene))
+    counted, shares = judge_all.count(), judge_all.compute()
+    assert counted.keys() == shares.keys()
+    assert (counted["class"]["kept"], counted["class"]["count"]) == (3, 3)
+    assert (counted["number"]["kept"], counted["number"]["count"]) == (2, 3)
+    assert (counted["all"]["kept"], counted["all"]["count"]) == (2, 3)
+    assert counted["place"] == {"kept": 0, "count": 0, "interval": None}
+    for claim, share in shares.items():
+        if counted[claim]["count"]:
+            low, high = counted[claim]["interval"]
+            assert share == counted[claim]["kept"] / counted[claim]["count"]
+            assert 0 <= low <= share <= high <= 1 and low < high
+
+
+@pytest.mark.parametrize(("kept", "count"), [(109, 119), (0, 5), (100, 100), (1, 1), (7, 18)])
+def test_intervals_are_wilsons(kept, count):
+    z, share = 1.959964, kept / count  # of 95 %
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    spread = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + (z / count / 2) ** 2)
+    assert wilson_interval(kept, count) == pytest.approx((middle - spread, middle + spread))
 
 
 def test_true_park_pictures_keep_nearly_all_claims():
