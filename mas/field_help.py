@@ -39,7 +39,9 @@ def field_comments(config: type) -> dict[str, str]:
     }
     alone = {i for i, line in enumerate(source.splitlines(), 1) if line.lstrip().startswith("#")}
     found = {}
-    for node in ast.walk(ast.parse(source)):
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    for node in definition.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
             text = [comments[i] for i in lines if i in comments]

@@ -26,6 +26,11 @@ class Sizes(Base):
     grid: int = 8  # tokens a side
     bare: int = 1
 
+    def count(self) -> int:
+        """Tokens."""
+        grid: int = self.grid**2  # no field
+        return grid
+
 
 def make(sizes: Sizes = Sizes(), *, own: int = 1) -> None:
     """Makes something."""
