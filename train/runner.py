@@ -210,9 +210,11 @@ class TrainCLI(LightningCLI):
                 if is_out_of_memory(error):
                     raise ValueError(self._advise_on_memory()) from error
                 if is_lost_process(error):
+                    reason = str(error).strip().partition("\n")[0]
                     raise ValueError(
                         "another process of this training has ended or cannot be reached: look "
-                        "at what it said last, then go on with --ckpt_path last"
+                        "at what it said last, then go on with --ckpt_path last; the network "
+                        f"between them said: {reason}"
                     ) from error
                 raise
 

@@ -173,6 +173,18 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(launch, tmp_path):
     assert_each_once_an_epoch(before + collect(tmp_path, "stopped"))
 
 
+def test_processes_that_do_not_find_each_other_are_told_why(words, tmp_path):
+    settings = {"trainer__max_steps": 1, "trainer__devices": len(RANKS)}
+    arguments = words("vqseg", "run", trainer__strategy="ddp", **settings)
+    with socket.create_server(("", 0)) as taken:
+        environment = torchrun_environment(0, str(taken.getsockname()[1]))
+        process = start(arguments, log=tmp_path / "log", environment=environment)
+        assert finish(process) == [1]
+    said = (tmp_path / "log").read_text()
+    assert "cannot be reached" in said and "address already in use" in said
+    assert "Traceback" not in said
+
+
 def test_ranks_agree_on_which_checkpoint_is_best(launch, tmp_path):
     """Of the loss of a training step every rank has logged its own."""
     settings = {"checkpoints__monitor": "train/loss", "trainer__val_check_interval": 1}
