@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -87,13 +87,20 @@ class FilesSource:
             on_reject(*refusal)
 
 
+class _State(NamedTuple):
+    """What tells a file from an earlier one of its name; as small as millions of them want it."""
+
+    size: int | None = None  # bytes; None = not known
+    modified: float = 0.0  # seconds since 1970; 0 = not known
+
+
 @dataclass
 class _Listing:
     """Loose files sorted into samples, in the order of the shards to be made of them."""
 
     entries: list[Entry] = field(default_factory=list)
     refused: list[tuple[int, Refusal]] = field(default_factory=list)  # behind so many entries
-    details: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # of the files, by path
+    states: dict[str, _State] = field(default_factory=dict)  # of the files, by path
 
     def refuse(self, key: str, reason: Reject, detail: str) -> None:
         self.refused.append((len(self.entries), (key, reason.value, detail)))
@@ -185,7 +192,7 @@ def _cut(name: str, listing: _Listing, samples_per_shard: int) -> list[Job]:
 
     A shard's fingerprint tells its samples only: they alone decide what is written.
     """
-    entries, details = listing.entries, listing.details
+    entries, states = listing.entries, listing.states
     starts = range(0, len(entries), samples_per_shard)
     refused: list[list[Refusal]] = [[] for _ in starts]
     for place, refusal in listing.refused:
@@ -194,13 +201,13 @@ def _cut(name: str, listing: _Listing, samples_per_shard: int) -> list[Job]:
     for start in starts:
         part = tuple(entries[start : start + samples_per_shard])
         told = [
-            (key, [(e, details.get(path, {}).get("size")) for e, path in paths.items()], contents)
+            (key, [(e, states.get(path, _State()).size) for e, path in paths.items()], contents)
             for key, paths, contents in part
         ]
         digest = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
         source = FilesSource(name, part, tuple(refused[len(jobs)]))
         times = (
-            _modified(details.get(path, {})) for _, paths, _ in part for path in paths.values()
+            states.get(path, _State()).modified for _, paths, _ in part for path in paths.values()
         )
         job = Job(f"{len(jobs):05d}", source, fingerprint=f"files {digest}", modified=max(times))
         jobs.append(job)
@@ -231,7 +238,7 @@ def _list_folder(folder: str) -> _Listing:
         groups[stem].setdefault(ending, []).append(name)
         if ending in (*COMPANIONS, *EXTENSIONS):
             urls[name] = _url(filesystem, path, folder)
-            listing.details[urls[name]] = about
+            listing.states[urls[name]] = _State(about["size"], _modified(about))
     kept: dict[str, str] = {}  # key -> name of the photo
     for stem, group in sorted(groups.items()):
         _add_group(listing, stem, group, urls, kept)
