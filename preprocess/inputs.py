@@ -166,10 +166,16 @@ def _check_tars(input: str, paths: Sequence[str]) -> None:
             else f"{input}: is a single picture; {takes}: put it into a folder of its own with its "
             "caption, and name the folder"
         )
-    for path in paths:
+    if paths and not _is_tar(paths[0]):  # the first speaks for all: opening each may take hours
+        raise ShardError(f"{paths[0]}: is no tar; {takes}")
+
+
+def _is_tar(path: str) -> bool:
+    try:
         with _open(path) as file:
-            if not tarfile.is_tarfile(file):
-                raise ShardError(f"{path}: is no tar; {takes}")
+            return tarfile.is_tarfile(file)
+    except IsADirectoryError:
+        return False
 
 
 def _is_picture(name: str) -> bool:

@@ -245,6 +245,23 @@ def test_a_tar_is_one_whatever_its_name(tmp_path):
     assert (job.name, read([job])[0].keys()) == ("shard-1", {"a"})
 
 
+def test_of_tars_with_other_names_one_is_looked_into(tmp_path, monkeypatch):
+    """A hundred thousand of them in a store would be hours before the run begins."""
+    for number in range(3):
+        write_photos(tmp_path / f"shard-{number}", [photo_sample("a")])
+    opened = []
+    monkeypatch.setattr("preprocess.inputs._open", lambda p: opened.append(p) or open(p, "rb"))
+    assert len(find_jobs(f"{tmp_path}/*")) == 3
+    assert opened == [f"{tmp_path}/shard-0"]
+
+
+def test_a_pattern_that_names_folders_is_told_what_input_takes(tmp_path):
+    (tmp_path / "x").mkdir()
+    write_photos(tmp_path / "x" / "0.tar", [photo_sample("a")])
+    with pytest.raises(ShardError, match="x: is no tar; --input takes tar shards, or a folder"):
+        find_jobs(f"{tmp_path}/*")
+
+
 def test_shards_that_lie_deeper_are_told_how_to_be_named(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
