@@ -33,7 +33,9 @@ Report = Callable[[int], None]  # a worker tells how many more items it has seen
 
 ATTEMPTS = 3  # a shard that failed so often is set aside
 WAIT_SECONDS = (1.0, 5.0)  # before the second and the third attempt
-TROUBLED = 5  # shards that failed, none for its data, before any is made: no other would do better
+# So many shards that failed, none for its data, before any is made: no other would do better. Where
+# more workers are at work, as many as they are, for what is good takes longer than what fails.
+TROUBLED = 5
 OUTPUT_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no shard could be written: stop
 
 
@@ -316,9 +318,10 @@ def _take_in(outcomes: Iterable[Outcome], summary: Summary, bar: ProgressBar) ->
             where = f" (on {outcome.host})" if outcome.host else ""
             logger.error("shard %s failed: %s%s", outcome.name, outcome.error, where)
             troubled += bool(outcome.host)
-            if troubled == TROUBLED and not made:
+            left = summary.shards - summary.skipped - len(summary.failed)
+            if troubled == max(TROUBLED, bar.workers) and left and not made:
                 raise OSError(
-                    f"{TROUBLED} shards failed and none was made; it is not their data, the last "
+                    f"{troubled} shards failed and none was made; it is not their data, the last "
                     f"one says: {outcome.error}{where}; mend it, then add --retry-failed"
                 )
         else:

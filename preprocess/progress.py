@@ -79,6 +79,7 @@ class ProgressBar:
         self.failed = 0
         self.made = 0  # shards of this run
         self.skipped = 0  # shards of earlier runs
+        self.workers = 1  # at work at once
         self.pull: Callable[[], int | None] = lambda: None  # what workers elsewhere have seen
         self._start = 0.0  # of the first shard; workers need time to come up
         self._beat = 0.0

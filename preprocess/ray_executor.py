@@ -181,7 +181,11 @@ def run_on_ray(
         counter = _start_counter()
         watch = _Watch(counter, config)
         bar.pull = watch.pull
-        for row in _dataset(jobs, (factory, folder, common, counter), config).iter_rows():
+        resources = ray.cluster_resources()
+        _warn_of_idle_gpus(config, resources)
+        bar.workers = min(_count_workers(config, resources), len(jobs))
+        arguments = factory, folder, common, counter
+        for row in _dataset(jobs, arguments, bar.workers, config).iter_rows():
             yield pickle.loads(row["outcome"])
         bar.add(watch.pull())
     except ray.exceptions.RayError as error:
@@ -192,17 +196,15 @@ def run_on_ray(
             ray.shutdown()
 
 
-def _dataset(jobs: Sequence[Job], arguments: tuple[Any, ...], config: ExecutorConfig) -> Any:
-    """One row a job, made by a pool of `_RayRunner`, each with these arguments."""
-    import ray
+def _dataset(
+    jobs: Sequence[Job], arguments: tuple[Any, ...], workers: int, config: ExecutorConfig
+) -> Any:
+    """One row a job, made by a pool of so many `_RayRunner`, each with these arguments."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.execution_options = ray.data.ExecutionOptions(preserve_order=False)
     context.enable_progress_bars = False
-    resources = ray.cluster_resources()
-    _warn_of_idle_gpus(config, resources)
-    workers = min(_count_workers(config, resources), len(jobs))
     rows = [{"job": pickle.dumps(job)} for job in jobs]
     return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _RayRunner,

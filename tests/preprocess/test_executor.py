@@ -11,7 +11,9 @@ import pytest
 from counting_worker import BrokenWorker, CountingWorker
 
 from mas.shards import ShardError
-from preprocess.executor import ExecutorConfig, Job, execute
+from preprocess.executor import ExecutorConfig, Job, Outcome, Summary, execute
+from preprocess.executor import _take_in as take_in
+from preprocess.progress import ProgressBar
 from preprocess.run_folder import FolderError, RunFolder
 from preprocess.status import preprocess_status
 
@@ -127,6 +129,25 @@ def test_a_run_in_which_something_works_goes_on(world, first):
     kind = "bug bug bug" if not first else "data"
     world.plan(n00000=first, **{f"n{name}": kind for name in NAMES[1:]})
     assert len(world.run().failed) == 5 + bool(first)
+
+
+def test_the_last_shards_may_all_fail(world):
+    """Nothing is left that would have to be kept from failing: the run tells of them at its end."""
+    bad = {f"n{name}": "bug bug bug" for name in NAMES[1:]}
+    for retry in (False, True):
+        world.plan(**bad)
+        summary = world.run(retry_failed=retry)
+        assert (summary.skipped, len(summary.failed)) == (int(retry), 5)
+
+
+def test_of_many_workers_each_may_fail_once_before_a_run_is_given_up(world):
+    """Bad shards end within seconds, good ones may take an hour."""
+    bar = ProgressBar(RunFolder(str(world.output)), 100, unit="item")
+    bad = [Outcome(str(number), error="killed its worker", host="node") for number in range(8)]
+    bar.workers = 8
+    assert take_in([*bad[:7], Outcome("good", stats={})], Summary(100), bar) == ["good"]
+    with pytest.raises(OSError, match=r"^8 shards failed and none was made"):
+        take_in(bad, Summary(100), bar)
 
 
 def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(world):
