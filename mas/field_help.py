@@ -30,8 +30,14 @@ def explain_fields(parser: Any) -> None:
 
 
 def field_comments(config: type) -> dict[str, str]:
-    """The comment behind each field that a dataclass adds, else the lines of comment above it."""
-    source = dedent(inspect.getsource(config))
+    """The comment behind each field that a dataclass adds, else the lines of comment above it.
+
+    Empty where a program was installed without its sources.
+    """
+    try:
+        source = dedent(inspect.getsource(config))
+    except OSError:
+        return {}
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)

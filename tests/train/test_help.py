@@ -40,6 +40,17 @@ def test_comments_stand_behind_a_field_or_above_it():
     assert field_comments(Sizes) == {"share": "Of the pixels, 0 to 100 %.", "grid": "tokens a side"}
 
 
+def test_without_sources_there_are_options_without_words(monkeypatch):
+    def no_source(thing):
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr("inspect.getsource", no_source)
+    parser = jsonargparse.ArgumentParser()
+    parser.add_function_arguments(make)
+    explain_fields(parser)
+    assert "--sizes.width" in parser.format_help()
+
+
 def test_options_below_a_config_get_its_comments_inherited_ones_too():
     parser = jsonargparse.ArgumentParser()
     parser.add_function_arguments(make)
