@@ -186,8 +186,9 @@ def test_who_waits_is_told_and_may_stop(chromium, tmp_path):
 
 def test_the_chosen_scene_is_the_one_that_is_drawn_on(visitor):
     files = visitor.paint("a giraffe in the park")
-    visitor.page.locator(".shown").nth(1).locator("button.thumbnail-item").nth(2).click()
-    visitor.page.wait_for_timeout(500)
+    thumbnail = visitor.page.locator(".shown").nth(1).locator("button.thumbnail-item").nth(2)
+    with visitor.page.expect_response("**/gradio_api/run/predict*"):  # which one was chosen
+        thumbnail.click()
     visitor.click("Draw on the chosen scene")
     chosen = scene_of(files, "0002.scene.png")
     visitor.see_scene(chosen)
