@@ -174,12 +174,14 @@ def test_fingers_draw_and_the_page_fits(chromium, address, size):
     assert page.evaluate("scrollY") == top
     labels = visitor.scene().labels
     assert (labels[8, 8:25] == DOG).all() and (labels[13:] == VOID).all()
-    page.locator("canvas").scroll_into_view_if_needed()
-    visitor.settle()
-    send("touchStart", (20, 8))  # with two fingers the page is moved, nothing is drawn
-    send("touchStart", (20, 8), (20, 20))
-    send("touchEnd")
-    assert np.array_equal(visitor.scene().labels, labels)
+    for tool in ("Brush", "Fill"):
+        visitor.take(tool)
+        page.locator("canvas").scroll_into_view_if_needed()
+        visitor.settle()
+        send("touchStart", (20, 8))  # with two fingers the page is moved, nothing is drawn
+        send("touchStart", (20, 8), (20, 20))
+        send("touchEnd")
+        assert np.array_equal(visitor.scene().labels, labels)
     context.close()
 
 
