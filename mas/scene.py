@@ -371,7 +371,7 @@ def snap_colours(rgba: np.ndarray, source: str | Path = "drawing") -> np.ndarray
     colours = packed[:, None] >> np.array([16, 8, 0]) & 255
     ids = np.append(np.arange(CLASSES), VOID).astype(np.uint8)
     palette = PALETTE[ids].astype(np.float32)  # exact: all numbers here are whole and below 2^24
-    nearest, distances = (np.empty(len(colours), kind) for kind in (np.uint8, np.float32))
+    nearest, distances = np.empty(len(colours), np.uint8), np.empty(len(colours), np.float32)
     for start in range(0, len(colours), 4096):
         chunk = colours[start : start + 4096].astype(np.float32)
         squared = (palette**2).sum(1) - 2 * chunk @ palette.T  # less that of the colour itself
