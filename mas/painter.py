@@ -90,7 +90,7 @@ class Painter:
     def __init__(self, model: MakeAScene) -> None:
         self.model = model
         self._line: list[threading.Event] = []  # who is served, and who waits; each may be set
-        self._moved = threading.Condition()  # guards the line
+        self._moved = threading.Condition()  # guards the line and the stops
         self._stops: dict[str, threading.Event] = {}  # by visitor
         self._workers: set[threading.Thread] = set()
 
@@ -119,13 +119,15 @@ class Painter:
                 yield item
         finally:
             stop.set()  # also when the visitor has left; the worker ends by itself
-            if self._stops.get(visitor) is stop:
-                del self._stops[visitor]
+            with self._moved:
+                if self._stops.get(visitor) is stop:
+                    del self._stops[visitor]
 
     def stop(self, visitor: str = "") -> None:
         """Ends what this visitor is waiting for, after the step at hand."""
-        if visitor in self._stops:
-            self._stops[visitor].set()
+        with self._moved:
+            if visitor in self._stops:
+                self._stops[visitor].set()
 
     def close(self) -> None:
         """Stops everything and waits until it has ended."""

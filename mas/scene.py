@@ -370,13 +370,13 @@ def snap_colours(rgba: np.ndarray, source: str | Path = "drawing") -> np.ndarray
     inverse = inverse.reshape(opaque.shape)
     colours = packed[:, None] >> np.array([16, 8, 0]) & 255
     ids = np.append(np.arange(CLASSES), VOID).astype(np.uint8)
-    nearest = np.empty(len(colours), np.uint8)
-    distances = np.empty(len(colours))
+    palette = PALETTE[ids].astype(np.float32)  # exact: all numbers here are whole and below 2^24
+    nearest, distances = np.empty(len(colours), np.uint8), np.empty(len(colours), np.float32)
     for start in range(0, len(colours), 4096):
-        chunk = colours[start : start + 4096].astype(np.float64)
-        squared = ((chunk[:, None] - PALETTE[ids].astype(np.float64)) ** 2).sum(-1)
+        chunk = colours[start : start + 4096].astype(np.float32)
+        squared = (palette**2).sum(1) - 2 * chunk @ palette.T  # less that of the colour itself
         nearest[start : start + 4096] = ids[squared.argmin(1)]
-        distances[start : start + 4096] = np.sqrt(squared.min(1))
+        distances[start : start + 4096] = np.sqrt((chunk**2).sum(1) + squared.min(1))
     far = opaque & (distances > SNAP_DISTANCE)[inverse]
     if far.any():
         panoptic = "; a COCO panoptic PNG needs its JSON beside it" if far.mean() > 0.5 else ""

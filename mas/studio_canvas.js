@@ -230,8 +230,9 @@ const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], Arrow
 function keyOnCanvas(event) {
   pointer ??= [size / 2, size / 2];
   if (event.key === " " || event.key === "Enter") {
-    if (before) finish();
-    else begin(pointer, event.altKey);
+    if (!before) begin(pointer, event.altKey);
+    else finish();
+    if (atOnce()) finish();
   } else if (event.key in ARROWS) {
     const step = event.shiftKey ? 1 : Math.round(size / grid / 2);
     const moved = pointer.map((x, axis) => x + ARROWS[event.key][axis] * step);

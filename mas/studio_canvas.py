@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def build_canvas(size: int, grid: int, names: Sequence[str]) -> gr.HTML:
         grid: cells a side of it.
         names: of the classes that can be drawn.
     """
+    opening = threading.Lock()  # small files may hold scenes of gigabytes: one at a time
 
     def save_scene(value: Any) -> dict[str, str]:
         """What is on the canvas as the PNG that `mas sample` reads, in base64; or what is wrong."""
@@ -54,10 +56,12 @@ def build_canvas(size: int, grid: int, names: Sequence[str]) -> gr.HTML:
     def open_scene(content: Any) -> dict[str, Any]:
         """A file, in base64, as what puts it on the canvas; or what is wrong."""
         try:
-            scene, warnings = _read_file(content)
+            with opening:
+                scene, warnings = _read_file(content)
+                scene = scene.resized(size)
         except ValueError as error:
             return {"error": str(error)}
-        return {"drawing": draw_scene(scene.resized(size)), "warnings": warnings}
+        return {"drawing": draw_scene(scene), "warnings": warnings}
 
     return gr.HTML(
         html_template=(FOLDER / "studio_canvas.html").read_text("utf-8"),

@@ -175,7 +175,9 @@ function newThing() {
   while (used.has(thing) && thing < 255) thing++;
 }
 
-// A stroke from where the pointer is pressed to where it is let go
+// A stroke from where the pointer is pressed to where it is let go; a second finger takes it back
+
+const atOnce = () => tool() === "fill" || tool() === "stamp"; // all is done where it begins
 
 function begin(point, picking) {
   const i = point[1] * size + point[0];
@@ -187,18 +189,14 @@ function begin(point, picking) {
   reach = radius();
   if (tool() === "fill") {
     for (const k of region(i, oneThing)) put(k % size, Math.floor(k / size));
-    return finish();
-  }
-  if (tool() === "stamp") {
+  } else if (tool() === "stamp") {
     newThing();
     eachOfStamp(point, put);
-    return finish();
-  }
-  move(point);
+  } else move(point);
 }
 
 function move(point) {
-  if (before) {
+  if (before && !atOnce()) {
     if (tool() === "rectangle" || tool() === "ellipse") {
       state = copy(before);
       shape(begun, point, tool() === "ellipse");

@@ -18,6 +18,20 @@ from mas.scene import CLASS_NAMES, PALETTE, VOID, SceneMap
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 LOOK, LOOKED_AT = (40, -60), (12, 18)  # in pixels from the canvas' middle; row, column of a scene
+# Resolves when nothing has moved for ten frames on end; a busy page draws none.
+AT_REST = """() => new Promise((resolve) => {
+  let last = null;
+  let calm = 0;
+  const look = () => {
+    const { x, y, width } = document.querySelector('canvas').getBoundingClientRect();
+    const now = String([x, y, width, scrollX, scrollY, document.documentElement.scrollHeight]);
+    calm = now === last ? calm + 1 : 0;
+    last = now;
+    if (calm < 10) requestAnimationFrame(look);
+    else resolve();
+  };
+  look();
+})"""
 
 
 class Studio:
@@ -72,7 +86,21 @@ class Visitor:
         self.page = page
         self.colour = None  # of the brush
         page.goto(address)
+        self.arrive()
         self.see(LOOK, (255, 255, 255))
+
+    def arrive(self):
+        """Waits until the canvas answers to hands, and lies where it will stay."""
+        self.page.locator("[data-is=brush]").get_by_text("airplane").wait_for()
+        self.settle()
+
+    def settle(self):
+        """Waits until the page has come to rest."""
+        self.page.evaluate(AT_REST)
+
+    def reload(self):
+        self.page.reload()
+        self.arrive()
 
     def click(self, name):
         self.page.get_by_role("button", name=name, exact=True).click()
@@ -105,11 +133,18 @@ class Visitor:
         box = self.page.get_by_label("Find a class")
         box.fill(name)
         box.press("Enter")
-        self.page.get_by_role("radio", name=tool, exact=True).check(force=True)
+        self.take(tool)
         self.colour = PALETTE[CLASS_NAMES.index(name)]
+
+    def take(self, name):
+        """Clicks on a tool or a class, wherever it moves meanwhile."""
+        radio = self.page.get_by_role("radio", name=name, exact=True)
+        radio.locator("xpath=..").click()
+        assert radio.is_checked()
 
     def press(self, *points):
         """Presses the mouse at the first point of the canvas, moves through all, lets it go."""
+        self.settle()
         places = [self.place(point) for point in points]
         self.page.mouse.move(*places[0])
         self.page.mouse.down()
@@ -145,7 +180,8 @@ class Visitor:
 
     def paint(self, caption=""):
         """Presses the button, waits, and unpacks what there is to download."""
-        seed = int(self.page.get_by_label("Seed of the first").input_value())
+        box = self.page.get_by_label("Seed of the first")
+        seed = int(box.input_value())
         self.page.get_by_label("Caption").fill(caption)
         self.click("Paint")
         self.page.get_by_text(f"seed {seed} to ").wait_for()
@@ -155,6 +191,8 @@ class Visitor:
             with zipfile.ZipFile(download.value.path()) as files:
                 found = {name: files.read(name) for name in files.namelist()}
             if json.loads(found["samples.json"])["seed"] == seed:
+                past = "([box, seed]) => box.value !== seed"  # it changes last
+                self.page.wait_for_function(past, arg=[box.element_handle(), str(seed)])
                 return found
             self.page.wait_for_timeout(100)  # the page changes one part after the other
         raise AssertionError("the download is of an older result")

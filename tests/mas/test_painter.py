@@ -223,3 +223,24 @@ def test_what_a_model_warns_of_is_told_with_the_result(painter):
     long = list(painter.paint(wish(caption="a giraffe in the park " * 20)))[-1]
     assert len(long.warnings) == 1 and "longer than 12 tokens" in long.warnings[0]
     assert not list(painter.paint(wish(count=1)))[-1].warnings
+
+
+def test_a_wish_may_end_while_it_is_stopped(tiny_model):
+    class Slow(dict):
+        """Between two looks at it the wish has time to end."""
+
+        def __contains__(self, visitor):
+            there = super().__contains__(visitor)
+            end.start()
+            end.join(0.5)
+            return there
+
+    painter = Painter(tiny_model)
+    going = painter.paint(wish(), "somebody")
+    next(going)
+    painter._stops = Slow(painter._stops)
+    end = threading.Thread(target=going.close)
+    painter.stop("somebody")
+    end.join()
+    painter.close()
+    assert not len(painter._stops)

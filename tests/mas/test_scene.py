@@ -30,6 +30,7 @@ from mas.scene import (
     from_coco,
     merge,
     read_scene,
+    snap_colours,
 )
 
 GRASS = CLASS_NAMES.index("grass-merged")
@@ -252,6 +253,15 @@ def test_colours_near_the_palette_snap_silently_others_with_a_warning(tmp_path, 
     caplog.clear()
     read_scene(tmp_path / "half.png")
     assert "50.0 %" in caplog.text and "JSON" not in caplog.text
+
+
+def test_every_colour_snaps_to_the_nearest_of_the_palette():
+    rgba = np.random.default_rng(0).integers(0, 256, (80, 90, 4), np.uint8)  # more than one chunk
+    rgba[..., 3] |= 128
+    ids = [*range(CLASSES), VOID]
+    differences = rgba[..., None, :3].astype(int) - PALETTE[ids].astype(int)
+    nearest = np.array(ids)[(differences**2).sum(-1).argmin(-1)]
+    assert np.array_equal(snap_colours(rgba), nearest)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.segments.json", "elsewhere/all.json"])

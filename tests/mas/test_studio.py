@@ -5,7 +5,9 @@ import json
 import re
 import signal
 import socket
+import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ gr = pytest.importorskip("gradio", reason="needs the extra studio")
 from studio_visitor import Studio, Visitor, scene_of  # noqa: E402
 
 from mas.painter import Painter  # noqa: E402
-from mas.studio_canvas import NOTHING, colour_of  # noqa: E402
+from mas.studio_canvas import NOTHING, build_canvas, colour_of  # noqa: E402
 from mas.studio_page import Page, legend  # noqa: E402
 
 LABELS = np.full((32, 32), CLASS_NAMES.index("grass-merged"), np.uint8)
@@ -61,6 +63,25 @@ def test_the_page_offers_what_the_model_knows_and_its_own_settings(parts, tmp_pa
     assert not judged.visible  # this model has none
     unknown = Page(Painter(MakeAScene(**parts)), "mine", tmp_path).build()
     assert offered(unknown) == [NOTHING, *sorted(CLASS_NAMES)]
+
+
+def test_files_are_opened_one_after_the_other(monkeypatch):
+    """A small file may hold a large scene: many at once would take all memory."""
+    open_now, most = [], []
+
+    def read(content):
+        open_now.append(content)
+        most.append(len(open_now))
+        time.sleep(0.02)
+        open_now.remove(content)
+        return SceneMap.from_labels(LABELS), []
+
+    monkeypatch.setattr("mas.studio_canvas._read_file", read)
+    canvas = build_canvas(32, 4, ["dog"])
+    [open_scene] = [x for x in canvas.server_fns if x.__name__ == "open_scene"]
+    with ThreadPoolExecutor(4) as threads:
+        assert all("drawing" in answer for answer in threads.map(open_scene, range(4)))
+    assert len(most) == 4 and max(most) == 1
 
 
 def test_the_legend_names_every_class_once_the_largest_first():
@@ -186,8 +207,9 @@ def test_who_waits_is_told_and_may_stop(chromium, tmp_path):
 
 def test_the_chosen_scene_is_the_one_that_is_drawn_on(visitor):
     files = visitor.paint("a giraffe in the park")
-    visitor.page.locator(".shown").nth(1).locator("button.thumbnail-item").nth(2).click()
-    visitor.page.wait_for_timeout(500)
+    thumbnail = visitor.page.locator(".shown").nth(1).locator("button.thumbnail-item").nth(2)
+    with visitor.page.expect_response("**/gradio_api/run/predict*"):  # which one was chosen
+        thumbnail.click()
     visitor.click("Draw on the chosen scene")
     chosen = scene_of(files, "0002.scene.png")
     visitor.see_scene(chosen)

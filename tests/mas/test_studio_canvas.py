@@ -28,8 +28,7 @@ def test_a_reload_keeps_drawing_caption_and_the_picture_below(visitor):
     visitor.choose("dog", "Rectangle")
     visitor.press(visitor.pixel(1, 1), visitor.pixel(2, 2))
     drawn = visitor.save()
-    visitor.page.reload()
-    visitor.page.locator("[data-is=brush]").get_by_text("airplane").wait_for()
+    visitor.reload()
     assert visitor.save() == drawn
     assert visitor.page.get_by_label("Caption").input_value() == "a giraffe"
     new = visitor.paint("a giraffe")
@@ -47,8 +46,7 @@ def test_two_tabs_have_two_drawings(chromium, address):
     second.choose("sea", "Fill")
     second.press(second.pixel(5, 5))
     for visitor, index in ((first, DOG), (second, SEA)):
-        visitor.page.reload()
-        visitor.page.locator("[data-is=brush]").get_by_text("airplane").wait_for()
+        visitor.reload()
         assert (visitor.scene().labels == index).all()
     context.close()
 
@@ -65,8 +63,7 @@ def test_a_drawing_outlives_the_studio(chromium, tiny_folder, tmp_path):
     visitor.click("Save the scene")
     said(visitor, "The studio does not answer; the drawing stays in this tab.")
     studio = Studio(tiny_folder, tmp_path, port=studio.port)
-    visitor.page.reload()
-    visitor.page.locator("[data-is=brush]").get_by_text("airplane").wait_for()
+    visitor.reload()
     labels = visitor.scene().labels
     assert (labels[:10] == SEA).all() and (labels[10:] == DOG).all()
     page.close()
@@ -74,23 +71,18 @@ def test_a_drawing_outlives_the_studio(chromium, tiny_folder, tmp_path):
 
 
 def test_a_drawing_of_another_model_is_fitted(page, address):
-    page.goto(address)
-    page.locator("canvas").wait_for()
+    visitor = Visitor(page, address)
     strokes = np.full((64, 64), 254, np.uint8)
     strokes[:, :32] = DOG
     kept = {"size": 64, "strokes": base64.b64encode(strokes).decode(), "picture": "of another size"}
     page.evaluate("kept => sessionStorage.setItem('mas-studio-drawing', kept)", json.dumps(kept))
-    visitor = Visitor.__new__(Visitor)
-    visitor.page = page
-    page.reload()
-    page.locator("[data-is=brush]").get_by_text("airplane").wait_for()
+    visitor.reload()
     labels = visitor.scene().labels
     assert (labels[:, :16] == DOG).all() and (labels[:, 16:] == VOID).all()
 
 
 def test_what_was_kept_and_cannot_be_read_holds_nobody_up(page, address):
-    page.goto(address)
-    page.locator("canvas").wait_for()
+    Visitor(page, address)
     strokes = base64.b64encode(np.full((SIZE, SIZE), 200, np.uint8)).decode()
     unknown = json.dumps({"size": SIZE, "strokes": strokes})
     for junk in (unknown, "{", '{"size": 32, "labels": "AAAA"}', "[]", '{"size": -1}'):
@@ -168,7 +160,7 @@ def test_fingers_draw_and_the_page_fits(chromium, address, size):
     page.get_by_label("Find a class").fill("dog")
     page.keyboard.press("Enter")
     page.locator("canvas").scroll_into_view_if_needed()
-    page.wait_for_timeout(500)  # the page has come to rest
+    visitor.settle()
     top = page.evaluate("scrollY")
     touch = context.new_cdp_session(page)
 
@@ -182,20 +174,21 @@ def test_fingers_draw_and_the_page_fits(chromium, address, size):
     assert page.evaluate("scrollY") == top
     labels = visitor.scene().labels
     assert (labels[8, 8:25] == DOG).all() and (labels[13:] == VOID).all()
-    page.locator("canvas").scroll_into_view_if_needed()
-    page.wait_for_timeout(500)
-    send("touchStart", (20, 8))  # with two fingers the page is moved, nothing is drawn
-    send("touchStart", (20, 8), (20, 20))
-    send("touchEnd")
-    assert np.array_equal(visitor.scene().labels, labels)
+    for tool in ("Brush", "Fill"):
+        visitor.take(tool)
+        page.locator("canvas").scroll_into_view_if_needed()
+        visitor.settle()
+        send("touchStart", (20, 8))  # with two fingers the page is moved, nothing is drawn
+        send("touchStart", (20, 8), (20, 20))
+        send("touchEnd")
+        assert np.array_equal(visitor.scene().labels, labels)
     context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everything_has_a_name_and_can_be_read(chromium, address, scheme):
     page = chromium.new_page(color_scheme=scheme, viewport={"width": 1400, "height": 1300})
-    Visitor(page, address)
-    page.get_by_role("radio", name="Stamp").check(force=True)
+    Visitor(page, address).take("Stamp")
     assert page.get_by_role("application").get_attribute("aria-label").startswith("Canvas")
     nameless = page.evaluate(
         """() => [...document.querySelectorAll('.editor :is(input, button, canvas)')].filter((x) =>

@@ -84,7 +84,7 @@ def test_all_that_is_done_is_undone_and_done_again(visitor, tmp_path):
     visitor.choose("cat", "Eraser")
     visitor.press(visitor.pixel(25, 25))
     look()
-    visitor.page.get_by_role("radio", name="Stamp").check(force=True)
+    visitor.take("Stamp")
     visitor.press(visitor.pixel(6, 6))  # takes it, which changes nothing
     visitor.press(visitor.pixel(20, 20))
     look()
@@ -121,7 +121,7 @@ DRAWN = """() => {
 
 
 def test_a_stamp_is_one_thing_and_stands_for_itself(visitor, yard, tmp_path):
-    visitor.page.get_by_role("radio", name="Stamp").check(force=True)
+    visitor.take("Stamp")
     visitor.press(visitor.pixel(6, 6))  # the left dog
     said(visitor, "A stamp of dog")
     visitor.press(visitor.pixel(23, 6))
@@ -140,7 +140,7 @@ def test_a_stamp_is_one_thing_and_stands_for_itself(visitor, yard, tmp_path):
 
 
 def test_a_person_is_stamped_whole_flipped_and_at_any_size(visitor, yard):
-    visitor.page.get_by_role("radio", name="Stamp").check(force=True)
+    visitor.take("Stamp")
     visitor.press(visitor.pixel(20, 21))
     visitor.page.keyboard.press("x")
     visitor.press(visitor.pixel(22, 8))  # its middle: 12 rows, 4 columns
@@ -171,7 +171,7 @@ def test_pick_draws_on_at_the_thing_that_was_clicked(visitor, yard):
         visitor.page.keyboard.press("i")
         visitor.press(visitor.pixel(9, 14))
         another()
-        visitor.page.get_by_role("radio", name="Rectangle").check(force=True)
+        visitor.take("Rectangle")
         visitor.press(visitor.pixel(10, 10), visitor.pixel(13, 15))
         edges = visitor.scene().edges
         assert edges[9, 10:16].all() and edges[13, 10:16].all()
@@ -182,14 +182,14 @@ def test_pick_draws_on_at_the_thing_that_was_clicked(visitor, yard):
 def test_the_eraser_takes_strokes_away_and_nothing_empties_the_scene(visitor, yard):
     visitor.choose("sea", "Rectangle")
     visitor.press(visitor.pixel(0, 0), visitor.pixel(31, 31))
-    visitor.page.get_by_role("radio", name="Eraser").check(force=True)
+    visitor.take("Eraser")
     visitor.press(visitor.pixel(4, 0), visitor.pixel(4, 31))
     scene = visitor.scene()
     assert np.array_equal(scene.labels[4], yard.labels[4]) and (scene.labels[20:] == SEA).all()
     visitor.press(visitor.pixel(4, 0))
     said(visitor, "The eraser takes strokes away.")
-    visitor.page.get_by_role("radio", name="nothing: the model decides").check(force=True)
-    visitor.page.get_by_role("radio", name="Rectangle").check(force=True)
+    visitor.take("nothing: the model decides")
+    visitor.take("Rectangle")
     visitor.press(visitor.pixel(0, 0), visitor.pixel(31, 31))
     visitor.click("Save the scene")
     said(visitor, "Nothing is drawn yet.")
@@ -199,7 +199,7 @@ def test_unfinished_work_is_saved_and_opened_unchanged(visitor, yard, tmp_path, 
     """Also by `mas sample`: what is undecided is void, and void there is for the model."""
     visitor.choose("cat", "Ellipse")
     visitor.press(visitor.pixel(1, 18), visitor.pixel(12, 30))
-    visitor.page.get_by_role("radio", name="nothing: the model decides").check(force=True)
+    visitor.take("nothing: the model decides")
     visitor.press(visitor.pixel(14, 0), visitor.pixel(31, 12))
     file = tmp_path / "unfinished.png"
     file.write_bytes(visitor.save())
