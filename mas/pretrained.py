@@ -13,7 +13,6 @@ import io
 import pickle
 import re
 import tarfile
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
@@ -22,12 +21,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mas.storage import StorageError, check_tensors
+from mas.storage import UNREADABLE, StorageError, check_tensors
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN, QuantizerName, VQGANConfig
 
@@ -230,14 +228,7 @@ def _load(path: Path, source: Path | io.BytesIO, *, trust_pickle: bool) -> Any:
         raise CheckpointError(
             f"{path}: pickles objects of a package that is not installed here ({error})"
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        SafetensorError,
-        zipfile.BadZipFile,
-    ) as error:
+    except UNREADABLE as error:
         reason = str(error).split(". ")[0] or type(error).__name__
         raise CheckpointError(
             f"{path}: no PyTorch checkpoint, or a truncated one; download it again ({reason})"

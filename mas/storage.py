@@ -13,6 +13,7 @@ import json
 import math
 import os
 import types
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,9 @@ from torch.overrides import TorchFunctionMode
 from mas.packing import SHAPE, pack, unpack
 from mas.rounding import SCALE, Weights, narrow, widen
 from mas.shard_files import replacing_path, write_file
+
+# What reading a damaged file of tensors raises, one of safetensors or of PyTorch.
+UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, SafetensorError, zipfile.BadZipFile)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

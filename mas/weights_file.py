@@ -8,16 +8,14 @@ the frozen network. What is wrong is said in one line that names the file and it
 from __future__ import annotations
 
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mas.storage import StorageError, check_tensors
+from mas.storage import UNREADABLE, StorageError, check_tensors
 
 
 class WeightsError(ValueError):
@@ -42,15 +40,7 @@ def read_tensors(path: str | Path, *, source: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        SafetensorError,
-        zipfile.BadZipFile,
-    ) as error:
+    except (pickle.UnpicklingError, *UNREADABLE) as error:
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         raise WeightsError(
             f"{path}: not a readable file of tensors ({reason}); get it from {source}"

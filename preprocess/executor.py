@@ -56,6 +56,14 @@ class Worker(Protocol):
     def __call__(self, job: Job, report: Report) -> dict[str, Any]: ...
 
 
+def check_numbers(config: Any, **least: int) -> None:
+    """Raises ValueError for the first number of a config below its least; None is no number."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            raise ValueError(f"{name} must be at least {bound}, got {value}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExecutorConfig:
     """Where and how wide a run is; has no influence on what it writes."""

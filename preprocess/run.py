@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mas.shards import write_file
-from preprocess.executor import ExecutorConfig, Summary, execute
+from preprocess.executor import ExecutorConfig, Summary, check_numbers, execute
 from preprocess.histogram import draw_histogram
 from preprocess.inputs import FilesSource, absolute, find_jobs
 from preprocess.needs import lacking_filesystems, require
@@ -82,11 +82,7 @@ class PreprocessConfig:
     retry_rejected: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        for name in ("threads", "workers", "gpus_per_worker"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_numbers(self, batch_size=1, threads=0, workers=0, gpus_per_worker=0)
 
     @property
     def scene(self) -> SceneConfig:

@@ -36,7 +36,7 @@ from mas.text import Tokenizer, mirror_caption
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 from preprocess.batching import lacking_device, pick_device
-from preprocess.executor import ExecutorConfig, Job, Report, Summary, execute
+from preprocess.executor import ExecutorConfig, Job, Report, Summary, check_numbers, execute
 from preprocess.inputs import absolute, find_jobs
 from preprocess.needs import lacking_filesystems, require
 from preprocess.run_folder import STATS, RunFolder
@@ -236,8 +236,7 @@ class TokenizeConfig:
     mirror: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
+        check_numbers(self, batch_size=1, workers=0, gpus_per_worker=0)
         if local_path(self.output) is None:
             raise ValueError(
                 f"{self.output}: training maps token shards into memory; name a local folder"

@@ -3,12 +3,14 @@
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 
 from mas.__main__ import main
 from mas.gpt import GPT, GPTConfig
 from mas.model import MakeAScene
+from mas.scene import CLASS_NAMES, VOID, SceneMap
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN, VQGANConfig
 from mas.vqseg import VQSEG, VQSEGConfig
@@ -18,6 +20,17 @@ CAPTIONS = [
     "a giraffe in the park",
     "three sheep behind a red bus",
 ]
+
+
+@pytest.fixture
+def two_dogs():
+    """32 x 32 pixels: two dogs side by side on grass, a hole of void below."""
+    labels = np.full((32, 32), CLASS_NAMES.index("grass-merged"), np.uint8)
+    labels[4:12, 4:20] = CLASS_NAMES.index("dog")
+    labels[20:24, 20:24] = VOID
+    things = np.zeros((32, 32), np.int32)
+    things[4:12, 4:12] = 1
+    return SceneMap.from_labels(labels, things)
 
 
 def build_parts():

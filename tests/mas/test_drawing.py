@@ -65,17 +65,6 @@ def test_things_of_one_class_with_two_numbers_are_two_things():
     assert two.edges[:15, 7].all()
 
 
-@pytest.fixture
-def two_dogs():
-    """Two dogs side by side on grass, a hole of void below."""
-    labels = np.full((SIZE, SIZE), GRASS, np.uint8)
-    labels[4:12, 4:20] = DOG
-    labels[20:24, 20:24] = VOID
-    things = np.zeros((SIZE, SIZE), np.int32)
-    things[4:12, 4:12] = 1
-    return SceneMap.from_labels(labels, things)
-
-
 def test_a_scene_on_the_canvas_is_read_as_it_was(two_dogs):
     assert two_dogs.edges[5, 11] and not find_edges(two_dogs.labels)[5, 11]
     assert read_drawing(draw_scene(two_dogs), SIZE).scene == two_dogs

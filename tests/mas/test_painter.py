@@ -20,17 +20,6 @@ DOG, GRASS = (CLASS_NAMES.index(name) for name in ("dog", "grass-merged"))
 SETTINGS = {"guidance": 2.0, "temperature": 1.0, "top_p": 1.0}
 
 
-@pytest.fixture
-def two_dogs():
-    """Two dogs side by side on grass, a hole of void below."""
-    labels = np.full((SIZE, SIZE), GRASS, np.uint8)
-    labels[4:12, 4:20] = DOG
-    labels[20:24, 20:24] = VOID
-    things = np.zeros((SIZE, SIZE), np.int32)
-    things[4:12, 4:12] = 1
-    return SceneMap.from_labels(labels, things)
-
-
 @pytest.fixture(scope="module")
 def painter(tiny_model):
     return Painter(tiny_model)

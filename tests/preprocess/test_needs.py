@@ -18,6 +18,7 @@ from preprocess.photo import PhotoConfig
 from preprocess.ray_executor import _explain
 from preprocess.run import PreprocessConfig, preprocess
 from preprocess.segment import FaceConfig, HumanConfig, PanopticConfig, lacks_of_sources
+from preprocess.tokens import TokenizeConfig
 
 ROOT = Path(__file__).parent.parent.parent
 NETWORKS = {
@@ -254,3 +255,7 @@ def test_numbers_that_cannot_be_are_named():
     for name, value in (("batch_size", 0), ("threads", -1), ("workers", -2)):
         with pytest.raises(ValueError, match=f"{name} must be at least .*, got {value}"):
             PreprocessConfig(input="a", output="b", photo=PhotoConfig(), **{name: value})
+    paths = dict.fromkeys(("vqseg", "vqgan", "tokenizer"), "x")
+    for name, value in (("batch_size", 0), ("workers", -2), ("gpus_per_worker", -0.5)):
+        with pytest.raises(ValueError, match=f"{name} must be at least .*, got {value}"):
+            TokenizeConfig(input="a", output="b", **paths, **{name: value})
