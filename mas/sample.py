@@ -342,7 +342,7 @@ def alone(output: Path) -> Iterator[None]:
 def replace_samples(output: Path, finished: Path) -> None:
     """Clears away older samples and what killed runs left, then moves the finished ones there."""
     for path in sorted(output.iterdir()):
-        if path.name.startswith(WRITING) and path != finished and path.is_dir():
+        if path.name.startswith(WRITING) and path.name != finished.name and path.is_dir():
             shutil.rmtree(path)
         elif OWN_FILE.fullmatch(path.name):
             path.unlink()

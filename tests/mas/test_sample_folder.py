@@ -1,6 +1,8 @@
 """`mas sample` and the folder it writes: it takes nothing from others, whatever happens."""
 
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,14 @@ def test_a_folder_with_something_else_is_left_alone(run, tmp_path):
     (tmp_path / "file").write_text("x")
     status, _, err = run(CAPTION, "--output", "file")
     assert status == 1 and "is a file" in err
+
+
+def test_a_relative_output_is_filled_on_every_python(run, tmp_path, monkeypatch):
+    """From 3.12 on, `tempfile` gives absolute paths, whatever it was asked."""
+    made = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *a, **k: str(Path(made(*a, **k)).absolute()))
+    assert run(CAPTION, "--count=1", "--output", "out")[0] == 0
+    assert {"0000.png", "0000.scene.png", "samples.json"} <= files(tmp_path / "out").keys()
 
 
 def test_a_failure_keeps_the_older_samples_and_no_half_written_ones(run, tmp_path, monkeypatch):
