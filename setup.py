@@ -27,8 +27,8 @@ EXTRAS = {
 # Without a compiler the rest is installed, and PyTorch computes the steps.
 STEP = Extension(
     "mas._step",
-    ["mas/step.c"],
-    depends=["mas/step_threads.h", "mas/step_vectors.h"],
+    ["mas/step.c", "mas/step_avx512.c", "mas/step_avx2.c", "mas/step_neon.c"],
+    depends=sorted(map(str, Path("mas").glob("step_*.h"))),
     extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-pthread"],
     extra_link_args=["-pthread"],
     optional=True,

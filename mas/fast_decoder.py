@@ -1,9 +1,10 @@
-"""The GPT in 8 bits with steps of our own on x86-64: mas/step.c, one call a token.
+"""The GPT in 8 bits with steps of our own: mas/step.c, one call a token.
 
 In: the config and tensors of a `mas.gpt.GPT`. Out: what the loop in mas/generate.py needs. The
 compiled library reads matrices at about the speed of the memory, where PyTorch takes as long again
-for its kernels and between them. It needs a C compiler at installation and a CPU with AVX-512 VNNI;
-`find_step` says whether both were there. What is computed is what `mas.decoder.CPUDecoder` computes
+for its kernels and between them. It needs a C compiler at installation and a CPU with AVX-512 VNNI,
+AVX2, or the dot products of Arm; `find_step` says what was there. All of them compute the same
+numbers, to the bit. What is computed is what `mas.decoder.CPUDecoder` computes
 with `mas.quantize.Int8Linear`, but that queries and weights of the attention stay float32.
 Axes: R rows, T tokens, D width, N heads, H width of a head, K inputs, V outputs or vocabulary.
 """
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 from collections.abc import Mapping
-from ctypes import POINTER, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
 from functools import cache, partial
+from itertools import count, takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -27,20 +30,20 @@ from mas.heap import Slabs
 from mas.quantize import Linear
 from mas.rounding import LARGEST_INT8, to_int8
 
-VERSION = 1  # of the calls of mas/step.c
+VERSION = 2  # of the calls of mas/step.c
 MOST_HEAD_WIDTH = 256  # that its attention has room for
 MOST_INPUTS = 2**16  # of a matrix: sums of more products could leave 32 bits
 
 
 class Step(NamedTuple):
-    """The compiled library, or why there is none."""
+    """The calls of the compiled library for one kind of instructions, or why there are none."""
 
-    library: ctypes.CDLL | None
+    calls: dict[str, Any]  # without the step_ before and the kind behind their names; {} = none
     state: str
 
 
 class CMatrix(ctypes.Structure):
-    """`Matrix` of mas/step.c."""
+    """`Matrix` of mas/step_kernels.h."""
 
     _fields_ = (
         ("packed", c_void_p),
@@ -51,13 +54,13 @@ class CMatrix(ctypes.Structure):
 
 
 class CNorm(ctypes.Structure):
-    """`Norm` of mas/step.c."""
+    """`Norm` of mas/step_vectors.h."""
 
     _fields_ = (("weight_D", c_void_p), ("bias_D", c_void_p))
 
 
 class CLayer(ctypes.Structure):
-    """`Layer` of mas/step.c."""
+    """`Layer` of mas/step_kernels.h."""
 
     _fields_ = (
         *((name, CNorm) for name in ("attention_norm", "q_norm", "k_norm", "feedforward_norm")),
@@ -66,7 +69,7 @@ class CLayer(ctypes.Structure):
 
 
 class CModel(ctypes.Structure):
-    """`Model` of mas/step.c."""
+    """`Model` of mas/step_kernels.h."""
 
     _fields_ = (
         *((name, c_int64) for name in ("layers", "width", "heads", "gated")),
@@ -77,13 +80,13 @@ class CModel(ctypes.Structure):
     )
 
 
-CALLS: dict[str, list[Any]] = {  # of mas/step.c: result, arguments
-    "step_packed_bytes": [c_int64, c_int64, c_int64],
-    "step_pack": [None, c_void_p, c_int64, c_int64, c_void_p],
-    "step_multiply_bytes": [c_int64, c_int64, c_int64],
-    "step_multiply": [None, POINTER(CMatrix), *[c_void_p, c_int64] * 2, c_int64],
-    "step_read_bytes": [c_int64, POINTER(CModel), c_int64],
-    "step_read": [
+CALLS: dict[str, list[Any]] = {  # of mas/step_kernels.h: result, arguments
+    "packed_bytes": [c_int64, c_int64, c_int64],
+    "pack": [None, c_void_p, c_int64, c_int64, c_void_p],
+    "multiply_bytes": [c_int64, c_int64, c_int64],
+    "multiply": [None, POINTER(CMatrix), *[c_void_p, c_int64] * 2, c_int64],
+    "read_bytes": [c_int64, POINTER(CModel), c_int64],
+    "read": [
         c_int,
         POINTER(CModel),
         *[c_void_p, c_int64] * 2,  # tokens of the rows, embeddings of the vocabulary
@@ -96,43 +99,72 @@ CALLS: dict[str, list[Any]] = {  # of mas/step.c: result, arguments
 
 
 @cache
-def find_step() -> Step:
-    """Looks for the library beside this file, and at the CPU."""
+def find_steps() -> dict[str, Step]:
+    """Looks for the library beside this file, and at the CPU.
+
+    Returns:
+        by kind, the steps that work here, the fastest first; "" is why there is none.
+    """
     spec = importlib.util.find_spec("mas._step")
     if spec is None or spec.origin is None:
-        return Step(None, "not built: install again where there is a C compiler")
+        return _none("not built: install again where there is a C compiler")
     try:
         library = ctypes.CDLL(spec.origin)
     except OSError as error:
-        return Step(None, f"cannot be loaded, install again ({error})")
-    version = library.step_version()
-    if version == 0:
-        return Step(None, "this CPU has no AVX-512 VNNI")
-    if version != VERSION:
-        return Step(None, "built from other source: install again")
+        return _none(f"cannot be loaded, install again ({error})")
+    if library.step_version() != VERSION:
+        return _none("built from other source: install again")
+    library.step_kind.restype, library.step_kind.argtypes = c_char_p, [c_int]
+    names = takewhile(bool, map(library.step_kind, count()))
+    steps = {name.decode(): _bind(library, name.decode()) for name in names}
+    return steps or _none("this CPU has neither AVX2 nor the dot products of Arm")
+
+
+def _none(reason: str) -> dict[str, Step]:
+    return {"": Step({}, reason)}
+
+
+def _bind(library: ctypes.CDLL, kind: str) -> Step:
+    calls = {}
     for name, (result, *arguments) in CALLS.items():
-        function = getattr(library, name)
+        calls[name] = function = getattr(library, f"step_{name}_{kind}")
         function.restype, function.argtypes = result, arguments
-    return Step(library, "there")
+    return Step(calls, f"there ({kind})")
+
+
+def find_step() -> Step:
+    """The fastest step that works here; another one, or none, where MAS_STEP names it.
+
+    Raises:
+        ValueError: MAS_STEP names one that does not work here.
+    """
+    steps = find_steps()
+    wanted = os.environ.get("MAS_STEP") or next(iter(steps))
+    if wanted == "none":
+        return Step({}, "switched off by MAS_STEP=none")
+    if wanted not in steps:
+        there = ", ".join([*filter(None, steps), "none"])
+        raise ValueError(f"MAS_STEP={wanted}: there is no such step here; use {there}, or unset it")
+    return steps[wanted]
 
 
 def can_step(config: GPTConfig) -> bool:
     """Whether `FastDecoder` runs a GPT of these sizes here."""
     narrow = config.width // config.heads <= MOST_HEAD_WIDTH and 4 * config.width <= MOST_INPUTS
-    return narrow and find_step().library is not None
+    return narrow and bool(find_step().calls)
 
 
 class StepLinear:
-    """`mas.quantize.Int8Linear` in the layout of mas/step.c; the same numbers."""
+    """`mas.quantize.Int8Linear` in the layout of mas/step_kernels.h; the same numbers."""
 
     def __init__(self, weight_VK: Tensor, slabs: Slabs) -> None:
         """Packs a matrix into memory of `slabs`."""
         integers_VK, scale_V = to_int8(weight_VK)
         self.outputs, self.inputs = integers_VK.shape
-        self.library = _library()
-        size = self.library.step_packed_bytes(self.outputs, self.inputs)
+        self.calls = _calls()
+        size = self.calls["packed_bytes"](self.outputs, self.inputs)
         self.packed = slabs.take(size)
-        self.library.step_pack(
+        self.calls["pack"](
             integers_VK.data_ptr(), self.outputs, self.inputs, self.packed.data_ptr()
         )
         self.scale_V = scale_V.float() / LARGEST_INT8
@@ -149,8 +181,8 @@ class StepLinear:
         x_RK = x_RK.contiguous()
         rows = len(x_RK)
         y_RV = _floats(rows, self.outputs)
-        memory = _memory(self.library.step_multiply_bytes(rows, self.inputs))
-        self.library.step_multiply(
+        memory = _memory(self.calls["multiply_bytes"](rows, self.inputs))
+        self.calls["multiply"](
             self.matrix,
             x_RK.data_ptr(),
             rows,
@@ -175,7 +207,7 @@ class FastDecoder(CPUDecoder):
             raise RuntimeError(f"no fast step for this GPT here ({find_step().state})")
         make_linear = partial(StepLinear, slabs=Slabs())
         super().__init__(config, tensors, make_linear=make_linear, stored=torch.bfloat16)
-        self.library = _library()
+        self.calls = _calls()
         layers = (CLayer * config.layers)(*(_c_layer(layer) for layer in self.layers))
         _address(self.positions_TD)
         self.model = CModel(
@@ -207,8 +239,8 @@ class FastDecoder(CPUDecoder):
         tokens_R = tokens_RT.contiguous()
         stream = self.layout.stream_at(start)
         state_RD = _floats(rows, self.config.width)
-        memory = _memory(self.library.step_read_bytes(self.model, rows))
-        failed = self.library.step_read(
+        memory = _memory(self.calls["read_bytes"](self.model, rows))
+        failed = self.calls["read"](
             self.model,
             tokens_R.data_ptr(),
             rows,
@@ -241,11 +273,11 @@ class FastDecoder(CPUDecoder):
                 raise ValueError(f"the cache is {pair.dtype} {tuple(pair.shape)}, not {shape}")
 
 
-def _library() -> ctypes.CDLL:
-    library, state = find_step()
-    if library is None:
+def _calls() -> dict[str, Any]:
+    calls, state = find_step()
+    if not calls:
         raise RuntimeError(f"no fast step here ({state})")
-    return library
+    return calls
 
 
 # Never of the default type or device, which a program may have changed: the library writes there.

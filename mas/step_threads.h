@@ -8,13 +8,18 @@ has come for a while; none is started before the first step. */
 #ifndef MAS_STEP_THREADS_H
 #define MAS_STEP_THREADS_H
 
-#include <immintrin.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
+
+#ifdef __x86_64__
+#define PAUSE() __builtin_ia32_pause()
+#else
+#define PAUSE() __asm__ volatile("isb")
+#endif
 
 enum {
     MOST_THREADS = 256,
@@ -74,7 +79,7 @@ static void *help(void *argument) {
         if (index < atomic_load_explicit(&pool.helpers, memory_order_relaxed) && take_part())
             idle = 0;
         else if (idle < PAUSES)
-            _mm_pause();
+            PAUSE();
         else if (idle < PAUSES + YIELDS)
             sched_yield();
         else {
@@ -144,7 +149,7 @@ static void share(Work *work, void *about, int64_t items) {
         ;
     for (int waits = 0; atomic_load_explicit(&pool.done, memory_order_acquire) < items; waits++) {
         if (waits < PAUSES)
-            _mm_pause();
+            PAUSE();
         else
             sched_yield();
     }

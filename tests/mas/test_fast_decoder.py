@@ -11,7 +11,7 @@ import torch
 
 import mas.fast_decoder
 from mas.decoder import CPUDecoder
-from mas.fast_decoder import FastDecoder, StepLinear, can_step, find_step
+from mas.fast_decoder import FastDecoder, StepLinear, can_step, find_step, find_steps
 from mas.filter import Sampling
 from mas.generate import generate
 from mas.gpt import GPT, GPTConfig, make_cache
@@ -40,7 +40,16 @@ OPTIONS = {
     "heads of 64": {"width": 128, "heads": 2, "rotary": True},
     "heads of 66": {"width": 66, "heads": 1},
 }
-there = pytest.mark.skipif(find_step().library is None, reason=f"fast step: {find_step().state}")
+there = pytest.mark.skipif(not find_step().calls, reason=f"fast step: {find_step().state}")
+
+
+@pytest.fixture(params=find_steps())
+def kind(request, monkeypatch):
+    """Each kind of step that this CPU can run, in turn."""
+    if not request.param:
+        pytest.skip(f"fast step: {find_step().state}")
+    monkeypatch.setenv("MAS_STEP", request.param)
+    return request.param
 
 
 def build(**options):
@@ -86,10 +95,9 @@ def read_all(decoder, sequence, threads=1):
     return torch.stack(states, dim=1)
 
 
-@there
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 70])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 32), (5, 7), (68, 100), (130, 1), (1, 50)])
-def test_the_linear_layer_is_exact_between_its_roundings(rows, inputs, outputs):
+def test_the_linear_layer_is_exact_between_its_roundings(kind, rows, inputs, outputs):
     generator = torch.Generator().manual_seed(rows)
     weight_VK = torch.randn(outputs, inputs, generator=generator)
     x_RK = torch.randn(rows, inputs, generator=generator)
@@ -103,8 +111,14 @@ def test_the_linear_layer_is_exact_between_its_roundings(rows, inputs, outputs):
         assert torch.equal(result, Int8Linear(weight_VK)(x_RK))
 
 
-@there
-def test_the_linear_layer_keeps_zeros_and_shows_nan():
+@pytest.mark.parametrize("x", [1.0, -1.0])
+def test_no_sum_overflows(kind, x):
+    """Every product is the largest there is: two of them nearly fill 16 bits, all nearly 32."""
+    result = StepLinear(torch.ones(33, 2**16), Slabs())(torch.full((3, 2**16), x))
+    torch.testing.assert_close(result, torch.full((3, 33), 2**16 * x), rtol=1e-4, atol=0)
+
+
+def test_the_linear_layer_keeps_zeros_and_shows_nan(kind):
     linear = StepLinear(torch.randn(40, 70), Slabs())
     x_RK = torch.randn(3, 70)
     x_RK[0], x_RK[1, 69] = 0, float("nan")
@@ -156,6 +170,16 @@ def test_a_step_computes_what_the_plain_decoder_computes_at_every_position(optio
     differences = step_differences(build(**options), draw(3))
     assert (differences < 1e-5).float().mean() > 0.9
     assert differences.max() < 0.1
+
+
+@pytest.mark.skipif(len(find_steps()) < 2, reason="this CPU can run one kind of step only")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_all_kinds_of_steps_compute_the_same_bits(options, monkeypatch):
+    gpt, sequence, found = build(**options), draw(11), []
+    for kind in find_steps():
+        monkeypatch.setenv("MAS_STEP", kind)
+        found.append(read_all(make_fast(gpt), sequence, threads=2))
+    assert all(torch.equal(states, found[0]) for states in found[1:])
 
 
 @there
@@ -294,8 +318,8 @@ def test_int8_takes_the_fast_step_where_it_fits():
 
 
 def test_without_the_library_pytorch_computes_the_steps(monkeypatch):
-    missing = mas.fast_decoder.Step(None, "not built")
-    monkeypatch.setattr(mas.fast_decoder, "find_step", lambda: missing)
+    missing = {"": mas.fast_decoder.Step({}, "not built")}
+    monkeypatch.setattr(mas.fast_decoder, "find_steps", lambda: missing)
     assert not can_step(CONFIG)
     assert type(make_decoder(build(), "int8")) is CPUDecoder
     with pytest.raises(RuntimeError, match="not built"):
@@ -307,5 +331,18 @@ def test_a_library_that_cannot_be_loaded_is_none(monkeypatch, tmp_path):
     damaged.write_bytes(b"half a library")
     spec = SimpleNamespace(origin=str(damaged))
     monkeypatch.setattr(mas.fast_decoder.importlib.util, "find_spec", lambda name: spec)
-    found = find_step.__wrapped__()
-    assert found.library is None and "cannot be loaded, install again" in found.state
+    (found,) = find_steps.__wrapped__().values()
+    assert not found.calls and "cannot be loaded, install again" in found.state
+
+
+def test_the_kind_of_step_can_be_chosen(kind, monkeypatch):
+    assert find_step().state == f"there ({kind})"
+    monkeypatch.setenv("MAS_STEP", "none")
+    assert not can_step(CONFIG) and find_step().state == "switched off by MAS_STEP=none"
+    monkeypatch.setenv("MAS_STEP", "sse2")
+    with pytest.raises(
+        ValueError, match=f"MAS_STEP=sse2: .*; use {next(iter(find_steps()))}, .*none"
+    ):
+        can_step(CONFIG)
+    monkeypatch.setenv("MAS_STEP", "")
+    assert find_step() is next(iter(find_steps().values()))
