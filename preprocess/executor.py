@@ -356,12 +356,17 @@ def _check_visible(made: Sequence[str], folder: RunFolder) -> None:
 
 
 def _warn_of_rejects(outcome: Outcome) -> None:
-    """A shard without one good sample mostly means settings that do not fit the data."""
+    """A shard without one good sample mostly means settings that do not fit the data.
+
+    One without any sample is what img2dataset writes where no download was successful.
+    """
     stats = outcome.stats or {}
     rejected = stats.get("rejected", {})
     if rejected and not stats.get("photos_out"):
         reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
         logger.warning("shard %s: not one sample could be used: %s", outcome.name, reasons)
+    elif stats.get("photos_in") == 0:
+        logger.warning("shard %s: holds no samples", outcome.name)
 
 
 def _warn_of_later_inputs(jobs: Sequence[Job], done: Mapping[str, Mapping[str, Any]]) -> None:

@@ -134,6 +134,8 @@ def preprocess(config: PreprocessConfig) -> int:
     totals = _conclude(summary, RunFolder(output))
     if totals["rejected"] and not totals["photos_out"]:
         raise ValueError(_describe_total_loss(totals["rejected"], config.panoptic, output))
+    if not (totals["photos_in"] or summary.failed):
+        raise ValueError(f"{config.input}: there is not one sample in it")
     return summary.status
 
 

@@ -128,7 +128,7 @@ class SceneWorker:
         A shard that is made again keeps the samples it has; the others get another try.
 
         Raises:
-            ShardError: the input shard is broken or holds nothing at all.
+            ShardError: the input shard is broken.
             OSError: input or output cannot be reached.
         """
         path, rejects_path = (f"{self.output}/{job.name}{end}" for end in (".tar", REJECTS))
@@ -141,8 +141,6 @@ class SceneWorker:
             for sample in self._process(match(samples, kept), tally):
                 with tally.time("write"):
                     writer.write(sample)
-            if not tally.samples and not tally.rejected:
-                raise ShardError(f"{job.source.name}: the shard is empty")
             if job.again:  # from here on the shard is not done until the new statistics are there
                 RunFolder(self.output).remove(job.name + STATS)
             write_file(rejects_path, tally.reject_lines())
