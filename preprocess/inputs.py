@@ -36,9 +36,9 @@ from mas.shards import (
     local_path,
     read_shard,
 )
-from preprocess.executor import Job
 from preprocess.photo import EXTENSIONS
 from preprocess.rejects import Reject, RejectError
+from preprocess.runner import Job
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 
 from mas.errors import first_line
-from preprocess.executor import ExecutorConfig, Job, Outcome, Runner, Worker
+from preprocess.executor import ExecutorConfig
 from preprocess.needs import EXTRA
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import RunFolder
+from preprocess.runner import Job, Outcome, Runner, Worker
 from preprocess.termination import catch_sigterm
 from preprocess.weights import FOLDER_VARIABLE
 

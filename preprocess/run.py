@@ -212,8 +212,8 @@ def _describe_total_loss(rejected: dict[str, int], panoptic: PanopticConfig, out
 def _conclude(summary: Summary, folder: RunFolder) -> dict[str, Any]:
     """Writes summary.json and classes.png, prints what became of the run, returns the sums."""
     totals = collect(folder)
-    folder.write(SUMMARY, totals)
-    if totals["classes"]:
+    changed = folder.update(SUMMARY, totals)
+    if totals["classes"] and (changed or HISTOGRAM not in folder.list_names()):
         buffer = io.BytesIO()
         draw_histogram(totals["classes"], photos=totals["photos_out"]).save(buffer, "PNG")
         write_file(folder.file(HISTOGRAM), buffer.getvalue())

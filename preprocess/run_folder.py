@@ -9,6 +9,7 @@ is at it, NAME.stats.json when all of it is written, NAME.error.json when it fai
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from mas.shards import ShardError, local_path, write_file
 
 RUN, PROGRESS, SUMMARY, LOCK = "run.json", "progress.json", "summary.json", "lock.json"
 HISTOGRAM = "classes.png"
+LATER = "later_inputs"  # in run.json: shard -> time of an input written after it, as was told
 STATS, ERROR, RUNNING = ".stats.json", ".error.json", ".running.json"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # the names `mas.shards` writes under
 
@@ -36,6 +38,10 @@ FOREIGN_SECONDS = 20.0  # the same where its process cannot be looked up: on ano
 
 class FolderError(ValueError):
     """An output folder that cannot take this run."""
+
+
+class ReadOnlyError(OSError):
+    """An output folder that can be read and not written to; the message names it."""
 
 
 class RunFolder:
@@ -82,6 +88,17 @@ class RunFolder:
         text = json.dumps(content, indent=1, ensure_ascii=False)
         write_file(self.file(name), (text + "\n").encode("utf-8", "backslashreplace"))
 
+    def update(self, name: str, content: Mapping[str, Any]) -> bool:
+        """Writes unless the file says so already; whether it did not.
+
+        So a finished folder may be read-only.
+        """
+        with contextlib.suppress(FolderError):
+            if self.read(name) == content:
+                return False
+        self.write(name, content)
+        return True
+
     def remove(self, *names: str) -> None:
         """Removes files that may be there; half-written ones under other names are for `sweep`."""
         filesystem, inner = fsspec.core.url_to_fs(self.path)
@@ -104,17 +121,31 @@ class RunFolder:
         Raises:
             FolderError: the folder holds something else, shards made with other settings, or
                 another run is at work on it.
-            OSError: it cannot be written to.
+            ReadOnlyError: it cannot be written to.
         """
         self._check_content(command, settings)
         filesystem, inner = fsspec.core.url_to_fs(self.path)
-        filesystem.makedirs(inner, exist_ok=True)
+        with self._written_to():
+            filesystem.makedirs(inner, exist_ok=True)
         with self._locked():
             self._check_alone(self.read(PROGRESS))
             self._check_content(command, settings)  # another run may have come in between
             content = {"command": command, "settings": settings, "shards": shards}
-            self.write(RUN, {**content, "started": time.time()})
+            with self._written_to():
+                self.write(RUN, {**(self.read(RUN) or {}), **content, "started": time.time()})
             yield
+
+    @contextlib.contextmanager
+    def _written_to(self) -> Iterator[None]:
+        """Tells a folder that is read-only from one that is full or broken."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+                raise ReadOnlyError(
+                    f"{self.path}: cannot be written to ({error.strerror or error})"
+                ) from error
+            raise
 
     def _check_content(self, command: str, settings: Mapping[str, Any]) -> None:
         run = self.read(RUN)
@@ -135,7 +166,8 @@ class RunFolder:
             yield
             return
         mine = {"updated": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-        self._take(path, mine)
+        with self._written_to():
+            self._take(path, mine)
         try:
             yield
         finally:
@@ -231,6 +263,16 @@ class RunFolder:
                     "or a folder of its own"
                 )
         return done
+
+    def note_later_inputs(self, times: Mapping[str, float]) -> list[str]:
+        """Those of the shards that were not noted with this time of their input; notes them."""
+        run = self.read(RUN) or {}
+        noted = run.get(LATER, {})
+        fresh = [name for name, when in times.items() if noted.get(name) != when]
+        if fresh:
+            with contextlib.suppress(OSError):  # where nothing can be noted, it is told again
+                self.write(RUN, {**run, LATER: {**noted, **times}})
+        return fresh
 
     def sweep(self) -> None:
         """Removes half-written files and marks of workers that were killed. None may be at work."""

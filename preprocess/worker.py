@@ -30,7 +30,6 @@ from mas.shards import (
     write_file,
 )
 from preprocess.captions import Texts, read_texts
-from preprocess.executor import Job, Report
 from preprocess.landmarks import draw_faces
 from preprocess.needs import require
 from preprocess.photo import (
@@ -45,6 +44,7 @@ from preprocess.photo import (
 )
 from preprocess.rejects import Reject, RejectError
 from preprocess.run_folder import STATS, RunFolder
+from preprocess.runner import Job, Report
 from preprocess.segment import (
     FaceConfig,
     HumanConfig,
