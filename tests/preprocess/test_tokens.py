@@ -105,6 +105,14 @@ def test_batches_do_not_change_a_byte(world, tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
 
 
+def test_the_histogram_beside_the_scene_shards_is_no_picture_that_was_forgotten(
+    world, tmp_path, caplog
+):
+    assert (world / "scenes" / "classes.png").exists()
+    assert run(world, tmp_path / "out") == 0
+    assert not [message for message in caplog.messages if "passed over" in message]
+
+
 def test_shards_without_samples_become_empty_arrays_that_training_passes_over(world, tmp_path):
     scenes = tmp_path / "scenes"
     scenes.mkdir()
