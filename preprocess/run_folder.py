@@ -32,6 +32,8 @@ STATS, ERROR, RUNNING = ".stats.json", ".error.json", ".running.json"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # the names `mas.shards` writes under
 
 READERS = 16  # files read at the same time
+READ_AHEAD = 256  # files
+KEPT = ("finished", "rejected")  # what a run wants to know of a shard that is done
 ALIVE_SECONDS = 60.0  # a run whose heartbeat is older has stopped
 FOREIGN_SECONDS = 20.0  # the same where its process cannot be looked up: on another machine
 
@@ -79,10 +81,14 @@ class RunFolder:
             raise FolderError(f"{self.file(name)}: not a JSON object; remove it")
         return content
 
-    def read_all(self, names: Sequence[str]) -> list[dict[str, Any] | None]:
-        """Many JSON files, together: an object store takes its time over each."""
+    def read_all(self, names: Sequence[str]) -> Iterator[dict[str, Any] | None]:
+        """Many JSON files, some together: an object store takes its time over each.
+
+        No more than `READ_AHEAD` are held, for the statistics of a shard may take 40 kB of memory.
+        """
         with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(self.read, names))
+            for start in range(0, len(names), READ_AHEAD):
+                yield from pool.map(self.read, names[start : start + READ_AHEAD])
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=1, ensure_ascii=False)
@@ -242,7 +248,7 @@ class RunFolder:
                 )
 
     def finished(self, fingerprints: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """The statistics of those shards that are done, by name.
+        """Of the statistics of those shards that are done `KEPT`, by name.
 
         Args:
             fingerprints: of the input of each shard.
@@ -252,9 +258,11 @@ class RunFolder:
         """
         present = set(self.list_names())
         names = [name for name in fingerprints if name + STATS in present]
-        found = dict(zip(names, self.read_all([name + STATS for name in names]), strict=True))
-        done = {name: stats for name, stats in found.items() if stats is not None}
-        for name, stats in done.items():
+        done: dict[str, dict[str, Any]] = {}
+        for name, stats in zip(names, self.read_all([n + STATS for n in names]), strict=True):
+            if stats is None:
+                continue
+            done[name] = {key: stats[key] for key in KEPT if key in stats}
             if stats.get("input") != fingerprints[name]:
                 raise ShardError(
                     f"{self.file(name + STATS)}: the shard was made from another input "

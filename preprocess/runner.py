@@ -14,7 +14,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from preprocess.run_folder import ERROR, RUNNING, STATS, RunFolder
@@ -35,6 +35,7 @@ class Job:
     fingerprint: str  # changes when the source does
     modified: float = 0.0  # when the source was written last, seconds since 1970; 0 = not known
     again: bool = False  # was made before; items dropped for a passing reason get another try
+    attempt: int = 1  # above 1, one that was killed may have left half-written files
 
 
 class Worker(Protocol):
@@ -121,7 +122,7 @@ class Runner:
             try:
                 mark = {"attempt": attempt, **_whereabouts(), "errors": errors}
                 self.folder.write(name, mark)
-                return self._make(job, report)
+                return self._make(replace(job, attempt=attempt), report)
             except Exception as error:  # one bad shard must not end the run
                 plain = isinstance(error, (ValueError, OSError))
                 text, trace = str(error) if plain else repr(error), traceback.format_exc()

@@ -132,8 +132,9 @@ class SceneWorker:
             OSError: input or output cannot be reached.
         """
         path, rejects_path = (f"{self.output}/{job.name}{end}" for end in (".tar", REJECTS))
-        remove_temporary(path)
-        remove_temporary(rejects_path)
+        if job.attempt > 1:  # looks through all names of the output, which may be many
+            remove_temporary(path)
+            remove_temporary(rejects_path)
         tally = Tally()
         with ShardWriter(path) as writer, pillow_rules(self.config.photo):
             samples = tally.counted(job.source.read(on_reject=tally.reject), report)
