@@ -1,12 +1,16 @@
 """A Ray that does not start or cannot be joined is told of in one line, whatever it raises."""
 
+import os
+import signal
 import socket
+import sys
 
 import pytest
 
 from preprocess.executor import ExecutorConfig
 from preprocess.ray_executor import _explain as explain
 from preprocess.ray_executor import _start as start
+from preprocess.termination import terminated_in_order
 
 SLOW = "The current node timed out during startup. This could happen because …"
 
@@ -50,3 +54,21 @@ def test_a_cluster_that_gives_no_reason_is_told_of(raising):
 
 def test_workers_that_are_lost_without_a_word_are_told_of():
     assert explain(RuntimeError()) == "Ray has lost the workers: RuntimeError"
+
+
+def test_a_run_that_is_ended_while_ray_starts_ends_as_at_any_other_time(monkeypatch, caplog):
+    """Ray sets a handler of its own there, which ends the process with 15."""
+    ray = pytest.importorskip("ray")
+
+    def begin(*_, **__):
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.sigtimedwait([], 1)  # lets the handler run
+
+    monkeypatch.setattr(ray, "init", begin)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, terminated_in_order():
+        start(ExecutorConfig())
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert caplog.messages == ["ended by SIGTERM; the same command goes on where this one was"]
+    assert signal.getsignal(signal.SIGTERM) == before
