@@ -133,13 +133,24 @@ def dispatch(words: list[str]) -> int:
         return 2
     try:
         return run(name, rest)
-    except ModuleNotFoundError as error:  # now, or where a stage first needs it
+    except ImportError as error:  # now, or where a stage first needs it
         package, extra = (error.name or "").split(".")[0], COMMANDS[name].extra
         if not extra or package in ("", "mas", "preprocess", "train"):
             raise
-        raise OSError(
-            f"mas {name} needs the package {package!r}: pip install 'mini-make-a-scene[{extra}]'"
-        ) from error
+        raise OSError(f"mas {name} {_package_mend(error, package, extra)}") from error
+
+
+def _package_mend(error: ImportError, package: str, extra: str) -> str:
+    """What to say of a package that is missing, or lacks what a command imports from it."""
+    wanted = f"'mini-make-a-scene[{extra}]'"
+    if isinstance(error, ModuleNotFoundError) and error.name == package:
+        return f"needs the package {package!r}: pip install {wanted}"
+    import importlib.metadata
+
+    found = importlib.metadata.packages_distributions().get(package, [""])[0]
+    present = f"{found} {importlib.metadata.version(found)}" if found else package
+    mend = f"pip install -U {found or package} {wanted}"
+    return f"does not fit the installed {present}: {error}; {mend}"
 
 
 def run(name: str, arguments: list[str]) -> int:

@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import nn
 
+from mas.errors import first_line
 from mas.filter import Sampling, StreamSampling
 from mas.gpt import GPT
 from mas.judge import SceneJudge
@@ -141,8 +142,9 @@ def find_folder(name: str | Path) -> Path:
         wanted = [INDEX, CARD, *list_files(EXTRAS)]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the hub client has no common base class for its errors
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{name}: neither a folder nor found on the hub ({reason})") from error
+        raise ModelError(
+            f"{name}: neither a folder nor found on the hub ({first_line(error)})"
+        ) from error
 
 
 def read_index(folder: Path) -> Index:

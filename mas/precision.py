@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mas.cuda_decoder import CUDADecoder
 from mas.decoder import CPUDecoder
+from mas.errors import first_line
 from mas.fast_decoder import FastDecoder, can_step
 from mas.generate import Decoder
 from mas.gpt import GPT, GPTConfig
@@ -66,9 +67,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device, dtype=torch.float64).item()  # the draw of tokens needs it
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"device {name!r} cannot be used here ({reason}); use auto or cpu"
+            f"device {name!r} cannot be used here ({first_line(error)}); use auto or cpu"
         ) from error
     return device
 

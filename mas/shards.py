@@ -92,7 +92,8 @@ def read_shard(path: str, *, on_reject: OnReject | None = None) -> Iterator[Samp
             Without it they are logged.
 
     Raises:
-        ShardError: not a tar, compressed, truncated or broken inside; raised before any sample.
+        ShardError: not a tar, compressed, truncated or broken inside, raised before any sample; or
+            it has become shorter since.
     """
     with seekable(path) as file:
         for key, entry in _scan(file, path, on_reject or _log_reject(path)).items():
@@ -100,6 +101,8 @@ def read_shard(path: str, *, on_reject: OnReject | None = None) -> Iterator[Samp
             for extension, (offset, size) in entry.spans.items():
                 file.seek(offset)
                 files[extension] = file.read(size)
+                if len(files[extension]) != size:
+                    raise ShardError(f"{path}: became shorter while it was in use")
             yield Sample(key, files)
 
 

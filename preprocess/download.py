@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from mas.errors import first_line
 from preprocess.progress import counting
 from preprocess.weights import Weights, WeightsError, check_hash, file_hash, is_present
 
@@ -196,4 +197,4 @@ def _reason(error: Exception) -> str:
         return f"HTTP {error.code} {error.reason}"
     if isinstance(error, urllib.error.URLError):
         return str(error.reason)
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return first_line(error)

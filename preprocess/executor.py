@@ -8,52 +8,26 @@ shard that fails is tried again, then set aside while the others go on.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import os
 import platform
-import resource
 import socket
-import time
-import traceback
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from preprocess.needs import EXTRA, has_module, require
 from preprocess.progress import ProgressBar
-from preprocess.run_folder import ERROR, RUNNING, STATS, RunFolder, settings_hash
+from preprocess.run_folder import ERROR, STATS, ReadOnlyError, RunFolder, settings_hash
+from preprocess.runner import Job, Outcome, Runner, Worker
 from preprocess.termination import terminated_in_order
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[int], None]  # a worker tells how many more items it has seen
-
-ATTEMPTS = 3  # a shard that failed so often is set aside
-WAIT_SECONDS = (1.0, 5.0)  # before the second and the third attempt
 # So many shards that failed, none for its data, before any is made: no other would do better. Where
 # more workers are at work, as many as they are, for what is good takes longer than what fails.
 TROUBLED = 5
-OUTPUT_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no shard could be written: stop
-
-
-@dataclass(frozen=True)
-class Job:
-    """One shard to make."""
-
-    name: str  # of the output, without ending
-    source: Any  # what the worker reads
-    fingerprint: str  # changes when the source does
-    modified: float = 0.0  # when the source was written last, seconds since 1970; 0 = not known
-    again: bool = False  # was made before; items dropped for a passing reason get another try
-
-
-class Worker(Protocol):
-    """Makes one shard, all of it or nothing, and returns its statistics."""
-
-    def __call__(self, job: Job, report: Report) -> dict[str, Any]: ...
 
 
 def check_numbers(config: Any, **least: int) -> None:
@@ -88,17 +62,6 @@ class ExecutorConfig:
 
 
 @dataclass
-class Outcome:
-    """What became of one job."""
-
-    name: str
-    stats: dict[str, Any] | None = None
-    error: str = ""
-    host: str = ""  # where it failed, unless the data were the cause
-    fatal: bool = False  # the other jobs would fail as well: full disk, missing weights
-
-
-@dataclass
 class Summary:
     """What became of a run."""
 
@@ -113,133 +76,6 @@ class Summary:
     def status(self) -> int:
         """Exit status of the command."""
         return 1 if self.failed else 0
-
-
-class StartError(Exception):
-    """A worker that cannot be made again; the message names the machine and the reason."""
-
-
-class Runner:
-    """Takes jobs one by one: marks them as running, tries, writes the evidence. One a process.
-
-    A worker that has met an error which is not the data's is not used again: what its process has
-    lost, a GPU or a mount, it would lack for every shard to come.
-    """
-
-    def __init__(
-        self,
-        factory: Callable[[], Worker],
-        folder: RunFolder,
-        common: Mapping[str, Any],
-        *,
-        leave: Callable[[], Any] | None = None,
-    ) -> None:
-        """Makes the worker.
-
-        Args:
-            factory: makes it, once more after each such error.
-            folder: of the evidence.
-            common: goes into every stats.json.
-            leave: ends this process, after which the next attempt is another one's; None = all
-                attempts are made here.
-        """
-        self.factory = factory
-        self.worker: Worker | None = factory()
-        self.folder = folder
-        self.common = common
-        self.leave = leave
-
-    def run(self, job: Job, report: Report) -> Outcome:
-        """Never raises for what one shard may be the cause of."""
-        if self.worker is None and self.leave:
-            self.leave()
-        report(0)
-        if not job.again and (stats := self.folder.read(job.name + STATS)):
-            return Outcome(job.name, stats=stats)  # made, but the word of it was lost on its way
-        try:
-            return self._try(job, report)
-        except StartError as error:
-            return Outcome(job.name, error=str(error), fatal=True)
-        except OSError as error:  # not even the evidence can be written
-            text = f"{self.folder.path} on {socket.gethostname()}: {error.strerror or error}"
-            with contextlib.suppress(OSError):
-                self.folder.remove(job.name + RUNNING)
-            return Outcome(job.name, error=text, fatal=True)
-
-    def _try(self, job: Job, report: Report) -> Outcome:
-        """Up to `ATTEMPTS` times.
-
-        Raises:
-            OSError: nothing can be written to the output.
-            StartError: the worker cannot be made again, or a package is missing.
-        """
-        name = job.name + RUNNING
-        mark = self.folder.read(name) or {"attempt": 0}  # of an attempt in another process
-        errors: list[dict[str, Any]] = mark.get("errors", [])
-        text, trace = f"killed its worker {mark['attempt'] - len(errors)} times", ""
-        for attempt in range(mark["attempt"] + 1, ATTEMPTS + 1):
-            self._renew_worker()
-            try:
-                mark = {"attempt": attempt, **_whereabouts(), "errors": errors}
-                self.folder.write(name, mark)
-                return self._make(job, report)
-            except Exception as error:  # one bad shard must not end the run
-                plain = isinstance(error, (ValueError, OSError))
-                text, trace = str(error) if plain else repr(error), traceback.format_exc()
-                if isinstance(error, OSError) and error.errno in OUTPUT_FULL:
-                    raise
-                if isinstance(error, ImportError):  # of this machine, whatever the shard
-                    raise StartError(f"{mark['host']}: {error}") from error
-                if isinstance(error, ValueError):  # the data; another attempt would see the same
-                    return self._set_aside(job, text, {**mark, "traceback": trace}, host="")
-                errors.append({"host": mark["host"], "pid": mark["pid"], "error": text})
-                self.worker = None
-            if attempt < ATTEMPTS:
-                self._wait_for(attempt, name, mark)
-        return self._set_aside(job, text, {**mark, "traceback": trace}, host=mark["host"])
-
-    def _renew_worker(self) -> None:
-        try:
-            self.worker = self.worker or self.factory()
-        except Exception as error:  # what the worker has lost, no shard is the cause of
-            raise StartError(f"{socket.gethostname()}: {error}") from error
-
-    def _wait_for(self, attempt: int, name: str, mark: Mapping[str, Any]) -> None:
-        """Until the attempt after this one may be made, by another process where there is one."""
-        time.sleep(WAIT_SECONDS[attempt - 1])
-        if self.leave:
-            self.folder.write(name, mark)
-            self.leave()
-
-    def _set_aside(self, job: Job, text: str, evidence: dict[str, Any], *, host: str) -> Outcome:
-        self.folder.write(job.name + ERROR, {"error": text, **evidence})
-        self.folder.remove(job.name + RUNNING)
-        return Outcome(job.name, error=text, host=host)
-
-    def _make(self, job: Job, report: Report) -> Outcome:
-        assert self.worker is not None
-        start = time.time()
-        stats = {
-            **self.worker(job, report),
-            **self.common,
-            "input": job.fingerprint,
-            "started": round(start, 3),
-            "finished": round(time.time(), 3),
-            "host": socket.gethostname(),
-            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        }
-        self.folder.write(job.name + STATS, stats)
-        self.folder.remove(job.name + RUNNING, job.name + ERROR)
-        return Outcome(job.name, stats=stats)
-
-
-def _whereabouts() -> dict[str, Any]:
-    """Who is at a shard, for `mas preprocess-status` and for the record of a failure."""
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": round(time.time(), 3),
-    }
 
 
 def execute(
@@ -273,10 +109,15 @@ def execute(
         ShardError: a finished shard was made from another input.
         OSError: the output cannot be written to, is full, or is not the one that the workers see.
     """
-    folder = RunFolder(output)
-    with folder.prepared(command, settings, shards=len(jobs)), terminated_in_order():
+    folder, summary = RunFolder(output), Summary(len(jobs))
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(folder.prepared(command, settings, shards=len(jobs)))
+        except ReadOnlyError as error:
+            _check_nothing_left(_find_pending(jobs, folder, summary, config, passing), jobs, error)
+            return summary
+        stack.enter_context(terminated_in_order())
         folder.sweep()
-        summary = Summary(len(jobs))
         common = {"settings": settings_hash(settings), "python": platform.python_version()}
         try:
             with ProgressBar(folder, len(jobs), unit=unit) as bar, logging_redirect_tqdm():
@@ -292,6 +133,16 @@ def execute(
                 folder.sweep()  # what workers left behind that were killed for good, or stopped
     _check_visible(made, folder)
     return summary
+
+
+def _check_nothing_left(pending: Sequence[Job], jobs: Sequence[Job], error: ReadOnlyError) -> None:
+    """An output that is only read, as an archive, may be looked at by the command that made it."""
+    if pending:
+        raise OSError(
+            f"{error}, and {len(pending)} of {len(jobs)} shards are still to be made; make it "
+            "writable, or choose another --output"
+        ) from error
+    logger.info("%s; nothing is left to be made", error)
 
 
 def _check_machine(
@@ -356,17 +207,29 @@ def _check_visible(made: Sequence[str], folder: RunFolder) -> None:
 
 
 def _warn_of_rejects(outcome: Outcome) -> None:
-    """A shard without one good sample mostly means settings that do not fit the data."""
+    """A shard without one good sample mostly means settings that do not fit the data.
+
+    One without any sample is what img2dataset writes where no download was successful.
+    """
     stats = outcome.stats or {}
     rejected = stats.get("rejected", {})
     if rejected and not stats.get("photos_out"):
         reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
         logger.warning("shard %s: not one sample could be used: %s", outcome.name, reasons)
+    elif stats.get("photos_in") == 0:
+        logger.warning("shard %s: holds no samples", outcome.name)
 
 
-def _warn_of_later_inputs(jobs: Sequence[Job], done: Mapping[str, Mapping[str, Any]]) -> None:
-    """A fingerprint tells no change that leaves the size; a time changes with a mere copy, too."""
-    later = [job.name for job in jobs if job.modified > done[job.name].get("finished", 0.0)]
+def _warn_of_later_inputs(
+    jobs: Sequence[Job], done: Mapping[str, Mapping[str, Any]], folder: RunFolder
+) -> None:
+    """A fingerprint tells no change that leaves the size; a time changes with a mere copy, too.
+
+    So nothing is made again, and what was told is noted, for it is no news at the next run.
+    """
+    finished = {job.name: done[job.name].get("finished", 0.0) for job in jobs}
+    times = {job.name: job.modified for job in jobs if job.modified > finished[job.name]}
+    later = folder.note_later_inputs(times)
     if later:
         logger.warning(
             "%d finished shards have an input that was written after they were made, the first is "
@@ -387,7 +250,7 @@ def _find_pending(
     pending = []
     present = set(folder.list_names())
     done = folder.finished({job.name: job.fingerprint for job in jobs})
-    _warn_of_later_inputs([job for job in jobs if job.name in done], done)
+    _warn_of_later_inputs([job for job in jobs if job.name in done], done, folder)
     for job in jobs:
         if job.name in done:
             if config.retry_rejected and set(passing) & set(done[job.name].get("rejected", {})):

@@ -36,9 +36,10 @@ from mas.shards import (
     local_path,
     read_shard,
 )
-from preprocess.executor import Job
 from preprocess.photo import EXTENSIONS
 from preprocess.rejects import Reject, RejectError
+from preprocess.run_folder import HISTOGRAM
+from preprocess.runner import Job
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def find_jobs(input: str, *, captions: str = "", samples_per_shard: int = 1000) 
         names = filesystem.ls(inner, detail=False)
         if not any(name.endswith(".tar") for name in names):
             return _cut(input, _list_folder(input), samples_per_shard)
-        if pictures := [name for name in names if _is_picture(name)]:
+        if pictures := [n for n in names if _is_picture(n) and not n.endswith(f"/{HISTOGRAM}")]:
             logger.warning(
                 "%s: holds shards; what lies beside them is passed over (pictures: %d, as %s)",
                 *(input, len(pictures), PurePosixPath(pictures[0]).name),

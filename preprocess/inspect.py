@@ -84,16 +84,24 @@ def choose(paths: Sequence[str], count: int) -> Iterator[Sample]:
     """
     remote = any(local_path(path) is None for path in paths)
     most = min(count, REMOTE_SHARDS) if remote else count
+    chosen = [paths[i] for i in _evenly(len(paths), most)]
     with tempfile.TemporaryDirectory() as folder:
-        chosen = [_fetch(paths[i], folder) for i in _evenly(len(paths), most)]
-        try:
-            index = ShardIndex(chosen, extensions=MEMBERS)
-        except ShardError as error:
-            if " has no " not in str(error):  # broken, not of another kind
-                raise
-            raise ShardError(f"{error}; mas inspect shows what mas preprocess writes") from error
+        index = _index([_fetch(path, folder) for path in chosen])
+        for path in (path for path in paths if path not in chosen):
+            if len(index):
+                break
+            index = _index([_fetch(path, folder)])  # those that were chosen hold no samples
         for i in _evenly(len(index), count):
             yield index.read(i)
+
+
+def _index(paths: list[str]) -> ShardIndex:
+    try:
+        return ShardIndex(paths, extensions=MEMBERS)
+    except ShardError as error:
+        if " has no " not in str(error):  # broken, not of another kind
+            raise
+        raise ShardError(f"{error}; mas inspect shows what mas preprocess writes") from error
 
 
 def read_pair(sample: Sample) -> tuple[Image.Image, SceneMap]:

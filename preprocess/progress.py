@@ -49,14 +49,14 @@ def counting(
         with tqdm(total=total, desc=name, unit=unit, initial=initial, **scale) as bar:
             yield bar.update
         return
-    start = told = time.time()
+    start = told = time.monotonic()
     count = initial
 
     def tell(more: int) -> None:
         nonlocal count, told
         count += more
-        if time.time() - told > LINE_SECONDS:
-            told = time.time()
+        if time.monotonic() - told > LINE_SECONDS:
+            told = time.monotonic()
             words: dict[str, Any] = {"prefix": name, "unit": unit, "initial": initial, **scale}
             words["bar_format"] = COUNT_OF_TOTAL if total else COUNT
             line = tqdm.format_meter(count, total or 0, told - start, **words)
@@ -68,7 +68,8 @@ def counting(
 class ProgressBar:
     """Shards done and failed, items a second, time left; on stderr, in a file as lines.
 
-    A thread shows it and writes the heartbeat, for a single shard may take an hour.
+    A thread shows it and writes the heartbeat, for a single shard may take an hour; at a distance
+    that does not change when the clock is set.
     """
 
     def __init__(self, folder: RunFolder, shards: int, *, unit: str) -> None:
@@ -86,7 +87,7 @@ class ProgressBar:
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=shards, unit="shard", dynamic_ncols=True)
-        self._told = time.time()  # when the last line was written
+        self._told = time.monotonic()  # when the last line was written
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
 
@@ -120,13 +121,13 @@ class ProgressBar:
     def add(self, items: int | None) -> None:
         """Items that workers have seen since the last call; 0 when one begins, None = no word."""
         if items is not None:
-            self._start = self._start or time.time()
+            self._start = self._start or time.monotonic()
             self.items += items
 
     @property
     def seconds(self) -> float:
         """Since the first word from a worker."""
-        return time.time() - self._start if self._start else 0.0
+        return time.monotonic() - self._start if self._start else 0.0
 
     def shard_done(self, *, failed: bool) -> None:
         self.failed += failed
@@ -139,10 +140,10 @@ class ProgressBar:
             self.add(self.pull())
             if self._bar is not None:
                 self._paint(self._bar)
-            elif time.time() - self._told > LINE_SECONDS:
-                self._told = time.time()
+            elif time.monotonic() - self._told > LINE_SECONDS:
+                self._told = time.monotonic()
                 logger.info(self.describe())
-            if time.time() - self._beat > HEARTBEAT_SECONDS:
+            if time.monotonic() - self._beat > HEARTBEAT_SECONDS:
                 self._beat_now()
 
     def describe(self) -> str:
@@ -162,9 +163,9 @@ class ProgressBar:
         bar.refresh()
 
     def _beat_now(self) -> None:
-        self._beat = time.time()
+        self._beat = time.monotonic()
         content = {
-            "updated": self._beat,
+            "updated": time.time(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "items": self.items,

@@ -22,10 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.executor import ExecutorConfig, Job, Outcome, Runner, Worker
+from mas.errors import first_line
+from preprocess.executor import ExecutorConfig
 from preprocess.needs import EXTRA
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import RunFolder
+from preprocess.runner import Job, Outcome, Runner, Worker
 from preprocess.termination import catch_sigterm
 from preprocess.weights import FOLDER_VARIABLE
 
@@ -219,7 +221,7 @@ def _dataset(
 
 def _explain(error: Exception) -> str:
     """One line of the pages that Ray gives when its workers do not come up or do not come back."""
-    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line.strip() for line in str(error).splitlines()] or [first_line(error)]
     unlike = ("ModuleNotFoundError: ", "ImportError: ", "AttributeError: ")  # in unpickling
     if found := [line for line in lines if line.startswith(unlike)]:
         node = re.search(r"\bip=([^,)\s]+)", str(error))
@@ -284,10 +286,9 @@ def _start(config: ExecutorConfig) -> None:
         address = _find_cluster(config.address)
         try:
             ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # Ray has no common base class for what it raises here
             raise OSError(
-                f"cannot join the Ray cluster {address}: {reason}; {TOKEN_MEND}"
+                f"cannot join the Ray cluster {address}: {first_line(error)}; {TOKEN_MEND}"
             ) from error
         resources = ray.cluster_resources()
         sums = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
@@ -301,10 +302,8 @@ def _start(config: ExecutorConfig) -> None:
             include_dashboard=False,
             **quiet,
         )
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise OSError(
-            f"Ray cannot start: {str(error).strip().splitlines()[0]}; {LOCAL_MEND}"
-        ) from error
+    except Exception as error:  # the same
+        raise OSError(f"Ray cannot start: {first_line(error)}; {LOCAL_MEND}") from error
 
 
 def _find_cluster(address: str) -> str:

@@ -134,6 +134,8 @@ def preprocess(config: PreprocessConfig) -> int:
     totals = _conclude(summary, RunFolder(output))
     if totals["rejected"] and not totals["photos_out"]:
         raise ValueError(_describe_total_loss(totals["rejected"], config.panoptic, output))
+    if not (totals["photos_in"] or summary.failed):
+        raise ValueError(f"{config.input}: there is not one sample in it")
     return summary.status
 
 
@@ -210,8 +212,8 @@ def _describe_total_loss(rejected: dict[str, int], panoptic: PanopticConfig, out
 def _conclude(summary: Summary, folder: RunFolder) -> dict[str, Any]:
     """Writes summary.json and classes.png, prints what became of the run, returns the sums."""
     totals = collect(folder)
-    folder.write(SUMMARY, totals)
-    if totals["classes"]:
+    changed = folder.update(SUMMARY, totals)
+    if totals["classes"] and (changed or HISTOGRAM not in folder.list_names()):
         buffer = io.BytesIO()
         draw_histogram(totals["classes"], photos=totals["photos_out"]).save(buffer, "PNG")
         write_file(folder.file(HISTOGRAM), buffer.getvalue())

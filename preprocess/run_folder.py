@@ -9,6 +9,7 @@ is at it, NAME.stats.json when all of it is written, NAME.error.json when it fai
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -26,16 +27,23 @@ from mas.shards import ShardError, local_path, write_file
 
 RUN, PROGRESS, SUMMARY, LOCK = "run.json", "progress.json", "summary.json", "lock.json"
 HISTOGRAM = "classes.png"
+LATER = "later_inputs"  # in run.json: shard -> time of an input written after it, as was told
 STATS, ERROR, RUNNING = ".stats.json", ".error.json", ".running.json"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # the names `mas.shards` writes under
 
 READERS = 16  # files read at the same time
+READ_AHEAD = 256  # files
+KEPT = ("finished", "rejected")  # what a run wants to know of a shard that is done
 ALIVE_SECONDS = 60.0  # a run whose heartbeat is older has stopped
 FOREIGN_SECONDS = 20.0  # the same where its process cannot be looked up: on another machine
 
 
 class FolderError(ValueError):
     """An output folder that cannot take this run."""
+
+
+class ReadOnlyError(OSError):
+    """An output folder that can be read and not written to; the message names it."""
 
 
 class RunFolder:
@@ -73,14 +81,29 @@ class RunFolder:
             raise FolderError(f"{self.file(name)}: not a JSON object; remove it")
         return content
 
-    def read_all(self, names: Sequence[str]) -> list[dict[str, Any] | None]:
-        """Many JSON files, together: an object store takes its time over each."""
+    def read_all(self, names: Sequence[str]) -> Iterator[dict[str, Any] | None]:
+        """Many JSON files, some together: an object store takes its time over each.
+
+        No more than `READ_AHEAD` are held, for the statistics of a shard may take 40 kB of memory.
+        """
         with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(self.read, names))
+            for start in range(0, len(names), READ_AHEAD):
+                yield from pool.map(self.read, names[start : start + READ_AHEAD])
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=1, ensure_ascii=False)
         write_file(self.file(name), (text + "\n").encode("utf-8", "backslashreplace"))
+
+    def update(self, name: str, content: Mapping[str, Any]) -> bool:
+        """Writes unless the file says so already; whether it did not.
+
+        So a finished folder may be read-only.
+        """
+        with contextlib.suppress(FolderError):
+            if self.read(name) == content:
+                return False
+        self.write(name, content)
+        return True
 
     def remove(self, *names: str) -> None:
         """Removes files that may be there; half-written ones under other names are for `sweep`."""
@@ -104,17 +127,31 @@ class RunFolder:
         Raises:
             FolderError: the folder holds something else, shards made with other settings, or
                 another run is at work on it.
-            OSError: it cannot be written to.
+            ReadOnlyError: it cannot be written to.
         """
         self._check_content(command, settings)
         filesystem, inner = fsspec.core.url_to_fs(self.path)
-        filesystem.makedirs(inner, exist_ok=True)
+        with self._written_to():
+            filesystem.makedirs(inner, exist_ok=True)
         with self._locked():
             self._check_alone(self.read(PROGRESS))
             self._check_content(command, settings)  # another run may have come in between
             content = {"command": command, "settings": settings, "shards": shards}
-            self.write(RUN, {**content, "started": time.time()})
+            with self._written_to():
+                self.write(RUN, {**(self.read(RUN) or {}), **content, "started": time.time()})
             yield
+
+    @contextlib.contextmanager
+    def _written_to(self) -> Iterator[None]:
+        """Tells a folder that is read-only from one that is full or broken."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+                raise ReadOnlyError(
+                    f"{self.path}: cannot be written to ({error.strerror or error})"
+                ) from error
+            raise
 
     def _check_content(self, command: str, settings: Mapping[str, Any]) -> None:
         run = self.read(RUN)
@@ -135,7 +172,8 @@ class RunFolder:
             yield
             return
         mine = {"updated": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-        self._take(path, mine)
+        with self._written_to():
+            self._take(path, mine)
         try:
             yield
         finally:
@@ -210,7 +248,7 @@ class RunFolder:
                 )
 
     def finished(self, fingerprints: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """The statistics of those shards that are done, by name.
+        """Of the statistics of those shards that are done `KEPT`, by name.
 
         Args:
             fingerprints: of the input of each shard.
@@ -220,9 +258,11 @@ class RunFolder:
         """
         present = set(self.list_names())
         names = [name for name in fingerprints if name + STATS in present]
-        found = dict(zip(names, self.read_all([name + STATS for name in names]), strict=True))
-        done = {name: stats for name, stats in found.items() if stats is not None}
-        for name, stats in done.items():
+        done: dict[str, dict[str, Any]] = {}
+        for name, stats in zip(names, self.read_all([n + STATS for n in names]), strict=True):
+            if stats is None:
+                continue
+            done[name] = {key: stats[key] for key in KEPT if key in stats}
             if stats.get("input") != fingerprints[name]:
                 raise ShardError(
                     f"{self.file(name + STATS)}: the shard was made from another input "
@@ -231,6 +271,16 @@ class RunFolder:
                     "or a folder of its own"
                 )
         return done
+
+    def note_later_inputs(self, times: Mapping[str, float]) -> list[str]:
+        """Those of the shards that were not noted with this time of their input; notes them."""
+        run = self.read(RUN) or {}
+        noted = run.get(LATER, {})
+        fresh = [name for name, when in times.items() if noted.get(name) != when]
+        if fresh:
+            with contextlib.suppress(OSError):  # where nothing can be noted, it is told again
+                self.write(RUN, {**run, LATER: {**noted, **times}})
+        return fresh
 
     def sweep(self) -> None:
         """Removes half-written files and marks of workers that were killed. None may be at work."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mas.errors import first_line
 from preprocess.weights import WeightsError, check_hash
 
 PARTS = 20  # LIP ids 0-19, 0 = background
@@ -221,10 +222,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
-            f"{path}: not a readable SCHP checkpoint ({reason}); it must hold plain tensors, as "
-            "torch.save({'state_dict': network.state_dict()}, path) writes them"
+            f"{path}: not a readable SCHP checkpoint ({first_line(error)}); it must hold plain "
+            "tensors, as torch.save({'state_dict': network.state_dict()}, path) writes them"
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):

@@ -15,8 +15,8 @@ import PIL
 
 from mas.scene import CLASS_NAMES
 from mas.shards import Sample
-from preprocess.executor import Report
 from preprocess.rejects import Reject
+from preprocess.runner import Report
 
 REPORT_EVERY = 16  # photos between two words to the progress bar
 

@@ -26,9 +26,11 @@ def terminated_in_order() -> Iterator[None]:
     catch_sigterm()
     try:
         yield
-    except Terminated:
+    except SystemExit as end:
+        if end.code not in (Terminated().code, signal.SIGTERM):  # the latter by Ray's own handler
+            raise
         logger.warning("ended by SIGTERM; the same command goes on where this one was")
-        raise
+        raise Terminated from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

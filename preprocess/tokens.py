@@ -36,10 +36,11 @@ from mas.text import Tokenizer, mirror_caption
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 from preprocess.batching import lacking_device, pick_device
-from preprocess.executor import ExecutorConfig, Job, Report, Summary, check_numbers, execute
+from preprocess.executor import ExecutorConfig, Summary, check_numbers, execute
 from preprocess.inputs import absolute, find_jobs
 from preprocess.needs import lacking_filesystems, require
 from preprocess.run_folder import STATS, RunFolder
+from preprocess.runner import Job, Report
 
 MAX_VOCABULARY = 2**16  # tokens are stored as uint16
 
@@ -323,7 +324,7 @@ def _write_manifest(
         counts = {key: stats[key] for key in ("pictures", "captions")}
         shards.append({"name": job.name, **counts})
     mirrored = {"mirrored": True} if mirror else {}
-    folder.write(MANIFEST, {"format": TOKEN_FORMAT, **mirrored, **streams, "shards": shards})
+    folder.update(MANIFEST, {"format": TOKEN_FORMAT, **mirrored, **streams, "shards": shards})
     return shards
 
 

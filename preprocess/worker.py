@@ -30,7 +30,6 @@ from mas.shards import (
     write_file,
 )
 from preprocess.captions import Texts, read_texts
-from preprocess.executor import Job, Report
 from preprocess.landmarks import draw_faces
 from preprocess.needs import require
 from preprocess.photo import (
@@ -45,6 +44,7 @@ from preprocess.photo import (
 )
 from preprocess.rejects import Reject, RejectError
 from preprocess.run_folder import STATS, RunFolder
+from preprocess.runner import Job, Report
 from preprocess.segment import (
     FaceConfig,
     HumanConfig,
@@ -128,12 +128,13 @@ class SceneWorker:
         A shard that is made again keeps the samples it has; the others get another try.
 
         Raises:
-            ShardError: the input shard is broken or holds nothing at all.
+            ShardError: the input shard is broken.
             OSError: input or output cannot be reached.
         """
         path, rejects_path = (f"{self.output}/{job.name}{end}" for end in (".tar", REJECTS))
-        remove_temporary(path)
-        remove_temporary(rejects_path)
+        if job.attempt > 1:  # looks through all names of the output, which may be many
+            remove_temporary(path)
+            remove_temporary(rejects_path)
         tally = Tally()
         with ShardWriter(path) as writer, pillow_rules(self.config.photo):
             samples = tally.counted(job.source.read(on_reject=tally.reject), report)
@@ -141,8 +142,6 @@ class SceneWorker:
             for sample in self._process(match(samples, kept), tally):
                 with tally.time("write"):
                     writer.write(sample)
-            if not tally.samples and not tally.rejected:
-                raise ShardError(f"{job.source.name}: the shard is empty")
             if job.again:  # from here on the shard is not done until the new statistics are there
                 RunFolder(self.output).remove(job.name + STATS)
             write_file(rejects_path, tally.reject_lines())

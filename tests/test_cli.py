@@ -139,7 +139,7 @@ def test_a_missing_package_names_the_extra(monkeypatch, capsys):
     ("words", "package", "extra"),
     [
         (["preprocess"], "ray", "preprocess"),
-        (["bench", "preprocess"], "ray.util", "preprocess"),
+        (["bench", "preprocess"], "ray", "preprocess"),
         (["bench", "train"], "pytorch_lightning", "train"),
     ],
 )
@@ -157,13 +157,45 @@ def test_a_package_that_is_missed_on_the_way_names_the_extra(
 
 def test_a_stage_without_lightning_names_the_extra(monkeypatch, capsys):
     def missing(stage, arguments):
-        raise ModuleNotFoundError("No module named …", name="pytorch_lightning.callbacks")
+        raise ModuleNotFoundError("No module named …", name="pytorch_lightning")
 
     monkeypatch.setattr("train.runner.run", missing)
     assert cli.main(["train", "vqseg", "--help"]) == 1
     assert capsys.readouterr().err == (
         "mas: error: mas train needs the package 'pytorch_lightning': "
         "pip install 'mini-make-a-scene[train]'\n"
+    )
+
+
+@pytest.mark.parametrize("distribution", ["wooden-easel", None])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("import easel.paper", "No module named 'easel.paper'"),
+        ("from easel import paper", "cannot import name 'paper' from 'easel' (FILE)"),
+    ],
+)
+def test_a_package_that_lacks_a_part_is_called_unfit_and_not_missing(
+    line, reason, distribution, tmp_path, monkeypatch, capsys
+):
+    file = tmp_path / "easel" / "__init__.py"
+    file.parent.mkdir()
+    file.touch()
+    found = "easel"
+    if distribution:
+        about = tmp_path / "wooden_easel-1.4.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Name: {distribution}\nVersion: 1.4\n")
+        (about / "top_level.txt").write_text("easel\n")
+        found = "wooden-easel 1.4"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "easel", raising=False)
+    monkeypatch.setattr(cli, "load", lambda name: lambda: exec(line))
+    assert cli.main(["bench", "train"]) == 1
+    assert capsys.readouterr().err == (
+        f"mas: error: mas bench train does not fit the installed {found}: "
+        f"{reason.replace('FILE', str(file))}; "
+        f"pip install -U {distribution or 'easel'} 'mini-make-a-scene[train]'\n"
     )
 
 

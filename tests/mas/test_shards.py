@@ -197,6 +197,16 @@ def test_a_broken_tar_is_named_before_any_sample(tmp_path, damage, word):
     assert str(path) in str(error.value)
 
 
+def test_a_tar_that_becomes_shorter_while_it_is_read_gives_no_half_member(tmp_path):
+    path = tmp_path / "x.tar"
+    write_tar(path, [("a.txt", b"1" * 400), ("b.txt", b"2" * 200_000)])
+    samples = read_shard(str(path))
+    assert next(samples).key == "a"
+    os.truncate(path, 100_000)
+    with pytest.raises(ShardError, match=r"x\.tar: became shorter while it was in use"):
+        next(samples)
+
+
 def test_a_compressed_tar_is_refused_with_the_mend(tmp_path):
     path = write_tar(tmp_path / "x.tar", [("a.jpg", b"1")], mode="w:gz")
     with pytest.raises(ShardError, match="gunzip"):

@@ -1,5 +1,8 @@
 """A finished shard whose input has changed: refused or told of, and made again on demand."""
 
+import os
+import time
+
 import pytest
 from photo_world import photo_sample, tar_bytes, write_photos
 
@@ -46,6 +49,32 @@ def test_an_input_written_anew_in_the_same_size_is_told_of_and_made_again_on_dem
     (sample,) = read_shard(str(output / "00001.tar"))
     assert sample.files["txt"] == b"a dog"
     assert tar_bytes(output)["00000.tar"] == before["00000.tar"]
+
+
+def test_each_input_that_was_written_later_is_told_of_once(tmp_path, caplog):
+    """A folder that was copied after its run would otherwise be told of at each run for ever."""
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    names = [f"0000{i}" for i in range(3)]
+    for name in names:
+        write_photos(photos / f"{name}.tar", [photo_sample(name)])
+    assert run(photos, output) == 0
+    before, now = tar_bytes(output), time.time()
+
+    def told_of(*changed):
+        """Touches these shards and runs twice: the first shard that the one line names."""
+        caplog.clear()
+        for name in changed:
+            os.utime(photos / f"{name}.tar", (now + 60, now + 60 + len(told)))
+        assert run(photos, output) == 0 and run(photos, output) == 0
+        (line,) = caplog.messages
+        told.append(line.split(" finished")[0] + line.partition("first is")[2][:6])
+
+    told = []
+    told_of("00000", "00001")
+    told_of("00002")
+    told_of("00001")
+    assert told == ["2 00000", "1 00002", "1 00001"] and tar_bytes(output) == before
 
 
 def test_an_input_of_another_size_is_refused_until_its_shard_may_be_made_again(tmp_path):

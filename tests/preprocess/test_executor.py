@@ -11,10 +11,11 @@ import pytest
 from counting_worker import BrokenWorker, CountingWorker
 
 from mas.shards import ShardError
-from preprocess.executor import ExecutorConfig, Job, Outcome, Summary, execute
+from preprocess.executor import ExecutorConfig, Summary, execute
 from preprocess.executor import _take_in as take_in
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import FolderError, RunFolder
+from preprocess.runner import Job, Outcome
 from preprocess.status import preprocess_status
 
 NAMES = [f"{i:05d}" for i in range(6)]
@@ -22,7 +23,7 @@ NAMES = [f"{i:05d}" for i in range(6)]
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr("preprocess.executor.WAIT_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr("preprocess.runner.WAIT_SECONDS", (0.0, 0.0))
 
 
 @pytest.fixture(params=["serial", "ray"])
@@ -311,7 +312,7 @@ def test_an_output_that_cannot_be_written_is_an_error_and_leaves_nothing(world, 
 
     with monkeypatch.context() as patch:
         patch.setattr("mas.shard_files.os.replace", refuse)
-        with pytest.raises(PermissionError):
+        with pytest.raises(OSError, match=r"out: cannot be written to \(Permission denied\)"):
             world.run()
     assert not [p for p in world.output.rglob("*") if p.is_file()]
     world.output.rmdir()

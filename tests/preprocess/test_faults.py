@@ -248,6 +248,8 @@ mount -o remount,size=64m,ro "$OUT"
 "$@"; echo "readonly: $?"
 mount -o remount,rw "$OUT"
 "$@"; echo "mended: $?"
+mount -o remount,ro "$OUT"
+"$@"; echo "finished: $?"
 cp -r "$OUT"/out "$OUT"-kept
 """
 
@@ -267,6 +269,7 @@ def test_a_real_disk_that_is_full_and_then_read_only(photos, undisturbed, tmp_pa
     )
     # nothing is found between the two: a full disk is left without half-written files
     assert "full: 1\nreadonly: 1\n" in printed.stdout and "mended: 0" in printed.stdout
+    assert "finished: 0" in printed.stdout and "nothing is left to be made" in printed.stderr
     assert "No space left" in printed.stderr and "Read-only file system" in printed.stderr
     assert tar_bytes(tmp_path / "disk-kept") == tar_bytes(undisturbed)
     names = {path.name for path in undisturbed.iterdir()}

@@ -12,11 +12,12 @@ import pytest
 from photo_world import make_shards, photo_sample, write_photos
 
 from preprocess import panoptic
-from preprocess.executor import ExecutorConfig, Job, execute
+from preprocess.executor import ExecutorConfig, execute
 from preprocess.needs import NeedsError, has_module, lacking_modules, require
 from preprocess.photo import PhotoConfig
 from preprocess.ray_executor import _explain
 from preprocess.run import PreprocessConfig, preprocess
+from preprocess.runner import Job
 from preprocess.segment import FaceConfig, HumanConfig, PanopticConfig, lacks_of_sources
 from preprocess.tokens import TokenizeConfig
 

@@ -64,11 +64,34 @@ def test_a_terminal_gets_a_bar_and_no_lines(tmp_path, monkeypatch, caplog):
     assert not caplog.messages
 
 
+def test_a_clock_that_is_set_back_stops_neither_lines_nor_heartbeat(tmp_path, monkeypatch, caplog):
+    """Without a heartbeat the run would pass for dead, and another one begin on its folder."""
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    monkeypatch.setattr("preprocess.progress.LINE_SECONDS", 0.01)
+    monkeypatch.setattr("preprocess.progress.HEARTBEAT_SECONDS", 0.01)
+    caplog.set_level(logging.INFO, logger="preprocess.progress")
+    clock = SimpleNamespace(time=time.time, monotonic=time.monotonic)
+    monkeypatch.setattr("preprocess.progress.time", clock)
+    folder, begin = RunFolder(str(tmp_path)), time.time()
+    with ProgressBar(folder, 10, unit="photo") as bar:
+        bar.add(50)
+        bar.shard_done(failed=False)
+        clock.time = lambda: time.time() - 3600
+        count, deadline = len(caplog.messages), time.monotonic() + 20
+        while time.monotonic() < deadline and (
+            folder.read("progress.json")["updated"] > begin - 1800
+            or len(caplog.messages) < count + 2
+        ):
+            time.sleep(0.001)
+        assert bar.seconds >= 0 and folder.read("progress.json")["updated"] < begin - 1800
+    assert len(caplog.messages) >= count + 2 and "-" not in caplog.messages[-1]
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that only moves when it is told to."""
     clock = SimpleNamespace(now=1000.0)
-    clock.time = lambda: clock.now
+    clock.time = clock.monotonic = lambda: clock.now
     monkeypatch.setattr("preprocess.progress.time", clock)
     return clock
 

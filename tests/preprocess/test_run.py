@@ -309,13 +309,6 @@ def test_a_missing_input_leaves_no_output(tmp_path, input):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_empty_shard_fails(tmp_path, capsys):
-    write_photos(tmp_path / "00000.tar", [])
-    assert run(tmp_path / "00000.tar", tmp_path / "out") == 1
-    assert "the shard is empty" in capsys.readouterr().out
-    assert not tar_bytes(tmp_path / "out")
-
-
 def test_the_input_folder_is_never_written_to(shards, undisturbed):
     before = tar_bytes(shards)
     with pytest.raises(ValueError, match="something else"):

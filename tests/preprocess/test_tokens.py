@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -102,6 +103,26 @@ def test_batches_do_not_change_a_byte(world, tmp_path):
     run(world, tmp_path / "one", batch_size=1)
     run(world, tmp_path / "many", batch_size=16)
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
+
+
+def test_the_histogram_beside_the_scene_shards_is_no_picture_that_was_forgotten(
+    world, tmp_path, caplog
+):
+    assert (world / "scenes" / "classes.png").exists()
+    assert run(world, tmp_path / "out") == 0
+    assert not [message for message in caplog.messages if "passed over" in message]
+
+
+def test_shards_without_samples_become_empty_arrays_that_training_passes_over(world, tmp_path):
+    scenes = tmp_path / "scenes"
+    scenes.mkdir()
+    write_photos(scenes / "00000.tar", [])
+    shutil.copy(world / "scenes" / "00001.tar", scenes)
+    write_photos(scenes / "00002.tar", [])
+    assert run(world, tmp_path / "out", input=str(scenes), mirror=True) == 0
+    shards = TokenShards(tmp_path / "out")
+    assert [shard["pictures"] for shard in shards.manifest["shards"]] == [0, 3, 0]
+    assert [len(text) for text, _, _ in shards] == [1, 3, 1] and len(shards.mirrored(2)[0]) == 1
 
 
 def test_the_manifest_tells_sizes_counts_and_hashes(world, tmp_path):

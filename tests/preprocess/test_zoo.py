@@ -13,11 +13,13 @@ from photo_world import blocks, colour_of, decode, encode, photo_sample, write_p
 from PIL import Image
 from test_photo import bomb_png, flip, frames, noise
 
-from mas.shards import read_shard
+from mas.shards import ShardIndex, expand_shards, read_shard
+from preprocess.inspect import choose
 from preprocess.photo import EXIF_ORIENTATION, PhotoConfig
 from preprocess.rejects import Reject
 from preprocess.run import PreprocessConfig, preprocess
 from preprocess.segment import FaceConfig, HumanConfig
+from preprocess.status import preprocess_status
 
 PHOTO = Image.fromarray(colour_of(blocks(96, 64)[0]))
 MAX_MEMBER = 200_000  # bytes; lowered here, for a tar of 256 MiB makes a slow test
@@ -298,7 +300,6 @@ TARS = {
         "not padding",
     ),
     "two tars in one": (GOOD_TAR + GOOD_TAR, "not padding"),
-    "no samples": (tar_of([]), "the shard is empty"),
 }
 
 
@@ -328,3 +329,31 @@ def test_a_tar_of_rejects_alone_is_done_and_empty(tmp_path, caplog):
     assert not list(read_shard(str(tmp_path / "out" / "00000.tar")))
     (warning,) = caplog.messages
     assert warning == "shard 00000: not one sample could be used: unknown_format 1"
+
+
+EMPTY_TARS = {"an end alone": tar_of([]), "zeros alone": bytes(tarfile.RECORDSIZE)}
+
+
+@pytest.mark.parametrize("kind", EMPTY_TARS)
+def test_a_tar_without_samples_is_done_and_every_reader_passes_over_it(tmp_path, caplog, kind):
+    """img2dataset writes one where not a single download of a shard was successful."""
+    photos, scenes = tmp_path / "photos", tmp_path / "scenes"
+    photos.mkdir()
+    (photos / "00000.tar").write_bytes(EMPTY_TARS[kind])
+    (photos / "00001.tar").write_bytes(GOOD_TAR)
+    assert run(photos, scenes) == 0
+    assert caplog.messages == ["shard 00000: holds no samples"]
+    stats = json.loads((scenes / "00000.stats.json").read_text())
+    assert (stats["photos_in"], stats["photos_out"], stats["rejected"]) == (0, 0, {})
+    assert (scenes / "00000.rejects.jsonl").read_bytes() == b""
+    assert not list(read_shard(str(scenes / "00000.tar")))
+    assert preprocess_status(str(scenes)) == 0
+    assert ShardIndex(expand_shards(str(scenes))).keys == ["0", "1", "2"]
+    assert [sample.key for sample in choose(expand_shards(str(scenes)), 1)] == ["0"]
+
+
+def test_a_run_without_any_sample_fails(tmp_path):
+    """As where the input is not what was meant."""
+    (tmp_path / "00000.tar").write_bytes(tar_of([]))
+    with pytest.raises(ValueError, match=r"00000\.tar: there is not one sample in it"):
+        run(tmp_path / "00000.tar", tmp_path / "out")

@@ -1,0 +1,182 @@
+"""Makes shards one by one in one process: marks, attempts, evidence; knows nothing of the content.
+
+In: jobs, a factory of workers, the output folder. Out: per shard NAME.stats.json, written last, or
+NAME.error.json, and an `Outcome` for whoever runs many of these (preprocess/executor.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import socket
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from preprocess.run_folder import ERROR, RUNNING, STATS, RunFolder
+
+Report = Callable[[int], None]  # a worker tells how many more items it has seen
+
+ATTEMPTS = 3  # a shard that failed so often is set aside
+WAIT_SECONDS = (1.0, 5.0)  # before the second and the third attempt
+OUTPUT_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no shard could be written: stop
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to make."""
+
+    name: str  # of the output, without ending
+    source: Any  # what the worker reads
+    fingerprint: str  # changes when the source does
+    modified: float = 0.0  # when the source was written last, seconds since 1970; 0 = not known
+    again: bool = False  # was made before; items dropped for a passing reason get another try
+    attempt: int = 1  # above 1, one that was killed may have left half-written files
+
+
+class Worker(Protocol):
+    """Makes one shard, all of it or nothing, and returns its statistics."""
+
+    def __call__(self, job: Job, report: Report) -> dict[str, Any]: ...
+
+
+@dataclass
+class Outcome:
+    """What became of one job."""
+
+    name: str
+    stats: dict[str, Any] | None = None
+    error: str = ""
+    host: str = ""  # where it failed, unless the data were the cause
+    fatal: bool = False  # the other jobs would fail as well: full disk, missing weights
+
+
+class StartError(Exception):
+    """A worker that cannot be made again; the message names the machine and the reason."""
+
+
+class Runner:
+    """Takes jobs one by one: marks them as running, tries, writes the evidence. One a process.
+
+    A worker that has met an error which is not the data's is not used again: what its process has
+    lost, a GPU or a mount, it would lack for every shard to come.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], Worker],
+        folder: RunFolder,
+        common: Mapping[str, Any],
+        *,
+        leave: Callable[[], Any] | None = None,
+    ) -> None:
+        """Makes the worker.
+
+        Args:
+            factory: makes it, once more after each such error.
+            folder: of the evidence.
+            common: goes into every stats.json.
+            leave: ends this process, after which the next attempt is another one's; None = all
+                attempts are made here.
+        """
+        self.factory = factory
+        self.worker: Worker | None = factory()
+        self.folder = folder
+        self.common = common
+        self.leave = leave
+
+    def run(self, job: Job, report: Report) -> Outcome:
+        """Never raises for what one shard may be the cause of."""
+        if self.worker is None and self.leave:
+            self.leave()
+        report(0)
+        if not job.again and (stats := self.folder.read(job.name + STATS)):
+            return Outcome(job.name, stats=stats)  # made, but the word of it was lost on its way
+        try:
+            return self._try(job, report)
+        except StartError as error:
+            return Outcome(job.name, error=str(error), fatal=True)
+        except OSError as error:  # not even the evidence can be written
+            text = f"{self.folder.path} on {socket.gethostname()}: {error.strerror or error}"
+            with contextlib.suppress(OSError):
+                self.folder.remove(job.name + RUNNING)
+            return Outcome(job.name, error=text, fatal=True)
+
+    def _try(self, job: Job, report: Report) -> Outcome:
+        """Up to `ATTEMPTS` times.
+
+        Raises:
+            OSError: nothing can be written to the output.
+            StartError: the worker cannot be made again, or a package is missing.
+        """
+        name = job.name + RUNNING
+        mark = self.folder.read(name) or {"attempt": 0}  # of an attempt in another process
+        errors: list[dict[str, Any]] = mark.get("errors", [])
+        text, trace = f"killed its worker {mark['attempt'] - len(errors)} times", ""
+        for attempt in range(mark["attempt"] + 1, ATTEMPTS + 1):
+            self._renew_worker()
+            try:
+                mark = {"attempt": attempt, **_whereabouts(), "errors": errors}
+                self.folder.write(name, mark)
+                return self._make(replace(job, attempt=attempt), report)
+            except Exception as error:  # one bad shard must not end the run
+                plain = isinstance(error, (ValueError, OSError))
+                text, trace = str(error) if plain else repr(error), traceback.format_exc()
+                if isinstance(error, OSError) and error.errno in OUTPUT_FULL:
+                    raise
+                if isinstance(error, ImportError):  # of this machine, whatever the shard
+                    raise StartError(f"{mark['host']}: {error}") from error
+                if isinstance(error, ValueError):  # the data; another attempt would see the same
+                    return self._set_aside(job, text, {**mark, "traceback": trace}, host="")
+                errors.append({"host": mark["host"], "pid": mark["pid"], "error": text})
+                self.worker = None
+            if attempt < ATTEMPTS:
+                self._wait_for(attempt, name, mark)
+        return self._set_aside(job, text, {**mark, "traceback": trace}, host=mark["host"])
+
+    def _renew_worker(self) -> None:
+        try:
+            self.worker = self.worker or self.factory()
+        except Exception as error:  # what the worker has lost, no shard is the cause of
+            raise StartError(f"{socket.gethostname()}: {error}") from error
+
+    def _wait_for(self, attempt: int, name: str, mark: Mapping[str, Any]) -> None:
+        """Until the attempt after this one may be made, by another process where there is one."""
+        time.sleep(WAIT_SECONDS[attempt - 1])
+        if self.leave:
+            self.folder.write(name, mark)
+            self.leave()
+
+    def _set_aside(self, job: Job, text: str, evidence: dict[str, Any], *, host: str) -> Outcome:
+        self.folder.write(job.name + ERROR, {"error": text, **evidence})
+        self.folder.remove(job.name + RUNNING)
+        return Outcome(job.name, error=text, host=host)
+
+    def _make(self, job: Job, report: Report) -> Outcome:
+        assert self.worker is not None
+        start = time.time()
+        stats = {
+            **self.worker(job, report),
+            **self.common,
+            "input": job.fingerprint,
+            "started": round(start, 3),
+            "finished": round(time.time(), 3),
+            "host": socket.gethostname(),
+            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        }
+        self.folder.write(job.name + STATS, stats)
+        self.folder.remove(job.name + RUNNING, job.name + ERROR)
+        return Outcome(job.name, stats=stats)
+
+
+def _whereabouts() -> dict[str, Any]:
+    """Who is at a shard, for `mas preprocess-status` and for the record of a failure."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": round(time.time(), 3),
+    }

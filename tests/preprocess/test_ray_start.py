@@ -1,0 +1,74 @@
+"""A Ray that does not start or cannot be joined is told of in one line, whatever it raises."""
+
+import os
+import signal
+import socket
+import sys
+
+import pytest
+
+from preprocess.executor import ExecutorConfig
+from preprocess.ray_executor import _explain as explain
+from preprocess.ray_executor import _start as start
+from preprocess.termination import terminated_in_order
+
+SLOW = "The current node timed out during startup. This could happen because …"
+
+
+@pytest.fixture
+def raising(monkeypatch):
+    """Makes Ray's start raise an error."""
+    ray = pytest.importorskip("ray")
+
+    def set_error(error):
+        def refuse(*_, **__):
+            raise error
+
+        monkeypatch.setattr(ray, "init", refuse)
+
+    return set_error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Exception(SLOW), SLOW),  # as Ray raises on a machine that is overloaded
+        (RuntimeError(f"\n{SLOW}\nmore"), SLOW),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_a_ray_that_does_not_start_says_why(raising, error, said):
+    raising(error)
+    with pytest.raises(OSError) as caught:
+        start(ExecutorConfig())
+    assert str(caught.value).startswith(f"Ray cannot start: {said}; it needs a HOME")
+
+
+def test_a_cluster_that_gives_no_reason_is_told_of(raising):
+    raising(RuntimeError())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(OSError, match=rf"cannot join the Ray cluster {address}: RuntimeError;"):
+            start(ExecutorConfig(address=address))
+
+
+def test_workers_that_are_lost_without_a_word_are_told_of():
+    assert explain(RuntimeError()) == "Ray has lost the workers: RuntimeError"
+
+
+def test_a_run_that_is_ended_while_ray_starts_ends_as_at_any_other_time(monkeypatch, caplog):
+    """Ray sets a handler of its own there, which ends the process with 15."""
+    ray = pytest.importorskip("ray")
+
+    def begin(*_, **__):
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.sigtimedwait([], 1)  # lets the handler run
+
+    monkeypatch.setattr(ray, "init", begin)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, terminated_in_order():
+        start(ExecutorConfig())
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert caplog.messages == ["ended by SIGTERM; the same command goes on where this one was"]
+    assert signal.getsignal(signal.SIGTERM) == before
