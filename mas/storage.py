@@ -160,9 +160,13 @@ class StoredTensors(Mapping[str, torch.Tensor]):
                 else file.get_slice(name).get_shape()
                 for name in sorted(self.stored - beside)
             }
+            kinds = {name: _kind(name, file) for name in shapes}
         self.shapes = shapes
         network = build_unfilled(network_class, config, stored=self.numbers, folder=folder)
-        found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        found = {
+            name: torch.empty(shape, device="meta", dtype=kinds[name])
+            for name, shape in shapes.items()
+        }
         check_tensors(network.state_dict(), found, self.file)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -192,6 +196,13 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         except (SafetensorError, OSError, ValueError) as error:
             message = f"{self.file}: not a readable safetensors file ({error})"
             raise StorageError(message) from error
+
+
+def _kind(name: str, file: Any) -> torch.dtype:
+    """float32 for numbers that are read as such, else a type of whole numbers."""
+    stored: str = file.get_slice(name).get_dtype()
+    scaled = name + SCALE in file.keys()  # it is no dictionary
+    return torch.float32 if scaled or stored.startswith(("F", "BF")) else torch.int64
 
 
 def build_unfilled(
@@ -266,7 +277,10 @@ def _is_of(value: Any, hint: Any) -> bool:
 def check_tensors(
     expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], source: str | Path
 ) -> None:
-    """Raises StorageError when names or shapes differ, naming up to five of each."""
+    """Raises StorageError when names, shapes or kinds differ, naming up to five of each.
+
+    Of kinds there are two, floating point and others.
+    """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     misshaped = [
@@ -274,12 +288,18 @@ def check_tensors(
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
     ]
+    strange = [
+        name
+        for name, tensor in expected.items()
+        if name in found and found[name].is_floating_point() != tensor.is_floating_point()
+    ]
     problems = [
         f"{len(names)} {kind}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
         for kind, names in (
             ("missing tensors", missing),
             ("unexpected tensors", unexpected),
             ("tensors of the wrong shape", misshaped),
+            ("tensors of the wrong kind of number", strange),
         )
         if names
     ]

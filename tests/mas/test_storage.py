@@ -133,3 +133,15 @@ def test_json_of_many_brackets_is_said_to_be_unreadable(tmp_path):
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(StorageError, match=r"config\.json: not a readable JSON file"):
         load_network(Line, LineConfig, tmp_path)
+
+
+def test_numbers_of_another_kind_are_named(folder):
+    path, _ = folder
+    tensors = load_file(path / "model.safetensors")
+    whole = {"layers.1.bias": tensors["layers.1.bias"].long()}
+    save_file(tensors | whole, path / "model.safetensors")
+    message = r"model\.safetensors: 1 tensors of the wrong kind of number: layers\.1\.bias"
+    with pytest.raises(StorageError, match=message):
+        load_network(Line, LineConfig, path)
+    with pytest.raises(StorageError, match=message):
+        StoredTensors(path, Line, LineConfig(inputs=4))
