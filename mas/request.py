@@ -232,10 +232,14 @@ def warn_of_void(scene: SceneMap) -> None:
     """Says so where much of a scene that shall be followed as it is carries no label."""
     share = scene.void_fraction()
     if share > MUCH_VOID:
+        said = (
+            f"{100 * share:.0f} % of the scene is void, of which a model may have seen none: "
+            "anything may be painted there; "
+        )
         logger.warning(
-            "%.0f %% of the scene is void, of which a model may have seen none: anything may be "
-            "painted there; let the model choose with --fill-void (scene_free)",
-            100 * share,
+            "%slet the model choose with --fill-void (scene_free)",
+            said,
+            extra={"on_page": f"{said}choose above: what is not drawn is for the model to invent"},
         )
 
 
