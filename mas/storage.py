@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import types
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -305,6 +306,12 @@ def check_tensors(
     ]
     if problems:
         raise StorageError(f"{source}: {'; '.join(problems)}")
+
+
+def asked_for(error: Exception) -> str | None:
+    """The class or function that PyTorch refused to take from a file, None for other errors."""
+    found = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
+    return found and found.group(1)
 
 
 def file_hash(path: str | Path) -> str:

@@ -319,7 +319,7 @@ def _list_coco(folder: str, captions: str) -> _Listing:
             entries[key] = (key, paths, {"json": json.dumps(fields).encode()})
     except FileNotFoundError:
         raise ShardError(f"{captions}: no such file") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardError(f"{captions}: not COCO's captions JSON ({error!r})") from error
     filesystem, inner = fsspec.core.url_to_fs(folder)
     if not filesystem.isdir(inner):

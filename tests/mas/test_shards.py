@@ -425,6 +425,7 @@ MANIFESTS = [
     None,
     "{",
     "[]",
+    "[" * 100_000,
     '{"format": 2}',
     '{"format": 1}',
     '{"format": 1, "text": 3, "scene": 3, "image": 3, "shards": []}',
