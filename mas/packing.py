@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 SHAPE = ":shape"  # behind the name of a packed tensor: the name of its shape
+BITS = 8  # of a byte: so many numbers it packs at most, as a Huffman code takes one bit or more
 
 
 def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -44,17 +45,33 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(SHAPE) and name.removesuffix(SHAPE) in tensors:
             continue
         if name + SHAPE in tensors:
-            tensor = _unpack(name, tensor, tensors[name + SHAPE].tolist())
+            tensor = _unpack(name, tensor, read_shape(name, tensors[name + SHAPE]))
         result[name] = tensor
     return result
 
 
+def read_shape(name: str, shape: Tensor) -> list[int]:
+    """The shape of a packed tensor.
+
+    Raises:
+        ValueError: it is none, by name.
+    """
+    if shape.dtype != torch.int64 or shape.ndim != 1 or (shape < 0).any():
+        raise ValueError(f"{name} and its shape do not fit together")
+    return shape.tolist()
+
+
 def _unpack(name: str, packed: Tensor, shape: list[int]) -> Tensor:
     count = math.prod(shape)
+    if count > BITS * packed.nbytes:  # before memory is taken for them
+        raise ValueError(f"{name} cannot be unpacked (it is too short for its shape)")
+    coder = zlib.decompressobj()
     try:
-        numbers = zlib.decompress(packed.numpy().tobytes(), bufsize=max(count, 1))
+        numbers = coder.decompress(packed.numpy().tobytes(), count + 1)
     except zlib.error as error:
         raise ValueError(f"{name} cannot be unpacked ({error})") from error
+    if not coder.eof and len(numbers) <= count:
+        raise ValueError(f"{name} cannot be unpacked (it is cut)")
     if len(numbers) != count:
         raise ValueError(f"{name} and its shape do not fit together")
     return torch.frombuffer(bytearray(numbers), dtype=torch.int8).view(shape)

@@ -24,6 +24,7 @@ from mas.scene import VOID, SceneMap
 
 ROWS_A_PREVIEW = 4  # rows of image tokens between two looks at unfinished pictures
 MOST_PICTURES = 16
+MOST_WAITING = 16  # wishes, besides the one that is served
 TELL_EVERY = 0.5  # seconds between two reports of the share alone
 
 
@@ -61,6 +62,10 @@ class Stopped(Exception):
     """Somebody pressed the button that stops."""
 
 
+class Crowded(Exception):
+    """Too many wishes wait already."""
+
+
 class Warnings(logging.Handler):
     """What mas warns of in this thread meanwhile, for those who do not see the terminal."""
 
@@ -71,7 +76,7 @@ class Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.thread == self.thread:
-            self.said.append(record.getMessage())
+            self.said.append(getattr(record, "on_page", None) or record.getMessage())
 
     def __enter__(self) -> list[str]:
         logging.getLogger("mas").addHandler(self)
@@ -101,8 +106,10 @@ class Painter:
 
         Raises:
             ValueError: as `MakeAScene.generate`; or a drawing too thin to hold a single cell.
+            Crowded: as `check_room`.
         """
         with self._moved:
+            self.check_room(visitor)
             self.stop(visitor)
             stop = self._stops[visitor] = threading.Event()
             self._line.append(stop)
@@ -123,11 +130,24 @@ class Painter:
                 if self._stops.get(visitor) is stop:
                     del self._stops[visitor]
 
+    def check_room(self, visitor: str = "") -> None:
+        """Asks whether one more wish may wait; one of the same visitor would make room.
+
+        Raises:
+            Crowded: says how many wait.
+        """
+        with self._moved:
+            mine = self._stops.get(visitor)
+            waiting = sum(x is not mine and not x.is_set() for x in self._line[1:])
+        if waiting >= MOST_WAITING:
+            raise Crowded(f"{waiting} wishes wait already: try again later.")
+
     def stop(self, visitor: str = "") -> None:
         """Ends what this visitor is waiting for, after the step at hand."""
         with self._moved:
             if visitor in self._stops:
                 self._stops[visitor].set()
+                self._moved.notify_all()  # who only waits leaves the line at once
 
     def close(self) -> None:
         """Stops everything and waits until it has ended."""

@@ -24,7 +24,7 @@ from mas.fast_decoder import FastDecoder, can_step
 from mas.generate import Decoder
 from mas.gpt import GPT, GPTConfig
 from mas.quantize import FloatLinear, make_int8
-from mas.storage import CONFIG_FILE, StoredTensors, build_unfilled, parse_config, read_json
+from mas.storage import CONFIG_FILE, StoredTensors, parse_config, read_json
 
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
 MEMORY_INFO = Path("/proc/meminfo")
@@ -48,7 +48,7 @@ class StoredGPT:
     @cached_property
     def tensors(self) -> StoredTensors:
         """Its weights, each read from the disk when asked for."""
-        return StoredTensors(self.folder, build_unfilled(GPT, self.config).state_dict())
+        return StoredTensors(self.folder, GPT, self.config)
 
     def load(self) -> GPT:
         """The whole network in float32."""

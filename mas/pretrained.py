@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mas.storage import UNREADABLE, StorageError, check_tensors
+from mas.storage import UNREADABLE, StorageError, asked_for, check_tensors
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN, QuantizerName, VQGANConfig
 
@@ -217,11 +217,11 @@ def _load(path: Path, source: Path | io.BytesIO, *, trust_pickle: bool) -> Any:
             return load_file(path)
         return torch.load(source, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
-        if found is None:
+        name = asked_for(error)
+        if name is None:
             raise CheckpointError(f"{path}: no PyTorch checkpoint, or a truncated one") from error
         raise CheckpointError(
-            f"{path}: holds more than tensors ({found.group(1)}); loading that runs code from the "
+            f"{path}: holds more than tensors ({name}); loading that runs code from the "
             "file. If you trust where it comes from, add --trust-pickle"
         ) from error
     except (ModuleNotFoundError, AttributeError) as error:

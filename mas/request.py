@@ -31,6 +31,7 @@ from mas.scene import VOID, SceneMap, find_edges
 from mas.sequence import FREE
 
 LARGEST_SEED = 2**63 - 1
+MOST_CANDIDATES = 256  # scenes drawn for a picture; a model folder names its own number
 MUCH_VOID = 0.05  # of a scene; the park has none
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # how torch's error begins when the CPU's memory is used up
 NO_COLOURS = ("I", "F")  # how Pillow's modes begin whose numbers are cut off at 255 as RGB
@@ -209,6 +210,8 @@ def check_candidates(candidates: int, judge: SceneJudge | None) -> int:
             f"scene_candidates is {candidates}, but this model has no judge to choose: use 1, "
             "or train one with mas train judge and assemble the model with --judge"
         )
+    if candidates > MOST_CANDIDATES:
+        raise ModelError(f"scene_candidates is {candidates}, use {MOST_CANDIDATES} or fewer")
     return candidates
 
 
@@ -232,10 +235,14 @@ def warn_of_void(scene: SceneMap) -> None:
     """Says so where much of a scene that shall be followed as it is carries no label."""
     share = scene.void_fraction()
     if share > MUCH_VOID:
+        said = (
+            f"{100 * share:.0f} % of the scene is void, of which a model may have seen none: "
+            "anything may be painted there; "
+        )
         logger.warning(
-            "%.0f %% of the scene is void, of which a model may have seen none: anything may be "
-            "painted there; let the model choose with --fill-void (scene_free)",
-            100 * share,
+            "%slet the model choose with --fill-void (scene_free)",
+            said,
+            extra={"on_page": f"{said}choose above: what is not drawn is for the model to invent"},
         )
 
 

@@ -34,7 +34,6 @@ from mas.token_shards import MANIFEST, TOKEN_FORMAT, TokenShards, write_token_sh
 
 __all__ = [
     "MANIFEST",
-    "MAX_MEMBER_BYTES",
     "TOKEN_FORMAT",
     "UNSAFE",
     "OnReject",
@@ -46,6 +45,7 @@ __all__ = [
     "expand_shards",
     "in_utf8",
     "is_safe_name",
+    "is_too_large",
     "local_path",
     "read_captions",
     "read_shard",
@@ -57,6 +57,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MAX_MEMBER_BYTES = 256 * 2**20  # no photo or annotation is larger; protects the memory
+MAX_JSON_BYTES = 4 * 2**20  # nor such JSON, which takes fifty times its size when it is read
 UNSAFE = "names must be relative, not hidden, and plain UTF-8 text"  # what `unsafe_name` says
 _BLOCK = 512  # tar works in blocks of this many bytes
 _MAX_PADDING = 2 * tarfile.RECORDSIZE  # bytes behind the last member, end marker included
@@ -145,9 +146,18 @@ def is_safe_name(name: str) -> bool:
     )
 
 
+def is_too_large(name: str, size: int) -> bool:
+    """Whether a file of a sample has so many bytes that it would fill the memory."""
+    return size > (MAX_JSON_BYTES if name.lower().endswith(".json") else MAX_MEMBER_BYTES)
+
+
 def in_utf8(name: str) -> str:
-    """A file's name with an escape for each byte that is no UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+    """A file's name with an escape for each byte that is no UTF-8, and for what cannot be seen.
+
+    So that no name tells a terminal what to do.
+    """
+    shown = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(x if x.isprintable() or category(x) == "Zs" else ascii(x)[1:-1] for x in shown)
 
 
 def _scan(file: IO[bytes], path: str, on_reject: OnReject) -> dict[str, _Entry]:
@@ -160,7 +170,11 @@ def _scan(file: IO[bytes], path: str, on_reject: OnReject) -> dict[str, _Entry]:
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
+            before = -1
             while member := tar.next():
+                if member.size < 0 or member.offset <= before:  # would be read for ever, or whole
+                    raise tarfile.ReadError(f"a size that cannot be at byte {before + 1}")
+                before = member.offset
                 _add_member(entries, member, on_reject)
                 tar.members.clear()  # type: ignore[attr-defined]  # keeps long tars out of memory
             end = tar.offset
@@ -199,7 +213,7 @@ def _add_member(entries: dict[str, _Entry], member: tarfile.TarInfo, on_reject: 
     if not member.isreg() or member.issparse():
         on_reject(key, "not_a_file", f"{name} is a link, a device or sparse")
         return
-    if member.size > MAX_MEMBER_BYTES:
+    if is_too_large(member.name, member.size):
         on_reject(key, "member_too_large", f"{name} has {member.size} bytes")
         return
     entry = entries.setdefault(key, _Entry())

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import types
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mas.packing import SHAPE, pack, unpack
+from mas.packing import SHAPE, pack, read_shape, unpack
 from mas.rounding import SCALE, Weights, narrow, widen
 from mas.shard_files import replacing_path, write_file
 
@@ -35,6 +36,9 @@ UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, SafetensorError, zipf
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
+SPARE_NUMBERS = 2**20  # that a network may make beside twice those which are stored
+LEAST_NUMBERS = 256  # that a tensor is counted as, for what is around it
+MAKERS = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 FILLS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_, torch.Tensor.fill_)
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -45,10 +49,21 @@ class StorageError(ValueError):
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves out start values: parameters stay as they are allocated, their memory untouched."""
+    """Leaves out start values: parameters stay as they are allocated, their memory untouched.
+
+    No more than `most` numbers are allocated: a config can ask for any amount in a few letters.
+    """
+
+    def __init__(self, most: float) -> None:
+        super().__init__()
+        self.most, self.made = most, 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
+        if function in MAKERS:
+            self.made += max(_count(*args, **kwargs), LEAST_NUMBERS)
+            if self.made > self.most:
+                raise StorageError("describes a far larger network than the one that is stored")
         if function in (torch.rand, torch.randn):
             return torch.empty(*args, **kwargs)
         if function in FILLS and isinstance(args[0], nn.Parameter):
@@ -56,6 +71,11 @@ class _Unfilled(TorchFunctionMode):
         if getattr(function, "__module__", None) == nn.init.__name__:
             return args[0] if args else kwargs["tensor"]
         return function(*args, **kwargs)
+
+
+def _count(size: Any = (), *more: Any, **_: Any) -> int:
+    """Numbers of a tensor, by the arguments of the function that makes it."""
+    return math.prod(size if isinstance(size, tuple | list) else (size, *more))
 
 
 def save_network(
@@ -112,7 +132,9 @@ def load_network(
         tensors = widen(unpack(load_file(weights_file)))
     except (SafetensorError, OSError, ValueError) as error:
         raise StorageError(f"{weights_file}: not a readable safetensors file ({error})") from error
-    network = build_unfilled(network_class, config)
+    network = build_unfilled(
+        network_class, config, stored=sum(x.numel() for x in tensors.values()), folder=folder
+    )
     check_tensors(network.state_dict(), tensors, weights_file)
     network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False)
@@ -125,8 +147,8 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         StorageError: as `load_network`, about the names and shapes of all tensors at once.
     """
 
-    def __init__(self, folder: str | Path, expected: Mapping[str, torch.Tensor]) -> None:
-        """`expected`: the state of such a network, of which only names and shapes are used."""
+    def __init__(self, folder: str | Path, network_class: type[nn.Module], config: Any) -> None:
+        """`network_class(config)` tells which tensors there must be."""
         self.file = Path(folder) / WEIGHTS_FILE
         if not self.file.is_file():
             raise StorageError(f"{self.file}: no such file; {folder} is no complete model folder")
@@ -134,14 +156,19 @@ class StoredTensors(Mapping[str, torch.Tensor]):
             self.stored = set(file.keys())
             beside = {name + end for name in self.stored for end in (SCALE, SHAPE)}
             shapes = {
-                name: file.get_tensor(name + SHAPE).tolist()
+                name: read_shape(name, file.get_tensor(name + SHAPE))
                 if name + SHAPE in self.stored
                 else file.get_slice(name).get_shape()
                 for name in sorted(self.stored - beside)
             }
-        found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        check_tensors(expected, found, self.file)
+            kinds = {name: _kind(name, file) for name in shapes}
         self.shapes = shapes
+        network = build_unfilled(network_class, config, stored=self.numbers, folder=folder)
+        found = {
+            name: torch.empty(shape, device="meta", dtype=kinds[name])
+            for name, shape in shapes.items()
+        }
+        check_tensors(network.state_dict(), found, self.file)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.shapes:
@@ -172,14 +199,37 @@ class StoredTensors(Mapping[str, torch.Tensor]):
             raise StorageError(message) from error
 
 
-def build_unfilled(network_class: Callable[[Any], Network], config: Any) -> Network:
+def _kind(name: str, file: Any) -> torch.dtype:
+    """float32 for numbers that are read as such, else a type of whole numbers."""
+    stored: str = file.get_slice(name).get_dtype()
+    scaled = name + SCALE in file.keys()  # it is no dictionary
+    return torch.float32 if scaled or stored.startswith(("F", "BF")) else torch.int64
+
+
+def build_unfilled(
+    network_class: Callable[[Any], Network],
+    config: Any,
+    *,
+    stored: int | None = None,
+    folder: str | Path = "",
+) -> Network:
     """A network whose tensors `load_state_dict(…, assign=True)` shall replace.
+
+    Args:
+        network_class: what is built,
+        config: by this,
+        stored: if its weights hold so many numbers; one of far more is refused before it takes the
+            memory.
+        folder: of both, for messages.
 
     Not on the meta device: random functions there import torch's compiler, which takes longer than
     everything else about loading; and tables that are no part of the state would stay empty.
     """
-    with _Unfilled():
-        return network_class(config)
+    with _Unfilled(math.inf if stored is None else 2 * stored + SPARE_NUMBERS):
+        try:
+            return network_class(config)
+        except StorageError as error:
+            raise StorageError(f"{Path(folder, CONFIG_FILE)}: {error}; get it anew") from None
 
 
 def parse_config(config_class: type[Any], values: Any, source: str | Path) -> Any:
@@ -228,7 +278,10 @@ def _is_of(value: Any, hint: Any) -> bool:
 def check_tensors(
     expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], source: str | Path
 ) -> None:
-    """Raises StorageError when names or shapes differ, naming up to five of each."""
+    """Raises StorageError when names, shapes or kinds differ, naming up to five of each.
+
+    Of kinds there are two, floating point and others.
+    """
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     misshaped = [
@@ -236,17 +289,29 @@ def check_tensors(
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
     ]
+    strange = [
+        name
+        for name, tensor in expected.items()
+        if name in found and found[name].is_floating_point() != tensor.is_floating_point()
+    ]
     problems = [
         f"{len(names)} {kind}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
         for kind, names in (
             ("missing tensors", missing),
             ("unexpected tensors", unexpected),
             ("tensors of the wrong shape", misshaped),
+            ("tensors of the wrong kind of number", strange),
         )
         if names
     ]
     if problems:
         raise StorageError(f"{source}: {'; '.join(problems)}")
+
+
+def asked_for(error: Exception) -> str | None:
+    """The class or function that PyTorch refused to take from a file, None for other errors."""
+    found = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
+    return found and found.group(1)
 
 
 def file_hash(path: str | Path) -> str:
@@ -261,7 +326,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         raise StorageError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"{path}: not a readable JSON file ({error})") from error
 
 

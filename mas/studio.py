@@ -14,11 +14,13 @@ import time
 from pathlib import Path
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from mas.model import MakeAScene
 from mas.painter import Painter
 from mas.precision import Precision
 from mas.studio_canvas import CSS
+from mas.studio_guard import Guard
 from mas.studio_page import Page
 
 LOOK_UP = 0.2  # seconds until a signal is noticed, at most
@@ -67,6 +69,8 @@ def studio(
                 footer_links=[],
                 run_history=False,
                 max_file_size="1kb",  # nothing is uploaded: the canvas sends its files itself
+                enable_monitoring=False,
+                app_kwargs={"middleware": [Middleware(Guard, host=host)]},
                 css=CSS,
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             )

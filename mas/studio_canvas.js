@@ -106,9 +106,10 @@ async function open(file) {
   if (file.size > props.largest) return say("This file is too large for a scene.");
   const url = await new Promise((resolve) => {
     const reader = new FileReader();
-    reader.addEventListener("load", () => resolve(reader.result));
+    reader.addEventListener("loadend", () => resolve(reader.result));
     reader.readAsDataURL(file);
   });
+  if (url === null) return say("The browser cannot read this file; is it still there?");
   const answer = await ask("open_scene", url.slice(url.indexOf(",") + 1));
   if (!answer) return;
   load(answer.drawing);

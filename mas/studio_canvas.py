@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from mas.drawing import UNTOUCHED, DrawingError, draw_scene, read_drawing
 from mas.painter import Warnings
@@ -27,6 +28,8 @@ CSS = (FOLDER / "studio.css").read_text("utf-8")
 SCRIPTS = ("studio_drawing.js", "studio_canvas.js")  # in this order
 NOTHING = "nothing: the model decides"  # the brush that empties
 LARGEST_FILE = 20_000_000  # bytes, that are opened
+MOST_PIXELS = 16_000_000  # of a scene that is opened; they take 0.8 GB
+MOST_OPENING = 4  # visitors who open a file at once; one is served at a time
 PAPER = "#ffffff"  # which no class is
 BRUSH, WIDEST = 0.055, 0.3  # radius of the brush in shares of the canvas
 
@@ -39,7 +42,8 @@ def build_canvas(size: int, grid: int, names: Sequence[str]) -> gr.HTML:
         grid: cells a side of it.
         names: of the classes that can be drawn.
     """
-    opening = threading.Lock()  # small files may hold scenes of gigabytes: one at a time
+    opening = threading.Lock()  # small files may hold large scenes: one at a time
+    places = threading.BoundedSemaphore(MOST_OPENING)  # the rest of the page needs threads, too
 
     def save_scene(value: Any) -> dict[str, str]:
         """What is on the canvas as the PNG that `mas sample` reads, in base64; or what is wrong."""
@@ -55,12 +59,16 @@ def build_canvas(size: int, grid: int, names: Sequence[str]) -> gr.HTML:
 
     def open_scene(content: Any) -> dict[str, Any]:
         """A file, in base64, as what puts it on the canvas; or what is wrong."""
+        if not places.acquire(blocking=False):
+            return {"error": "Others open files just now: try again in a moment."}
         try:
             with opening:
                 scene, warnings = _read_file(content)
                 scene = scene.resized(size)
         except ValueError as error:
             return {"error": str(error)}
+        finally:
+            places.release()
         return {"drawing": draw_scene(scene), "warnings": warnings}
 
     return gr.HTML(
@@ -103,7 +111,22 @@ def _read_file(content: object) -> tuple[SceneMap, list[str]]:
         path = Path(folder, "this file")
         try:
             path.write_bytes(base64.b64decode(content, validate=True))
+            _check_pixels(path)
             scene = read_square_scene(path)
         except ValueError as error:
             raise DrawingError(str(error).replace(str(path), path.name)) from error
         return scene, [warning.replace(str(path), path.name) for warning in said]
+
+
+def _check_pixels(path: Path) -> None:
+    """Refuses a picture that is far larger than a scene, before its pixels are unpacked."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            width, height = image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return  # the reader of scenes tells what is wrong with it
+    if width * height > MOST_PIXELS:
+        raise DrawingError(
+            f"{path}: {width}x{height} is too large for the studio, which opens up to "
+            f"{MOST_PIXELS // 10**6} million pixels: make it smaller"
+        )

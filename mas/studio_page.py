@@ -21,7 +21,7 @@ from PIL import Image
 from mas.drawing import draw_scene, read_drawing
 from mas.filter import Sampling
 from mas.model import Generation
-from mas.painter import MOST_PICTURES, Painter, Shown, Wish
+from mas.painter import MOST_PICTURES, Crowded, Painter, Shown, Wish
 from mas.sample import describe_model, write_result
 from mas.scene import CLASS_NAMES, SceneMap
 from mas.studio_canvas import build_canvas, colour_of
@@ -148,6 +148,8 @@ class Page:
     def _connect(self) -> None:
         # Nothing of this is for programs: they have `mas sample` and MakeAScene.generate.
         private: Any = {"api_visibility": "private"}
+        # One after the other, so that what is chosen last is what is drawn on.
+        in_order = private | {"concurrency_id": "choosing", "concurrency_limit": 1}
         asked = {
             *(self.caption, self.canvas, self.keep_picture, self.keep_void),
             *(self.count, self.seed, self.advance, self.candidates, self.refine),
@@ -167,8 +169,8 @@ class Page:
         self.stop.click(self.end, queue=False, **private)
         self.caption.change(None, self.caption, None, js=REMEMBER, **private)
         for gallery in (self.pictures, self.scenes):
-            gallery.select(choose, None, self.chosen, queue=False, **private)
-        self.edited.click(edit, [self.finished, self.chosen], self.canvas, **private)
+            gallery.select(choose, None, self.chosen, **in_order)
+        self.edited.click(edit, [self.finished, self.chosen], self.canvas, **in_order)
 
     def paint(self, asked: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
         """Shows scenes and pictures as they come.
@@ -177,9 +179,10 @@ class Page:
             asked: by component, what it holds.
             request: tells visitors apart.
         """
-        shown = None
+        shown, visitor = None, request.session_hash or ""
         try:
             wish = self._read_wish(asked)
+            self.painter.check_room(visitor)  # before what was painted last is taken away
             yield {
                 **{part: None for part in (self.pictures, self.scenes, self.finished)},
                 self.colours: "",
@@ -187,8 +190,11 @@ class Page:
                 self.status: tell("Painting …", share=0),
                 self.files: gr.DownloadButton(interactive=False),
             }
-            for shown in self.painter.paint(wish, request.session_hash or ""):
+            for shown in self.painter.paint(wish, visitor):
                 yield self._show(shown, wish)
+        except Crowded as error:
+            yield {self.status: tell(str(error))}
+            return
         except ValueError as error:
             yield {self.status: tell(f"This cannot be painted: {error}")}
             return

@@ -198,7 +198,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ShardError(
             f"{folder}: no {MANIFEST}; this is no finished output of mas tokenize"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ShardError(f"{path}: cannot be read ({error}); tokenize again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != TOKEN_FORMAT:
         raise ShardError(f"{path}: not of format {TOKEN_FORMAT}; tokenize again")

@@ -24,7 +24,14 @@ from mas.storage import StorageError
 
 # Of a VQSEG or VQGAN: these parts decide the tokens.
 TOKEN_PARTS = ("stem", "encoder", "pre_quant", "quantizer")
+LARGEST_SIDE = 4096  # pixels of a picture or scene; a folder's config names any in a few letters
 NORM_EPS = 1e-6  # of every published VQGAN; PyTorch's default of 1e-5 shows on flat pictures
+
+
+def check_side(size: int) -> None:
+    """Raises ValueError for more pixels a side than a network is run with."""
+    if size > LARGEST_SIDE:
+        raise ValueError(f"size is {size}, use {LARGEST_SIDE} pixels a side or fewer")
 
 
 @dataclass(frozen=True, kw_only=True)

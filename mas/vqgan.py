@@ -21,6 +21,7 @@ from mas.vq import (
     ConvDecoder,
     ConvEncoder,
     check_finite,
+    check_side,
     check_tokens,
     hash_tokens,
     shape_text,
@@ -62,6 +63,7 @@ class VQGANConfig:
         for name in ("size", "codes", "code_width", "features", "patch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_side(self.size)
         factor = self.patch * backbone.factor
         if self.size % factor:
             raise ValueError(

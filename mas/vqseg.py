@@ -28,6 +28,7 @@ from mas.vq import (
     ConvDecoder,
     ConvEncoder,
     check_finite,
+    check_side,
     check_tokens,
     hash_tokens,
     shape_text,
@@ -97,6 +98,7 @@ class VQSEGConfig:
             raise ValueError(
                 f"the published layout folds no pixels: set patch to 1, not {self.patch}"
             )
+        check_side(self.size)
         factor = self.patch * self.backbone.factor
         if self.size != self.grid * factor:
             raise ValueError(

@@ -1,8 +1,9 @@
 """Networks that are not ours, as users bring them: one file of tensors, or of a whole network.
 
 In: a .safetensors file or a PyTorch file (.pth, .pt) of which nothing but tensors is unpickled; or
-a network saved with its graph, by torch.export (.pt2) or as TorchScript. Out: tensors by name, or
-the frozen network. What is wrong is said in one line that names the file and its source.
+a network saved with its graph, by torch.export (.pt2) or as TorchScript, which is a program. Out:
+tensors by name, or the frozen network. What is wrong is said in one line that names the file and
+its source.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mas.storage import UNREADABLE, StorageError, check_tensors
+from mas.storage import UNREADABLE, StorageError, asked_for, check_tensors
 
 
 class WeightsError(ValueError):
@@ -42,6 +43,8 @@ def read_tensors(path: str | Path, *, source: str) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, *UNREADABLE) as error:
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        if name := asked_for(error):
+            reason = f"it asks for {name}, which would run code from the file"
         raise WeightsError(
             f"{path}: not a readable file of tensors ({reason}); get it from {source}"
         ) from error
@@ -75,6 +78,8 @@ def pick_tensors(
 
 def load_graph(path: str | Path, *, source: str) -> nn.Module:
     """A network saved with its graph: torch.export's .pt2, else TorchScript; frozen, on the CPU.
+
+    Such a file is a program: reading it may write files or run code.
 
     Raises:
         WeightsError: no such file, or another one.

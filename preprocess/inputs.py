@@ -25,7 +25,6 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mas.shards import (
-    MAX_MEMBER_BYTES,
     UNSAFE,
     OnReject,
     Sample,
@@ -33,6 +32,7 @@ from mas.shards import (
     expand_shards,
     in_utf8,
     is_safe_name,
+    is_too_large,
     local_path,
     read_shard,
 )
@@ -320,7 +320,7 @@ def _list_coco(folder: str, captions: str) -> _Listing:
             entries[key] = (key, paths, {"json": json.dumps(fields).encode()})
     except FileNotFoundError:
         raise ShardError(f"{captions}: no such file") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardError(f"{captions}: not COCO's captions JSON ({error!r})") from error
     filesystem, inner = fsspec.core.url_to_fs(folder)
     if not filesystem.isdir(inner):
@@ -364,7 +364,7 @@ def _read_member(path: str) -> bytes:
             raise RejectError(Reject.NOT_A_FILE, f"{path} is a folder, a pipe or a device")
         with _open(path) as file:
             size = file.seek(0, os.SEEK_END)
-            if size > MAX_MEMBER_BYTES:
+            if is_too_large(path, size):
                 raise RejectError(Reject.MEMBER_TOO_LARGE, f"{path} has {size} bytes")
             file.seek(0)
             return file.read()

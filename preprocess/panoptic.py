@@ -7,17 +7,18 @@ Axes: C channels; H W pixels.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from mas.errors import first_line
 from mas.scene import PANOPTIC_CLASSES, THINGS, VOID, Segments
 from preprocess.batching import fitted_size, lacking_device, pick_device, plan_batches, resize
+from preprocess.checkpoint import Numbers, read_checkpoint
 from preprocess.mask2former import Mask2FormerConfig, Mask2FormerPanoptic
 from preprocess.needs import lacking_modules
 from preprocess.weights import WeightsError, find_weights, lacking_weights
@@ -154,11 +155,18 @@ def load_detectron2(config: Detectron2Config) -> tuple[Any, str]:
             f"{USER} cannot import detectron2: {INSTALL}; the import said: {error}"
         ) from error
 
+    import yaml
+
     weights = find_weights(config.weights)
     path = config.config_file
     cfg = get_cfg()
     try:
-        cfg.merge_from_file(path if Path(path).is_file() else model_zoo.get_config_file(path))
+        given = Path(path).is_file()
+        file = path if given else model_zoo.get_config_file(path)
+        cfg.merge_from_file(file, allow_unsafe=not given)  # YAML may ask to run code
+    except yaml.YAMLError as error:
+        reason = first_line(error)
+        raise WeightsError(f"{path}: not a config of plain values ({reason})") from error
     except RuntimeError:
         raise WeightsError(
             f"{path}: neither a file nor a config of detectron2's model zoo"
@@ -182,7 +190,7 @@ def load_detectron2(config: Detectron2Config) -> tuple[Any, str]:
 
 def _load_state(network: torch.nn.Module, path: Path) -> None:
     """Loads a checkpoint strictly; detectron2's own loader only warns about what is missing."""
-    state = read_checkpoint(path)
+    state = read_state(path)
     try:
         found = network.load_state_dict(state, strict=False)
     except RuntimeError as error:  # lists the misshaped tensors, one a line
@@ -202,36 +210,21 @@ def _load_state(network: torch.nn.Module, path: Path) -> None:
             )
 
 
-def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+def read_state(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a model zoo .pkl or of a .pth that detectron2 wrote; runs no code from it.
 
     Raises:
         WeightsError: not such a file.
     """
+    wanted = "a detectron2 checkpoint of plain tensors"
+    content = read_checkpoint(path, wanted=wanted)
+    state = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path}: not {wanted} (it has no dictionary `model`)")
     try:
-        if path.suffix == ".pkl":
-            with open(path, "rb") as file:
-                content = _ArrayUnpickler(file, encoding="latin1").load()
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        model = content["model"]
-        return {name: torch.as_tensor(value) for name, value in model.items()}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as e:
-        raise WeightsError(
-            f"{path}: not a detectron2 checkpoint of plain tensors ({type(e).__name__}: {e})"
-        ) from e
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays and nothing else, so that a checkpoint cannot run code."""
-
-    ALLOWED = frozenset({"_reconstruct", "scalar", "ndarray", "dtype", "_frombuffer", "encode"})
-
-    def __init__(self, file: IO[bytes], *, encoding: str) -> None:
-        super().__init__(file, encoding=encoding)
-
-    def find_class(self, module: str, name: str) -> Any:
-        package = module.split(".")[0]
-        if name not in self.ALLOWED or package not in ("numpy", "_codecs"):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return {
+            name: torch.as_tensor(value.values if isinstance(value, Numbers) else value)
+            for name, value in state.items()
+        }
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise WeightsError(f"{path}: not {wanted} ({error})") from error

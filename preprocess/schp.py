@@ -8,7 +8,6 @@ Axes: B batch; C channels; H W pixels.
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mas.errors import first_line
+from preprocess.checkpoint import read_checkpoint
 from preprocess.weights import WeightsError, check_hash
 
 PARTS = 20  # LIP ids 0-19, 0 = background
@@ -219,13 +218,11 @@ def load_schp(path: str | Path, *, sha256: str | None = None) -> SCHP:
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise WeightsError(
-            f"{path}: not a readable SCHP checkpoint ({first_line(error)}); it must hold plain "
-            "tensors, as torch.save({'state_dict': network.state_dict()}, path) writes them"
-        ) from error
+    content = read_checkpoint(
+        path,
+        wanted="a readable SCHP checkpoint of plain tensors, as "
+        "torch.save({'state_dict': network.state_dict()}, path) writes it",
+    )
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise WeightsError(f"{path}: no state dict of tensors in this checkpoint")

@@ -156,7 +156,7 @@ class CocoPanoptic:
             self._stem_of_id = {
                 a["image_id"]: PurePosixPath(a["file_name"]).stem for a in annotations
             }
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{json_path}: not COCO's panoptic JSON ({error!r})") from error
 
     def __call__(self, photos: list[Photo]) -> list[Segments]:

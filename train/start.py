@@ -28,7 +28,6 @@ from mas.storage import (
     CONFIG_FILE,
     StorageError,
     StoredTensors,
-    build_unfilled,
     parse_config,
     read_json,
 )
@@ -83,8 +82,7 @@ def start_from(network: Network, folder: str | Path) -> None:
     config = parse_config(type(network.config), read_json(source), source)
     before, now = asdict(config), asdict(network.config)
     differing = {key for key in now if before[key] != now[key]}
-    trained: Any = build_unfilled(type(network), config)
-    state: Mapping[str, Tensor] = StoredTensors(folder, trained.state_dict())
+    state: Mapping[str, Tensor] = StoredTensors(folder, type(network), config)
     if "patch" in differing and isinstance(network, VQSEG) and network.head is not None:
         times, rest = divmod(now["patch"], before["patch"])
         if not rest:

@@ -226,6 +226,8 @@ def test_several_scenes_need_a_judge_and_none_cannot_be_drawn(tiny_model, judged
     for candidates in (0, -3):
         with pytest.raises(ModelError, match=f"scene_candidates is {candidates}, use 1 or more"):
             judged_model.generate(CAPTIONS[0], scene_candidates=candidates)
+    with pytest.raises(ModelError, match="scene_candidates is 1000000000, use 256 or fewer"):
+        judged_model.generate(CAPTIONS[0], scene_candidates=10**9)
 
 
 @pytest.mark.parametrize(

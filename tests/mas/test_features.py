@@ -1,6 +1,7 @@
 """Features from files and the distances on them: the published Inception, FID by its formula."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -197,6 +198,9 @@ def test_bad_files_are_named(inception_file, weights, tmp_path):
     (tmp_path / "cut.pth").write_bytes(inception_file.read_bytes()[:90_000])
     with pytest.raises(WeightsError, match=r"cut\.pth: not a readable file of tensors"):
         Extractor(tmp_path / "cut.pth")
+    torch.save({"a": os.getcwd}, tmp_path / "code.pth")
+    with pytest.raises(WeightsError, match=r"code\.pth: .*asks for .*getcwd, which would run code"):
+        Extractor(tmp_path / "code.pth")
     torch.jit.script(Picture()).save(tmp_path / "picture.pt")
     with pytest.raises(WeightsError, match=r"picture\.pt: returns \(2, 3, 4, 4\) for 2 pictures"):
         Extractor(tmp_path / "picture.pt")(torch.rand(2, 3, 4, 4))

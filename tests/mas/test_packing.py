@@ -1,5 +1,8 @@
 """Packed files are smaller, and every number comes back."""
 
+import tracemalloc
+import zlib
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,7 +11,7 @@ from mas.gpt import GPT
 from mas.packing import SHAPE, pack, unpack
 from mas.precision import StoredGPT
 from mas.rounding import SCALE, narrow
-from mas.storage import StorageError, save_network
+from mas.storage import StorageError, StoredTensors, save_network
 
 
 def bell(*shape):
@@ -73,3 +76,22 @@ def test_damaged_tensors_are_named(parts, tmp_path):
     save_file(lost, path)
     with pytest.raises(StorageError, match=f"wrong shape: {name}"):
         GPT.from_pretrained(tmp_path)
+
+
+def test_a_small_file_does_not_unpack_into_all_memory(parts, tmp_path):
+    save_network(parts["gpt"], tmp_path, weights="int8", packed=True)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name.removesuffix(SHAPE) for name in tensors if name.endswith(SHAPE))
+    coder = zlib.compressobj(9)  # which writes repetitions, as `pack` does not
+    bomb = b"".join(coder.compress(bytes(2**20)) for _ in range(64)) + coder.flush()
+    packed = {name: torch.frombuffer(bytearray(bomb), dtype=torch.uint8)}
+    for shape in ([2**26], [2**40, 2], [-1], [2.5]):
+        save_file(tensors | packed | {name + SHAPE: torch.tensor(shape)}, path)
+        tracemalloc.start()
+        with pytest.raises(StorageError, match=f"{name} (cannot be unpacked|and its shape)"):
+            GPT.from_pretrained(tmp_path)
+        with pytest.raises(StorageError, match=f"{name}"):
+            StoredTensors(tmp_path, GPT, parts["gpt"].config)
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+        tracemalloc.stop()

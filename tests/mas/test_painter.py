@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mas.drawing import free_cells, widen
-from mas.painter import Painter, Wish
+from mas.painter import MOST_WAITING, Crowded, Painter, Wish
 from mas.request import fill_void
 from mas.scene import CLASS_NAMES, VOID, SceneMap
 
@@ -199,6 +199,34 @@ def test_who_leaves_holds_nobody_up(slow):
     assert next(shown for shown in other if not shown.ahead).share == 0
 
 
+def test_only_so_many_wishes_wait_and_each_visitor_has_one(slow):
+    line = [slow.paint(wish(), str(i)) for i in range(MOST_WAITING + 1)]  # one is served
+    for generator in line:
+        next(generator)
+    with pytest.raises(Crowded, match=rf"^{MOST_WAITING} wishes wait already: try again later\.$"):
+        next(slow.paint(wish(), "one more"))
+    assert slow.model.count == 1 and len(slow._line) == len(line)
+    again = slow.paint(wish(), "3")  # instead of the one that waits
+    next(again)
+    assert not [shown for shown in line[3] if not shown.ahead]
+    with pytest.raises(Crowded):
+        slow.check_room("one more")
+    slow.stop("5")
+    slow.check_room("one more")
+    slow.close()
+
+
+def test_who_stops_waiting_leaves_the_line_at_once(slow, monkeypatch):
+    monkeypatch.setattr("mas.painter.TELL_EVERY", 60)
+    first, second = slow.paint(wish(), "first"), slow.paint(wish(), "second")
+    for generator in (first, second):
+        next(generator)
+    start = time.monotonic()
+    slow.stop("second")
+    assert all(shown.ahead for shown in second) and time.monotonic() - start < 30
+    slow.close()
+
+
 def test_closing_ends_all_that_runs_and_all_that_waits(slow):
     running = [slow.paint(wish(), str(i)) for i in range(3)]
     for generator in running:
@@ -212,6 +240,16 @@ def test_what_a_model_warns_of_is_told_with_the_result(painter):
     long = list(painter.paint(wish(caption="a giraffe in the park " * 20)))[-1]
     assert len(long.warnings) == 1 and "longer than 12 tokens" in long.warnings[0]
     assert not list(painter.paint(wish(count=1)))[-1].warnings
+
+
+def test_the_page_is_told_of_void_by_the_names_on_the_page(painter, two_dogs):
+    labels = two_dogs.labels.copy()
+    labels[16:] = VOID
+    kept = wish(scene=SceneMap.from_labels(labels), keep_void=True, count=1)
+    (warning,) = list(painter.paint(kept))[-1].warnings
+    assert warning.startswith("50 % of the scene is void")
+    assert warning.endswith("what is not drawn is for the model to invent")
+    assert "--fill-void" not in warning
 
 
 def test_a_wish_may_end_while_it_is_stopped(tiny_model):

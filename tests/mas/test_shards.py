@@ -176,6 +176,14 @@ def test_a_member_that_would_fill_the_memory_is_told(tmp_path, monkeypatch):
     assert [s.key for s in samples] == ["b"] and rejects[0][1] == "member_too_large"
 
 
+def test_json_that_would_fill_the_memory_is_told(tmp_path):
+    objects = b'{"captions": ["a dog"], "x": [' + b"{}," * (4 * 2**20 // 3) + b"{}]}"
+    path = write_tar(tmp_path / "x.tar", [("a.txt", b"a dog"), ("a.Json", objects)])
+    samples, rejects = collect(path)
+    assert [set(s.files) for s in samples] == [{"txt"}]
+    assert rejects == [("a", "member_too_large", f"a.Json has {len(objects)} bytes")]
+
+
 @pytest.mark.parametrize(
     ("damage", "word"),
     [
@@ -205,6 +213,22 @@ def test_a_tar_that_becomes_shorter_while_it_is_read_gives_no_half_member(tmp_pa
     os.truncate(path, 100_000)
     with pytest.raises(ShardError, match=r"x\.tar: became shorter while it was in use"):
         next(samples)
+
+
+@pytest.mark.parametrize("size", [-1536, -1])  # back to its own header; to the end of the tar
+def test_a_member_that_claims_less_than_nothing_is_refused(tmp_path, size):
+    liar = tarfile.TarInfo("b.jpg")
+    liar.pax_headers = {"size": str(size)}
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), (liar, b""), ("c.jpg", b"2")])
+    with pytest.raises(ShardError, match=r"x\.tar: not a readable tar \(a size that cannot be"):
+        next(read_shard(path))
+
+
+def test_no_name_of_a_member_tells_a_terminal_what_to_do(tmp_path, caplog):
+    path = write_tar(tmp_path / "x.tar", [("\x1b[2J\u202e\n[INFO] all is well.jpg", b"1")])
+    assert not list(read_shard(path))
+    (message,) = caplog.messages
+    assert r"x.tar: \x1b[2J\u202e\n[INFO] all is well.jpg: unsafe_name" in message
 
 
 def test_a_compressed_tar_is_refused_with_the_mend(tmp_path):
@@ -411,6 +435,7 @@ MANIFESTS = [
     None,
     "{",
     "[]",
+    "[" * 100_000,
     '{"format": 2}',
     '{"format": 1}',
     '{"format": 1, "text": 3, "scene": 3, "image": 3, "shards": []}',

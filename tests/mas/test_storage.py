@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mas.storage import StorageError, file_hash, load_network, save_network
+from mas.storage import StorageError, StoredTensors, file_hash, load_network, save_network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,3 +113,35 @@ def test_a_failed_save_leaves_the_old_files(folder, monkeypatch):
         save_network(network, path)
     assert file_hash(path / "model.safetensors") == before
     assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"inputs": 10**12}, {"widths": [3, 10**9]}, {"widths": [30_000] * 9}]
+)
+def test_a_config_of_a_few_letters_takes_no_memory(folder, change):
+    path, _ = folder
+    config = json.loads((path / "config.json").read_text()) | change
+    (path / "config.json").write_text(json.dumps(config))
+    message = r"config\.json: describes a far larger network than the one that is stored; get it"
+    with pytest.raises(StorageError, match=message):
+        load_network(Line, LineConfig, path)
+    with pytest.raises(StorageError, match=message):
+        StoredTensors(path, Line, LineConfig(**{"inputs": 4} | change))
+
+
+def test_json_of_many_brackets_is_said_to_be_unreadable(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(StorageError, match=r"config\.json: not a readable JSON file"):
+        load_network(Line, LineConfig, tmp_path)
+
+
+def test_numbers_of_another_kind_are_named(folder):
+    path, _ = folder
+    tensors = load_file(path / "model.safetensors")
+    whole = {"layers.1.bias": tensors["layers.1.bias"].long()}
+    save_file(tensors | whole, path / "model.safetensors")
+    message = r"model\.safetensors: 1 tensors of the wrong kind of number: layers\.1\.bias"
+    with pytest.raises(StorageError, match=message):
+        load_network(Line, LineConfig, path)
+    with pytest.raises(StorageError, match=message):
+        StoredTensors(path, Line, LineConfig(inputs=4))

@@ -8,6 +8,7 @@ import socket
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from studio_visitor import Studio, Visitor, scene_of  # noqa: E402
 
 from mas.painter import Painter  # noqa: E402
 from mas.studio_canvas import NOTHING, build_canvas, colour_of  # noqa: E402
-from mas.studio_page import Page, legend  # noqa: E402
+from mas.studio_page import Page, legend, tell  # noqa: E402
 
 LABELS = np.full((32, 32), CLASS_NAMES.index("grass-merged"), np.uint8)
 LABELS[:10] = CLASS_NAMES.index("sea")
@@ -82,6 +83,20 @@ def test_files_are_opened_one_after_the_other(monkeypatch):
     with ThreadPoolExecutor(4) as threads:
         assert all("drawing" in answer for answer in threads.map(open_scene, range(4)))
     assert len(most) == 4 and max(most) == 1
+    with ThreadPoolExecutor(20) as threads:  # and nobody takes all threads of the page
+        answers = list(threads.map(open_scene, range(20)))
+    refused = [answer for answer in answers if "error" in answer]
+    assert refused and len(answers) - len(refused) >= 4
+    assert all("try again in a moment" in answer["error"] for answer in refused)
+
+
+def test_a_full_line_is_said_and_what_was_painted_stays(tiny_model, tmp_path, monkeypatch):
+    page = Page(Painter(tiny_model), "mine", tmp_path)
+    page.build()
+    monkeypatch.setattr(page, "_read_wish", lambda asked: None)
+    monkeypatch.setattr("mas.painter.MOST_WAITING", 0)
+    answers = list(page.paint({}, SimpleNamespace(session_hash="a visitor")))
+    assert answers == [{page.status: tell("0 wishes wait already: try again later.")}]
 
 
 def test_the_legend_names_every_class_once_the_largest_first():
@@ -207,10 +222,8 @@ def test_who_waits_is_told_and_may_stop(chromium, tmp_path):
 
 def test_the_chosen_scene_is_the_one_that_is_drawn_on(visitor):
     files = visitor.paint("a giraffe in the park")
-    thumbnail = visitor.page.locator(".shown").nth(1).locator("button.thumbnail-item").nth(2)
-    with visitor.page.expect_response("**/gradio_api/run/predict*"):  # which one was chosen
-        thumbnail.click()
-    visitor.click("Draw on the chosen scene")
+    visitor.page.locator(".shown").nth(1).locator("button.thumbnail-item").nth(2).click()
+    visitor.click("Draw on the chosen scene")  # though nobody has answered yet
     chosen = scene_of(files, "0002.scene.png")
     visitor.see_scene(chosen)
     assert np.array_equal(scene_of(visitor.paint()).labels, chosen.labels)

@@ -254,8 +254,23 @@ def test_a_file_that_is_no_scene_is_refused_and_the_drawing_stays(visitor, tmp_p
     said(visitor, "This file is too large for a scene.")
     Image.fromarray(np.zeros((9000, 9000), np.uint8)).save(file)
     visitor.open(file)
-    said(visitor, "this file: 9000x9000 is too large")
+    said(visitor, re.compile("^this file: 9000x9000 is too large for the studio, .* 16 million"))
+    Image.fromarray(np.zeros((4001, 4000), np.uint8)).save(file)
+    visitor.open(file)
+    said(visitor, re.compile("^this file: 4000x4001 is too large for the studio"))
     assert (visitor.scene().labels == DOG).all()
+
+
+def test_a_file_that_the_browser_cannot_read_is_said(visitor, tmp_path):
+    visitor.page.evaluate(
+        """FileReader.prototype.readAsDataURL = function () {
+          const tell = (kind) => this.dispatchEvent(new ProgressEvent(kind));
+          setTimeout(() => (tell('error'), tell('loadend')));
+        }"""
+    )
+    SceneMap.from_labels(np.full((SIZE, SIZE), SEA, np.uint8)).to_png(tmp_path / "gone.png")
+    visitor.open(tmp_path / "gone.png")
+    said(visitor, "The browser cannot read this file; is it still there?")
 
 
 def test_a_file_is_dropped_on_the_canvas(visitor, tmp_path):

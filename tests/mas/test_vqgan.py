@@ -137,6 +137,7 @@ def test_pictures_of_wrong_size_or_range_are_named(image, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"size": 2**30}, "size is 1073741824, use 4096 pixels a side or fewer"),
         ({"size": 18}, "size 18 must be a multiple of 4"),
         ({"size": 0}, "size must be at least 1"),
         ({"quantizer": "fsq"}, "quantizer 'fsq': use one of nearest, cosine, gumbel"),

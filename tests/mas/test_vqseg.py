@@ -334,6 +334,7 @@ def test_usual_sizes_and_grids_are_possible(size, grid, patch, multipliers):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"size": 2**30}, "size is 1073741824, use 4096 pixels a side or fewer"),
         ({"size": 20}, "size 20 must be grid 4 x 4"),
         ({"grid": 8}, "size 16 must be grid 8 x 4"),
         ({"layout": "paper"}, "layout 'paper': use one of default, published"),

@@ -202,7 +202,7 @@ def test_a_file_that_would_fill_the_memory_is_rejected_unread(tmp_path, root):
     else:
         filesystem("memory").pipe({"/huge/a.jpg": b"12345678901", "/huge/b.jpg": b"1"})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("preprocess.inputs.MAX_MEMBER_BYTES", 10)
+            patch.setattr("mas.shards.MAX_MEMBER_BYTES", 10)
             keys, rejects = read_source(source_of(folder, "a.jpg", "b.jpg"))
     assert keys == ["b.jpg"] and rejects == [("a.jpg", "member_too_large")]
 

@@ -1,12 +1,17 @@
 """detectron2's panoptic segmentation: the 133 ids, true batches, colour order, checkpoints."""
 
 import importlib.util
+import os
 import pickle
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from mas.scene import CLASS_NAMES, PANOPTIC_CLASSES, VOID
 from mas.shards import Sample
@@ -16,7 +21,8 @@ from preprocess.panoptic import (
     Detectron2Config,
     Detectron2Panoptic,
     from_detectron2,
-    read_checkpoint,
+    load_detectron2,
+    read_state,
 )
 from preprocess.segment import Photo
 from preprocess.weights import WeightsError
@@ -129,23 +135,106 @@ def test_a_zoo_checkpoint_is_read_and_one_with_code_is_not(tmp_path):
     weights = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
     zoo, evil = tmp_path / "zoo.pkl", tmp_path / "evil.pkl"
     zoo.write_bytes(pickle.dumps({"model": weights, "__author__": "zoo"}, protocol=2))
-    state = read_checkpoint(zoo)
+    state = read_state(zoo)
     torch.testing.assert_close(state["a.weight"], torch.arange(6.0).reshape(2, 3))
     evil.write_bytes(pickle.dumps({"model": {"a": Path.home}}))
-    with pytest.raises(WeightsError, match=r"evil\.pkl: not a detectron2 checkpoint"):
-        read_checkpoint(evil)
+    with pytest.raises(WeightsError, match=r"evil\.pkl: not a detectron2 .*it asks for builtins\."):
+        read_state(evil)
+    torch.save({"model": Call(os.mkdir, (str(tmp_path / "made"),))}, tmp_path / "evil.pth")
+    with pytest.raises(WeightsError, match=r"asks for .*mkdir, which would run code") as caught:
+        read_state(tmp_path / "evil.pth")
+    assert "\n" not in str(caught.value) and not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_arrays_of_every_kind_come_out_of_a_pickle_as_numpy_reads_them(tmp_path, protocol):
+    arrays = {
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "big-endian": np.arange(3, dtype=">i4"),
+        "half": np.arange(3, dtype=np.float16),
+        "truth": np.array([True, False]),
+        "no numbers": np.zeros((0, 4), np.float32),
+        "scalar": np.float32(2.5),
+    }
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps({"model": {**arrays, "plain": 3}}, protocol=protocol))
+    state = read_state(path)
+    assert state.pop("plain") == 3
+    for name, tensor in state.items():
+        assert np.array_equal(tensor.numpy(), arrays[name]), name
+        assert tensor.dtype == torch.as_tensor(arrays[name].astype(arrays[name].dtype.type)).dtype
+
+
+class Call:
+    """Pickles as a call, whose result is given a state."""
+
+    def __init__(self, function, arguments, *state):
+        self.call = (function, arguments, *state)
+
+    def __reduce__(self):
+        return self.call
+
+
+FORGED = """
+import pickle, sys
+import numpy as np
+from pathlib import Path
+from preprocess.panoptic import read_state
+sys.path.insert(0, sys.argv[2])
+from test_panoptic import Call
+field = {"model": (np.dtype("O"), 0)}
+kind = Call(np.dtype, ("V8", False, True), (3, "|", None, ("model",), field, 8, 1, 0))
+scalar = pickle.loads(pickle.dumps(np.float32(0))).__reduce__()[0]
+Path(sys.argv[1]).write_bytes(pickle.dumps(Call(scalar, (kind, b"A" * 8)), protocol=2))
+try:
+    read_state(Path(sys.argv[1]))
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_forged_type_reads_no_memory(tmp_path):
+    """Objects at addresses that the file names: NumPy itself ends the process."""
+    path = tmp_path / "forged.pkl"
+    command = [sys.executable, "-c", FORGED, str(path), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.returncode
+    assert f"{path}: not a detectron2 checkpoint" in done.stdout and "numbers" in done.stdout
+
+
+def test_a_config_that_wants_to_run_code_is_refused(tmp_path, monkeypatch):
+    class Config:
+        """Reads YAML as fvcore's does; its default is detectron2's."""
+
+        def merge_from_file(self, file, allow_unsafe=True):
+            (yaml.unsafe_load if allow_unsafe else yaml.safe_load)(Path(file).read_text())
+
+    for name, parts in (
+        ("detectron2", {"model_zoo": None}),
+        ("detectron2.config", {"get_cfg": Config}),
+        ("detectron2.modeling", {"build_model": None}),
+    ):
+        module = types.ModuleType(name)
+        vars(module).update(parts)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("preprocess.panoptic.find_weights", Path)
+    file = tmp_path / "evil.yaml"
+    file.write_text(f"A: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']")
+    with pytest.raises(WeightsError, match=r"evil\.yaml: not a config of plain values"):
+        load_detectron2(Detectron2Config(config_file=str(file)))
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_model_saved_by_detectron2_itself_is_read(tmp_path):
     torch.save({"model": {"a": torch.ones(2)}, "iteration": 3}, tmp_path / "model.pth")
-    assert read_checkpoint(tmp_path / "model.pth")["a"].tolist() == [1, 1]
+    assert read_state(tmp_path / "model.pth")["a"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", pickle.dumps([1]), pickle.dumps({"a": 1})])
 def test_files_that_are_no_checkpoints_are_refused_in_one_line(tmp_path, content):
     (tmp_path / "x.pkl").write_bytes(content)
     with pytest.raises(WeightsError, match=r"x\.pkl: not a detectron2 checkpoint"):
-        read_checkpoint(tmp_path / "x.pkl")
+        read_state(tmp_path / "x.pkl")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("detectron2") is not None, reason="it is installed")
@@ -227,7 +316,7 @@ def test_area_limits_scale_with_the_size(zoo_file):
 
 @pytest.mark.detectron2
 def test_weights_that_do_not_fit_the_config_are_refused_by_name(zoo_file, tmp_path):
-    state = dict(read_checkpoint(zoo_file))
+    state = dict(read_state(zoo_file))
 
     def refused(state, message):
         torch.save({"model": state}, tmp_path / "other.pth")

@@ -1,0 +1,97 @@
+"""Who may ask the studio for what: keeps foreign web pages and bodies without end away from it.
+
+In: every request to the page. Out: the request, handed on; or why it is refused.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+MOST_BYTES = 32_000_000  # of a request; the canvas sends a file of 20 MB as 27 MB of text
+TOO_MUCH = f"More than {MOST_BYTES // 10**6} MB is too much."
+READING = ("GET", "HEAD", "OPTIONS")
+UNUSED = ("/upload", "/process_recording")  # of gradio: what would fill the disk or the processor
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+class TooMuch(Exception):
+    """A body has more bytes than may be."""
+
+
+class Guard:
+    """ASGI middleware in front of gradio's application."""
+
+    def __init__(self, app: App, *, host: str) -> None:
+        """`host` is the address that the studio listens at."""
+        self.app = app
+        self.local = is_local(host)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Hands a request on, or answers why not."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin1"): x.decode("latin1") for name, x in scope["headers"]}
+        if refusal := self._find_refusal(scope, headers):
+            await _answer(send, 403, refusal)
+            return
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > MOST_BYTES:
+            await _answer(send, 413, TOO_MUCH)
+            return
+        taken, answered = 0, False
+
+        async def count() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > MOST_BYTES:
+                raise TooMuch
+            return message
+
+        async def note(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        try:
+            await self.app(scope, count, note)
+        except TooMuch:
+            if not answered:
+                await _answer(send, 413, TOO_MUCH)
+
+    def _find_refusal(self, scope: Message, headers: dict[str, str]) -> str | None:
+        host = headers.get("host", "")
+        if self.local and not is_local(urlsplit(f"//{host}").hostname or ""):
+            # A page elsewhere may have its own name lead to this machine, and then read answers.
+            return "This studio is for its own machine: open it at localhost or 127.0.0.1."
+        if scope["method"] in READING:
+            return None
+        if scope["path"].rstrip("/").endswith(UNUSED):
+            return "Nothing is uploaded here."
+        site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+        foreign = site not in ("same-origin", "none") if site else False
+        if site is None and origin is not None:
+            foreign = urlsplit(origin).netloc not in (host, headers.get("x-forwarded-host"))
+        return "Another page must not use this studio: open its own." if foreign else None
+
+
+def is_local(host: str) -> bool:
+    """Whether a host is this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower().removesuffix(".") == "localhost"
+
+
+async def _answer(send: Send, status: int, text: str) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})
