@@ -39,6 +39,7 @@ from mas.shards import (
 from preprocess.executor import Job
 from preprocess.photo import EXTENSIONS
 from preprocess.rejects import Reject, RejectError
+from preprocess.run_folder import HISTOGRAM
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,8 @@ def find_jobs(input: str, *, captions: str = "", samples_per_shard: int = 1000) 
         names = filesystem.ls(inner, detail=False)
         if not any(name.endswith(".tar") for name in names):
             return _cut(input, _list_folder(input), samples_per_shard)
-        if pictures := [name for name in names if _is_picture(name)]:
+        # A run's own picture lies beside the shards it wrote.
+        if pictures := [n for n in names if _is_picture(n) and not n.endswith(f"/{HISTOGRAM}")]:
             logger.warning(
                 "%s: holds shards; what lies beside them is passed over (pictures: %d, as %s)",
                 *(input, len(pictures), PurePosixPath(pictures[0]).name),

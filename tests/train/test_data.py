@@ -273,9 +273,7 @@ class Few(StreamData):
         return self.Blank(self.count, holdout=self.holdout, part=part.part)
 
 
-@pytest.mark.parametrize(
-    ("count", "advice"), [(1, "give more data\n"), (3, "holdout to 3 or")]
-)
+@pytest.mark.parametrize(("count", "advice"), [(1, "give more data\n"), (3, "holdout to 3 or")])
 def test_a_run_of_few_pictures_is_told_what_would_validate_it(count, advice, caplog):
     Few(count).setup("fit")
     assert f"of {count} pictures every 50-th would be held out" in caplog.text
