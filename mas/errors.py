@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text that is not blank; its kind where there is none."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
+
+
+def asked_for(error: BaseException) -> str | None:
+    """The class or function that PyTorch refused to take from a file, None for other errors.
+
+    `preprocess.checkpoint.NumberUnpickler` refuses in the same words.
+    """
+    found = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
+    return found and found.group(1)

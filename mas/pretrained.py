@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mas.storage import UNREADABLE, StorageError, asked_for, check_tensors
+from mas.errors import asked_for
+from mas.storage import UNREADABLE, StorageError, check_tensors
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN, QuantizerName, VQGANConfig
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import types
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -161,7 +160,10 @@ class StoredTensors(Mapping[str, torch.Tensor]):
                 else file.get_slice(name).get_shape()
                 for name in sorted(self.stored - beside)
             }
-            kinds = {name: _kind(name, file) for name in shapes}
+            kinds = {
+                name: _kind(file.get_slice(name).get_dtype(), scaled=name + SCALE in self.stored)
+                for name in shapes
+            }
         self.shapes = shapes
         network = build_unfilled(network_class, config, stored=self.numbers, folder=folder)
         found = {
@@ -199,10 +201,8 @@ class StoredTensors(Mapping[str, torch.Tensor]):
             raise StorageError(message) from error
 
 
-def _kind(name: str, file: Any) -> torch.dtype:
+def _kind(stored: str, *, scaled: bool) -> torch.dtype:
     """float32 for numbers that are read as such, else a type of whole numbers."""
-    stored: str = file.get_slice(name).get_dtype()
-    scaled = name + SCALE in file.keys()  # it is no dictionary
     return torch.float32 if scaled or stored.startswith(("F", "BF")) else torch.int64
 
 
@@ -306,12 +306,6 @@ def check_tensors(
     ]
     if problems:
         raise StorageError(f"{source}: {'; '.join(problems)}")
-
-
-def asked_for(error: Exception) -> str | None:
-    """The class or function that PyTorch refused to take from a file, None for other errors."""
-    found = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
-    return found and found.group(1)
 
 
 def file_hash(path: str | Path) -> str:

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mas.storage import UNREADABLE, StorageError, asked_for, check_tensors
+from mas.errors import asked_for
+from mas.storage import UNREADABLE, StorageError, check_tensors
 
 
 class WeightsError(ValueError):

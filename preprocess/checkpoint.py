@@ -8,20 +8,20 @@ a forged type they read from any address.
 from __future__ import annotations
 
 import pickle
-import re
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 
-from mas.errors import first_line
+from mas.errors import asked_for, first_line
 from preprocess.weights import WeightsError
 
 # What reading a damaged file raises, of PyTorch or of `NumberUnpickler`.
 UNREADABLE = (
     *(pickle.UnpicklingError, OSError, RuntimeError, EOFError),
     *(ValueError, TypeError, KeyError, IndexError, AttributeError),
+    *(OverflowError, MemoryError, SyntaxError),  # of lengths and types that cannot be
 )
 NUMBERS = "biuf"  # kinds of types that are read: truth values, whole numbers, floating point
 
@@ -42,10 +42,9 @@ def read_checkpoint(path: Path, *, wanted: str) -> Any:
                 return NumberUnpickler(file).load()
         return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        found = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
         reason = first_line(error).split(". ")[0]
-        if found:
-            reason = f"it asks for {found.group(1)}, which would run code from the file"
+        if name := asked_for(error):
+            reason = f"it asks for {name}, which would run code from the file"
         raise WeightsError(f"{path}: not {wanted} ({reason})") from error
 
 

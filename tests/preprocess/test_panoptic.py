@@ -230,7 +230,18 @@ def test_a_model_saved_by_detectron2_itself_is_read(tmp_path):
     assert read_state(tmp_path / "model.pth")["a"].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>", pickle.dumps([1]), pickle.dumps({"a": 1})])
+DAMAGED = {
+    "nothing": b"",
+    "a page": b"<html>",
+    "a list": pickle.dumps([1]),
+    "no model": pickle.dumps({"a": 1}),
+    "bytes without end": b"\x80\x05\x8e" + b"\xff" * 8,
+    "more bytes than there is memory": b"\x80\x05\x8e" + (2**60).to_bytes(8, "little"),
+    "a type that is no Python": pickle.dumps(Call(np.dtype, ("(,)f4",)), protocol=2),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_files_that_are_no_checkpoints_are_refused_in_one_line(tmp_path, content):
     (tmp_path / "x.pkl").write_bytes(content)
     with pytest.raises(WeightsError, match=r"x\.pkl: not a detectron2 checkpoint"):
