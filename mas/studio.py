@@ -11,10 +11,12 @@ import signal
 import socket
 import tempfile
 import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import gradio as gr
-from starlette.middleware import Middleware
+from starlette.applications import Starlette
 
 from mas.model import MakeAScene
 from mas.painter import Painter
@@ -70,7 +72,7 @@ def studio(
                 run_history=False,
                 max_file_size="1kb",  # nothing is uploaded: the canvas sends its files itself
                 enable_monitoring=False,
-                app_kwargs={"middleware": [Middleware(Guard, host=host)]},
+                app_kwargs={"lifespan": guarded(host)},
                 css=CSS,
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             )
@@ -82,6 +84,18 @@ def studio(
         finally:
             painter.close()
             page.close(verbose=False)
+
+
+def guarded(host: str) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+    """Puts a guard in front of an application, all its middleware included, before it serves."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        assert app.middleware_stack is not None  # it has called this
+        app.middleware_stack = Guard(app.middleware_stack, host=host)
+        yield
+
+    return lifespan
 
 
 def check_address(host: str, port: int) -> None:

@@ -12,6 +12,11 @@ from urllib.parse import urlsplit
 
 MOST_BYTES = 32_000_000  # of a request; the canvas sends a file of 20 MB as 27 MB of text
 TOO_MUCH = f"More than {MOST_BYTES // 10**6} MB is too much."
+FOR_ITSELF = (
+    "This studio is for its own machine: open it at localhost or 127.0.0.1. "
+    "If a proxy hands on the name it was asked by, start the studio with --host 0.0.0.0."
+)
+NAMES = ("localhost", "localhost.localdomain")  # of this machine; and all that end in .localhost
 READING = ("GET", "HEAD", "OPTIONS")
 UNUSED = ("/upload", "/process_recording")  # of gradio: what would fill the disk or the processor
 
@@ -26,7 +31,10 @@ class TooMuch(Exception):
 
 
 class Guard:
-    """ASGI middleware in front of gradio's application."""
+    """ASGI middleware in front of gradio's application, and of gradio's own.
+
+    One of those would allow foreign pages whatever they ask for.
+    """
 
     def __init__(self, app: App, *, host: str) -> None:
         """`host` is the address that the studio listens at."""
@@ -68,18 +76,20 @@ class Guard:
                 await _answer(send, 413, TOO_MUCH)
 
     def _find_refusal(self, scope: Message, headers: dict[str, str]) -> str | None:
-        host = headers.get("host", "")
-        if self.local and not is_local(urlsplit(f"//{host}").hostname or ""):
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self.local and not is_local(_name_of(host)):
             # A page elsewhere may have its own name lead to this machine, and then read answers.
-            return "This studio is for its own machine: open it at localhost or 127.0.0.1."
-        if scope["method"] in READING:
+            return FOR_ITSELF
+        if scope["method"] in READING and origin is None:  # a link; a script would name its page
             return None
-        if scope["path"].rstrip("/").endswith(UNUSED):
+        if scope["method"] not in READING and scope["path"].rstrip("/").endswith(UNUSED):
             return "Nothing is uploaded here."
-        site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-        foreign = site not in ("same-origin", "none") if site else False
-        if site is None and origin is not None:
-            foreign = urlsplit(origin).netloc not in (host, headers.get("x-forwarded-host"))
+        site = headers.get("sec-fetch-site")
+        if site is not None:
+            foreign = site not in ("same-origin", "none")
+        else:
+            own = (host, headers.get("x-forwarded-host"))
+            foreign = origin is not None and origin.partition("://")[2] not in own
         return "Another page must not use this studio: open its own." if foreign else None
 
 
@@ -88,7 +98,16 @@ def is_local(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host.lower().removesuffix(".") == "localhost"
+        name = host.lower().removesuffix(".")
+        return name in NAMES or name.endswith(".localhost")
+
+
+def _name_of(host: str) -> str:
+    """A Host without its port; nothing where it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # brackets around what is no address
+        return ""
 
 
 async def _answer(send: Send, status: int, text: str) -> None:

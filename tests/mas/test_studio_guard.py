@@ -26,14 +26,25 @@ def ask(address, path="/config", *, method="GET", body=None, **headers):
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", ""]
+    "host",
+    [
+        *("evil.example", "evil.example:7860", "127.0.0.1.evil.example", "localhost.evil.example"),
+        *("", "[::1", "[evil]"),
+    ],
 )
 def test_a_name_that_another_page_has_led_here_gets_nothing(address, host):
     status, text = ask(address, Host=host)
     assert status == 403 and "open it at localhost" in text
+    assert "--host 0.0.0.0" in text  # what a proxy needs that keeps the name
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:9000", "127.0.0.1:80", "[::1]:7860"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("localhost", "localhost:9000", "127.0.0.1:80", "[::1]:7860"),
+        *("LocalHost.:80", "studio.localhost:7860", "localhost.localdomain"),
+    ],
+)
 def test_the_machines_own_names_are_answered_whatever_the_port(address, host):
     """As behind a tunnel of ssh."""
     assert ask(address, Host=host)[0] == 200
@@ -43,6 +54,7 @@ FOREIGN = (
     {"Origin": "http://evil.example"},
     {"Origin": "null"},
     {"Origin": "http://127.0.0.1:1"},
+    {"Origin": "http://[evil"},
     {"Origin": "http://evil.example", "Sec_Fetch_Site": "cross-site"},
     {"Sec_Fetch_Site": "same-site"},
 )
@@ -58,6 +70,21 @@ def test_another_page_cannot_have_the_studio_work(address, headers):
     own = {"Origin": address, "Sec_Fetch_Site": "same-origin"}
     assert ask(address, OPEN, **plain, **own)[1] == '{"detail":"Function not found."}'
     assert ask(address, OPEN, **plain)[0] == 404  # a program
+
+
+def test_another_page_may_neither_ask_what_is_allowed_nor_read(address):
+    """Gradio itself allows every page everything where the studio has another name than localhost.
+
+    A page could then name itself as the one that a proxy stands for.
+    """
+    other = {"Host": "127.0.0.2:7860", "Origin": "http://evil.example"}
+    asked = {"Access-Control-Request-Method": "POST"}
+    asked |= {"Access-Control-Request-Headers": "x-forwarded-host"}
+    assert ask(address, OPEN, method="OPTIONS", **other, **asked)[0] == 403
+    assert ask(address, **other)[0] == 403
+    assert ask(address, **other, Sec_Fetch_Site="cross-site")[0] == 403
+    link = {"Host": "127.0.0.2:7860", "Sec_Fetch_Site": "cross-site"}
+    assert ask(address, "/", **link)[0] == 200
 
 
 def test_nothing_is_uploaded_and_nobody_is_monitored(address):
