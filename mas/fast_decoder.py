@@ -1,11 +1,11 @@
-"""The GPT in 8 bits with steps of our own: mas/step.c, one call a token.
+"""The GPT in 8 bits with steps of our own: mas/step_kernels.h, one call a token.
 
 In: the config and tensors of a `mas.gpt.GPT`. Out: what the loop in mas/generate.py needs. The
 compiled library reads matrices at about the speed of the memory, where PyTorch takes as long again
 for its kernels and between them. It needs a C compiler at installation and a CPU with AVX-512 VNNI,
-AVX2, or the dot products of Arm; `find_step` says what was there. All of them compute the same
-numbers, to the bit. What is computed is what `mas.decoder.CPUDecoder` computes
-with `mas.quantize.Int8Linear`, but that queries and weights of the attention stay float32.
+AVX2, or the dot products of Arm; `find_steps` says what was there. What each kind computes is the
+same to the bit: what `mas.decoder.CPUDecoder` computes with `mas.quantize.Int8Linear`, but that
+queries and weights of the attention stay float32.
 Axes: R rows, T tokens, D width, N heads, H width of a head, K inputs, V outputs or vocabulary.
 """
 

@@ -127,8 +127,9 @@ FAST INLINE void multiply_rows(const int rows, const Product *product, int64_t p
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
         sums[r][0] = sums[r][1] = i_all(0);
-    for (int64_t at = 0; at < bytes; at += 128, x += GROUP) {
-        const Weights low = get_weights(weights + at), high = get_weights(weights + at + 64);
+    for (int64_t at = 0; at < bytes; at += PANEL * GROUP, x += GROUP) {
+        const Weights low = get_weights(weights + at);
+        const Weights high = get_weights(weights + at + LANES * GROUP);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             const Group group = get_group(x + r * stride);
@@ -153,6 +154,8 @@ FAST INLINE void multiply_rows(const int rows, const Product *product, int64_t p
         }
     }
 }
+
+_Static_assert(MOST_ROWS == 2 || MOST_ROWS == 8, "a case below for each smaller number");
 
 FAST static void multiply_panel(const Product *product, int64_t panel) {
     for (int64_t first = 0; first < product->rows; first += MOST_ROWS) {
@@ -406,7 +409,7 @@ int64_t STEP(packed_bytes)(int64_t outputs, int64_t inputs) {
     return round_up(outputs, PANEL) / PANEL * panel_bytes(inputs);
 }
 
-/* Packs a matrix V K of int8 as V/32 K/4 32 4 with 128 added, zeros where there is nothing.
+/* Packs a matrix V K of int8 as V/32 K/4 32 4 with ZERO_POINT added, zeros where there is nothing.
 
 `packed` begins at a whole vector. */
 void STEP(pack)(const int8_t *weight_VK, int64_t outputs, int64_t inputs, uint8_t *packed) {
@@ -427,8 +430,8 @@ void STEP(pack)(const int8_t *weight_VK, int64_t outputs, int64_t inputs, uint8_
 int64_t STEP(multiply_bytes)(int64_t rows, int64_t inputs) { return inputs_bytes(rows, inputs); }
 
 /* y R V = x R K times the transposed matrix; `memory`: at a whole vector. */
-void STEP(multiply)(const Matrix *matrix, const float *x_RK, int64_t rows, float *y_RV, void *memory,
-                   int64_t threads) {
+void STEP(multiply)(const Matrix *matrix, const float *x_RK, int64_t rows, float *y_RV,
+                    void *memory, int64_t threads) {
     const Inputs inputs = place_inputs(memory, rows, matrix->inputs);
     Rounding rounding = {x_RK, &inputs, matrix->inputs};
     open_pool(threads);
@@ -450,9 +453,9 @@ embedding_VD: bfloat16, of the stream of the position; vocabulary: its V. positi
 pairs: one a layer, 2 R N T H in bfloat16, T = `length`. memory: at a whole vector. Returns -1 where
 a token is not below the vocabulary, and has done nothing then. */
 int STEP(read)(const Model *model, const int64_t *tokens_R, int64_t rows,
-              const uint16_t *embedding_VD, int64_t vocabulary, const float *position_D,
-              uint16_t *const *pairs, int64_t position, int64_t length, float *state_RD,
-              void *memory, int64_t threads) {
+               const uint16_t *embedding_VD, int64_t vocabulary, const float *position_D,
+               uint16_t *const *pairs, int64_t position, int64_t length, float *state_RD,
+               void *memory, int64_t threads) {
     const int64_t width = model->width;
     for (int64_t r = 0; r < rows; r++)
         if (tokens_R[r] < 0 || tokens_R[r] >= vocabulary)
