@@ -5,9 +5,10 @@ import json
 import re
 import signal
 import socket
+import threading
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ gr = pytest.importorskip("gradio", reason="needs the extra studio")
 from studio_visitor import Studio, Visitor, scene_of  # noqa: E402
 
 from mas.painter import Painter  # noqa: E402
-from mas.studio_canvas import NOTHING, build_canvas, colour_of  # noqa: E402
+from mas.studio_canvas import MOST_OPENING, NOTHING, build_canvas, colour_of  # noqa: E402
 from mas.studio_page import Page, legend, tell  # noqa: E402
 
 LABELS = np.full((32, 32), CLASS_NAMES.index("grass-merged"), np.uint8)
@@ -69,9 +70,11 @@ def test_the_page_offers_what_the_model_knows_and_its_own_settings(parts, tmp_pa
 
 def test_files_are_opened_one_after_the_other(monkeypatch):
     """A small file may hold a large scene: many at once would take all memory."""
-    open_now, most = [], []
+    open_now, most, go_on = [], [], threading.Event()
+    go_on.set()
 
     def read(content):
+        go_on.wait()
         open_now.append(content)
         most.append(len(open_now))
         time.sleep(0.02)
@@ -84,11 +87,15 @@ def test_files_are_opened_one_after_the_other(monkeypatch):
     with ThreadPoolExecutor(4) as threads:
         assert all("drawing" in answer for answer in threads.map(open_scene, range(4)))
     assert len(most) == 4 and max(most) == 1
-    with ThreadPoolExecutor(20) as threads:  # and nobody takes all threads of the page
-        answers = list(threads.map(open_scene, range(20)))
-    refused = [answer for answer in answers if "error" in answer]
-    assert refused and len(answers) - len(refused) >= 4
-    assert all("try again in a moment" in answer["error"] for answer in refused)
+    go_on.clear()
+    with ThreadPoolExecutor(MOST_OPENING + 1) as threads:  # nobody takes all threads of the page
+        answers = [threads.submit(open_scene, i) for i in range(MOST_OPENING + 1)]
+        try:
+            refused = next(as_completed(answers, timeout=20)).result()
+        finally:
+            go_on.set()
+    assert "try again in a moment" in refused["error"]
+    assert sum("drawing" in answer.result() for answer in answers) == MOST_OPENING
 
 
 def test_a_full_line_is_said_and_what_was_painted_stays(tiny_model, tmp_path, monkeypatch):
