@@ -173,7 +173,9 @@ def _scan(file: IO[bytes], path: str, on_reject: OnReject) -> dict[str, _Entry]:
             before = -1
             while member := tar.next():
                 if member.size < 0 or member.offset <= before:  # would be read for ever, or whole
-                    raise tarfile.ReadError(f"a size that cannot be at byte {before + 1}")
+                    raise tarfile.ReadError(
+                        f"the member at byte {member.offset} has a size that cannot be"
+                    )
                 before = member.offset
                 _add_member(entries, member, on_reject)
                 tar.members.clear()  # type: ignore[attr-defined]  # keeps long tars out of memory
