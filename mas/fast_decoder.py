@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
 
 class CMatrix(ctypes.Structure):
-    """`Matrix` of mas/step_kernels.h."""
+    """`Matrix` of mas/step_matrices.h."""
 
     _fields_ = (
         ("packed", c_void_p),
@@ -155,7 +155,7 @@ def can_step(config: GPTConfig) -> bool:
 
 
 class StepLinear:
-    """`mas.quantize.Int8Linear` in the layout of mas/step_kernels.h; the same numbers."""
+    """`mas.quantize.Int8Linear` in the layout of mas/step_matrices.h; the same numbers."""
 
     def __init__(self, weight_VK: Tensor, slabs: Slabs) -> None:
         """Packs a matrix into memory of `slabs`."""

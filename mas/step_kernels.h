@@ -3,7 +3,8 @@
 In: tensors of a GPT as mas/fast_decoder.py lays them out, tokens, the cache. Out: the state that
 predicts the next token; or, for many rows, one product with a matrix. A step reads every weight
 once, so nothing may come between two reads: one call does all of a step, and threads that are
-awake share each piece of it (step_threads.h; step_vectors.h: what is done to a few numbers).
+awake share each piece of it (step_threads.h; what the pieces are made of: step_matrices.h,
+step_attention.h, step_vectors.h).
 
 What is computed is what mas/decoder.py computes with mas/quantize.py: inputs of a matrix are
 rounded to 8 bits row by row, sums are exact integers, all else is float32, keys and values are
@@ -14,29 +15,9 @@ instructions (step_avx512.c, …), whose header comes before and gives vectors o
 Callers check shapes and ranges; nothing here does, but for the tokens.
 Axes: R rows, D width, N heads, H width of a head, T tokens, K inputs, V outputs. */
 
-#include <stdint.h>
-
+#include "step_attention.h"
+#include "step_matrices.h"
 #include "step_threads.h"
-#include "step_vectors.h"
-
-enum {
-    GROUP = 4,                /* inputs that one instruction multiplies and adds */
-    PANEL = 2 * LANES,        /* outputs that are computed together */
-    PIECE_BYTES = 1 << 17,    /* of weights that a thread takes at a time, at most */
-    PIECES = 4,               /* a thread, at least, where there are as many panels */
-    LARGEST_INT8 = 127,       /* what the largest entry of a row becomes */
-    CHUNK = 2 * LANES,        /* bfloat16 numbers of a vector */
-    BLOCK = 512,              /* keys that attention reads before their values */
-    MOST_HEAD_WIDTH = 256,    /* H */
-};
-#define SMALLEST 1e-30f /* instead of the largest entry of a row of zeros */
-
-/* A matrix V K, packed by `step_pack`, and what an output of 1 stands for. */
-typedef struct {
-    const uint8_t *packed;
-    const float *scale_V; /* step of the weights / LARGEST_INT8 */
-    int64_t outputs, inputs;
-} Matrix;
 
 typedef struct {
     Norm attention_norm, q_norm, k_norm, feedforward_norm; /* no weight: no norm */
@@ -49,152 +30,6 @@ typedef struct {
     Norm norm;
     const float *cosine_TH, *sine_TH; /* H/2 a token; NULL: no rotation */
 } Model;
-
-/* ---- Products with a matrix ---- */
-
-/* Rows of inputs in 8 bits. */
-typedef struct {
-    int8_t *bytes_RK;
-    int64_t stride; /* bytes from row to row */
-    float *largest_R;
-    int32_t *offset_R; /* what the zero point of the weights adds to every sum */
-} Inputs;
-
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-/* Zeros up to a whole vector; a vector more, so that rows do not share their places in a cache. */
-static int64_t row_stride(int64_t inputs) { return round_up(inputs, 64) + 64; }
-
-static int64_t panel_bytes(int64_t inputs) { return round_up(inputs, GROUP) * PANEL; }
-
-static int64_t inputs_bytes(int64_t rows, int64_t inputs) {
-    return round_up(rows * (row_stride(inputs) + 8), 64);
-}
-
-/* Lays `Inputs` out in a piece of memory of `inputs_bytes`. */
-static Inputs place_inputs(void *memory, int64_t rows, int64_t inputs) {
-    const int64_t stride = row_stride(inputs);
-    float *largest_R = (float *)((int8_t *)memory + rows * stride);
-    return (Inputs){memory, stride, largest_R, (int32_t *)(largest_R + rows)};
-}
-
-/* Rounds row `row` to 8 bits: its largest entry becomes ±127. As in Int8Linear, to the bit. */
-FAST static void round_row(const float *x, int64_t n, const Inputs *inputs, int64_t row) {
-    /* As integers floats are ordered likewise, and NaN is the largest. */
-    Ints most = i_all(0);
-    for (int64_t i = 0; i < n; i += LANES)
-        most = i_max(most, i_bits(f_abs(load(x, i, n))));
-    union {
-        int32_t bits;
-        float value;
-    } largest = {.bits = i_most(most)};
-    if (largest.value < SMALLEST)
-        largest.value = SMALLEST;
-    const Floats factor = f_all(LARGEST_INT8 / largest.value);
-    int8_t *bytes = inputs->bytes_RK + row * inputs->stride;
-    Ints sum = i_all(0);
-    for (int64_t i = 0; i < inputs->stride; i += LANES) {
-        Ints entries = i_all(0);
-        if (i < n) {
-            const Floats shifted = f_add(f_mul(load(x, i, n), factor), f_all(128.5f));
-            entries = i_sub(i_truncate(shifted), i_all(128));
-        }
-        sum = i_add(sum, entries);
-        i_put_bytes(bytes + i, entries);
-    }
-    inputs->largest_R[row] = largest.value;
-    inputs->offset_R[row] = ZERO_POINT * i_total(sum);
-}
-
-typedef struct {
-    const Matrix *matrix;
-    const Inputs *inputs;
-    int64_t rows;
-    float *y_RV;
-    int add; /* to what is in y */
-    int64_t panels; /* of an item */
-} Product;
-
-/* One panel of outputs of `rows` (a constant where this is inlined) rows from `first` on. */
-FAST INLINE void multiply_rows(const int rows, const Product *product, int64_t panel,
-                               int64_t first) {
-    const Matrix *matrix = product->matrix;
-    const Inputs *inputs = product->inputs;
-    const int64_t bytes = panel_bytes(matrix->inputs), stride = inputs->stride;
-    const uint8_t *weights = matrix->packed + panel * bytes;
-    const int8_t *x = inputs->bytes_RK + first * stride;
-    Ints sums[MOST_ROWS][2];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-        sums[r][0] = sums[r][1] = i_all(0);
-    for (int64_t at = 0; at < bytes; at += PANEL * GROUP, x += GROUP) {
-        const Weights low = get_weights(weights + at);
-        const Weights high = get_weights(weights + at + LANES * GROUP);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            const Group group = get_group(x + r * stride);
-            sums[r][0] = add_products(sums[r][0], low, group);
-            sums[r][1] = add_products(sums[r][1], high, group);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-        const int64_t row = first + r, n = matrix->outputs;
-        const Ints offset = i_all(inputs->offset_R[row]);
-        const Floats largest = f_all(inputs->largest_R[row]);
-        float *y = product->y_RV + row * n;
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            const int64_t v = panel * PANEL + half * LANES;
-            if (v >= n)
-                break;
-            Floats result = i_to_floats(i_sub(sums[r][half], offset));
-            result = f_mul(f_mul(result, load(matrix->scale_V, v, n)), largest);
-            store(y, v, n, product->add ? f_add(load(y, v, n), result) : result);
-        }
-    }
-}
-
-_Static_assert(MOST_ROWS == 2 || MOST_ROWS == 8, "a case below for each smaller number");
-
-FAST static void multiply_panel(const Product *product, int64_t panel) {
-    for (int64_t first = 0; first < product->rows; first += MOST_ROWS) {
-        switch (product->rows - first) {
-        case 1: multiply_rows(1, product, panel, first); break;
-#if MOST_ROWS > 2
-        case 2: multiply_rows(2, product, panel, first); break;
-        case 3: multiply_rows(3, product, panel, first); break;
-        case 4: multiply_rows(4, product, panel, first); break;
-        case 5: multiply_rows(5, product, panel, first); break;
-        case 6: multiply_rows(6, product, panel, first); break;
-        case 7: multiply_rows(7, product, panel, first); break;
-#endif
-        default: multiply_rows(MOST_ROWS, product, panel, first);
-        }
-    }
-}
-
-static void multiply_item(void *about, int64_t item) {
-    const Product *product = about;
-    const int64_t panels = round_up(product->matrix->outputs, PANEL) / PANEL;
-    const int64_t first = item * product->panels;
-    for (int64_t i = first; i < first + product->panels && i < panels; i++)
-        multiply_panel(product, i);
-}
-
-/* y = x Wᵀ, or y += x Wᵀ. */
-static void multiply(const Matrix *matrix, const Inputs *inputs, int64_t rows, float *y_RV,
-                     int add) {
-    const int64_t panels = round_up(matrix->outputs, PANEL) / PANEL;
-    int64_t each = PIECE_BYTES / panel_bytes(matrix->inputs);
-    const int64_t fair = panels / (PIECES * (atomic_load(&pool.helpers) + 1));
-    each = each < fair ? each : fair;
-    each = each < 1 ? 1 : each;
-    Product product = {matrix, inputs, rows, y_RV, add, each};
-    share(multiply_item, &product, (panels + each - 1) / each);
-}
-
-/* ---- A step ---- */
 
 typedef struct {
     const Model *model;
@@ -214,111 +49,6 @@ static int64_t hidden_width(const Model *model) { return model->layer[0].contrac
 static int64_t wide_width(const Model *model) {
     const int64_t qkv = 3 * model->width, hidden = model->layer[0].expand.outputs;
     return qkv > hidden ? qkv : hidden;
-}
-
-/* 32 bfloat16 numbers at `i`, zeros from `n` on: those at even places, and those at odd ones. */
-FAST INLINE void get_chunk(const uint16_t *x, int64_t i, int64_t n, Floats *even, Floats *odd) {
-    if (n - i >= CHUNK) {
-        f_get_bfloat16(x + i, even, odd);
-        return;
-    }
-    uint16_t chunk[CHUNK] = {0};
-    if (n > i)
-        memcpy(chunk, x + i, (size_t)(n - i) * sizeof *x);
-    f_get_bfloat16(chunk, even, odd);
-}
-
-/* Where entry `h` of a head goes when each chunk's even entries come before its odd ones. */
-INLINE int64_t sorted(int64_t h) { return h / CHUNK * CHUNK + h % 2 * LANES + h % CHUNK / 2; }
-
-/* q · keys of 16 tokens, of which the first `count` are there; -inf for the others. */
-FAST INLINE Floats score(const float *q, const uint16_t *keys_TH, int64_t head_width,
-                         int64_t count) {
-    Floats parts[LANES];
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) {
-        const uint16_t *key = keys_TH + (i < count ? i * head_width : 0);
-        parts[i] = f_all(0.0f);
-        for (int64_t h = 0; h < head_width; h += CHUNK) {
-            Floats even, odd;
-            get_chunk(key, h, head_width, &even, &odd);
-            parts[i] = f_fmadd(even, f_get(q + h), parts[i]);
-            parts[i] = f_fmadd(odd, f_get(q + h + LANES), parts[i]);
-        }
-    }
-    return f_first(f_totals(parts), count, f_all(-INFINITY));
-}
-
-/* sums = sums * factor + weights · values of `count` tokens. */
-FAST INLINE void add_values(float *sums, float factor, const float *weights,
-                            const uint16_t *values_TH, int64_t head_width, int64_t count) {
-    enum { VECTORS = 2 * VALUE_CHUNKS };
-    for (int64_t h = 0; h < head_width; h += VALUE_CHUNKS * CHUNK) {
-        Floats sum[2][VECTORS]; /* of every other token: a sum waits for the one before it */
-#pragma GCC unroll 4
-        for (int i = 0; i < VECTORS; i++) {
-            sum[0][i] = f_mul(f_get(sums + h + i * LANES), f_all(factor));
-            sum[1][i] = f_all(0.0f);
-        }
-        for (int64_t t = 0; t < count; t += 2) {
-#pragma GCC unroll 2
-            for (int i = 0; i < 2; i++) {
-                const int64_t token = t + i < count ? t + i : t;
-                const uint16_t *value = values_TH + token * head_width;
-                const Floats weight = f_all(weights[t + i]);
-                Floats entries[VECTORS];
-#pragma GCC unroll 2
-                for (int j = 0; j < VALUE_CHUNKS; j++)
-                    get_chunk(value, h + j * CHUNK, head_width, entries + 2 * j,
-                              entries + 2 * j + 1);
-#pragma GCC unroll 4
-                for (int j = 0; j < VECTORS; j++)
-                    sum[i][j] = f_fmadd(entries[j], weight, sum[i][j]);
-            }
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < VECTORS; i++)
-            f_put(sums + h + i * LANES, f_add(sum[0][i], sum[1][i]));
-    }
-}
-
-/* One query against `tokens` keys: softmax(q keysᵀ) values.
-
-Keys, then values are read a block at a time, because memory is fastest in long runs. Weights are
-relative to the largest score so far; what was summed before a larger one came is shrunk. */
-FAST INLINE void attend(const float *query, const uint16_t *keys_TH, const uint16_t *values_TH,
-                        int64_t head_width, int64_t tokens, float *attended) {
-    float q[MOST_HEAD_WIDTH] = {0}, sums[MOST_HEAD_WIDTH] = {0}, weights[BLOCK];
-    const float scale = 1.0f / sqrtf((float)head_width);
-    for (int64_t h = 0; h < head_width; h++)
-        q[sorted(h)] = query[h] * scale;
-    Floats total = f_all(0.0f);
-    float largest = -INFINITY;
-    for (int64_t first = 0; first < tokens; first += BLOCK) {
-        const int64_t count = tokens - first < BLOCK ? tokens - first : BLOCK;
-        Floats most = f_all(largest);
-        for (int64_t t = 0; t < count; t += LANES) {
-            const uint16_t *keys = keys_TH + (first + t) * head_width;
-            const Floats scores = score(q, keys, head_width, count - t);
-            f_put(weights + t, scores);
-            most = f_max(most, scores);
-        }
-        const float before = largest;
-        largest = f_most(most);
-        const Floats factor = exponential(f_all(before - largest));
-        total = f_mul(total, factor);
-        for (int64_t t = 0; t < count; t += LANES) {
-            const Floats weight = exponential(f_sub(f_get(weights + t), f_all(largest)));
-            f_put(weights + t, weight);
-            total = f_add(total, weight);
-        }
-        float shrink[LANES];
-        f_put(shrink, factor);
-        add_values(sums, shrink[0], weights, values_TH + first * head_width, head_width, count);
-    }
-    const float share = 1.0f / f_total(total);
-    for (int64_t h = 0; h < head_width; h++)
-        attended[h] = sums[sorted(h)] * share;
 }
 
 /* Norms and turns query and key of one row and head, stores key and value, attends. */
