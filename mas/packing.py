@@ -45,26 +45,30 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(SHAPE) and name.removesuffix(SHAPE) in tensors:
             continue
         if name + SHAPE in tensors:
-            tensor = _unpack(name, tensor, read_shape(name, tensors[name + SHAPE]))
+            shape = read_shape(name, tensors[name + SHAPE], size=tensor.nbytes)
+            tensor = _unpack(name, tensor, shape)
         result[name] = tensor
     return result
 
 
-def read_shape(name: str, shape: Tensor) -> list[int]:
-    """The shape of a packed tensor.
+def read_shape(name: str, shape: Tensor, *, size: int) -> list[int]:
+    """The shape of a tensor that is packed in `size` bytes, before memory is taken for it.
 
     Raises:
-        ValueError: it is none, by name.
+        ValueError: it is none, or one of more numbers than the bytes can hold; by name.
     """
     if shape.dtype != torch.int64 or shape.ndim != 1 or (shape < 0).any():
         raise ValueError(f"{name} and its shape do not fit together")
-    return shape.tolist()
+    sides: list[int] = shape.tolist()
+    if math.prod(sides) > BITS * size:
+        raise ValueError(f"{name} cannot be unpacked (it is too short for its shape)")
+    return sides
 
 
 def _unpack(name: str, packed: Tensor, shape: list[int]) -> Tensor:
+    if packed.dtype != torch.uint8:
+        raise ValueError(f"{name} and its shape do not fit together")
     count = math.prod(shape)
-    if count > BITS * packed.nbytes:  # before memory is taken for them
-        raise ValueError(f"{name} cannot be unpacked (it is too short for its shape)")
     coder = zlib.decompressobj()
     try:
         numbers = coder.decompress(packed.numpy().tobytes(), count + 1)

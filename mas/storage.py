@@ -155,11 +155,12 @@ class StoredTensors(Mapping[str, torch.Tensor]):
             self.stored = set(file.keys())
             beside = {name + end for name in self.stored for end in (SCALE, SHAPE)}
             shapes = {
-                name: read_shape(name, file.get_tensor(name + SHAPE))
-                if name + SHAPE in self.stored
-                else file.get_slice(name).get_shape()
-                for name in sorted(self.stored - beside)
+                name: file.get_slice(name).get_shape() for name in sorted(self.stored - beside)
             }
+            for name in shapes:
+                if name + SHAPE in self.stored:
+                    size, shape = math.prod(shapes[name]), file.get_tensor(name + SHAPE)
+                    shapes[name] = read_shape(name, shape, size=size)
             kinds = {
                 name: _kind(file.get_slice(name).get_dtype(), scaled=name + SCALE in self.stored)
                 for name in shapes

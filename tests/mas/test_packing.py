@@ -1,5 +1,6 @@
 """Packed files are smaller, and every number comes back."""
 
+import dataclasses
 import tracemalloc
 import zlib
 
@@ -95,3 +96,25 @@ def test_a_small_file_does_not_unpack_into_all_memory(parts, tmp_path):
             StoredTensors(tmp_path, GPT, parts["gpt"].config)
         assert tracemalloc.get_traced_memory()[1] < 2**22
         tracemalloc.stop()
+
+
+def test_a_shape_of_more_numbers_than_its_bytes_hold_lets_no_config_take_memory(parts, tmp_path):
+    """What the weights are said to hold is what a network may take."""
+    save_network(parts["gpt"], tmp_path, weights="int8", packed=True)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name.removesuffix(SHAPE) for name in tensors if name.endswith(SHAPE))
+    save_file(tensors | {name + SHAPE: torch.tensor([2**40, 2])}, path)
+    wide = dataclasses.replace(parts["gpt"].config, text_vocabulary=2**26)
+    with pytest.raises(StorageError, match=f"{name} cannot be unpacked .*too short for its shape"):
+        StoredTensors(tmp_path, GPT, wide)
+
+
+def test_packed_numbers_that_are_no_bytes_are_named(parts, tmp_path):
+    save_network(parts["gpt"], tmp_path, weights="int8", packed=True)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name.removesuffix(SHAPE) for name in tensors if name.endswith(SHAPE))
+    save_file(tensors | {name: tensors[name].bfloat16()}, path)
+    with pytest.raises(StorageError, match=f"{name} and its shape do not fit together"):
+        GPT.from_pretrained(tmp_path)
