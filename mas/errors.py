@@ -18,3 +18,10 @@ def asked_for(error: BaseException) -> str | None:
     """
     found = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
     return found and found.group(1)
+
+
+def why_unread(error: BaseException) -> str:
+    """Why a file of weights is not read: what it asks for, else the first sentence of the error."""
+    if name := asked_for(error):
+        return f"it asks for {name}, which would run code from the file"
+    return first_line(error).split(". ")[0]

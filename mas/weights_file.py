@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mas.errors import asked_for
+from mas.errors import why_unread
 from mas.storage import UNREADABLE, StorageError, check_tensors
 
 
@@ -43,11 +43,8 @@ def read_tensors(path: str | Path, *, source: str) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, *UNREADABLE) as error:
-        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
-        if name := asked_for(error):
-            reason = f"it asks for {name}, which would run code from the file"
         raise WeightsError(
-            f"{path}: not a readable file of tensors ({reason}); get it from {source}"
+            f"{path}: not a readable file of tensors ({why_unread(error)}); get it from {source}"
         ) from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not tensors by name")
@@ -93,10 +90,9 @@ def load_graph(path: str | Path, *, source: str) -> nn.Module:
         else:
             network = torch.jit.load(str(path), map_location="cpu").eval()
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        reason = str(error).split("\n")[0].split(". ")[0]
         raise WeightsError(
             f"{path}: neither TorchScript nor, by the name .pt2, a network of torch.export "
-            f"({reason}); give {source}"
+            f"({why_unread(error)}); give {source}"
         ) from error
     for parameter in network.parameters():
         parameter.requires_grad_(False)  # of the network as a whole TorchScript refuses it

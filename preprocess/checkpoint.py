@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from mas.errors import asked_for, first_line
+from mas.errors import why_unread
 from preprocess.weights import WeightsError
 
 # What reading a damaged file raises, of PyTorch or of `NumberUnpickler`.
@@ -42,10 +42,7 @@ def read_checkpoint(path: Path, *, wanted: str) -> Any:
                 return NumberUnpickler(file).load()
         return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        reason = first_line(error).split(". ")[0]
-        if name := asked_for(error):
-            reason = f"it asks for {name}, which would run code from the file"
-        raise WeightsError(f"{path}: not {wanted} ({reason})") from error
+        raise WeightsError(f"{path}: not {wanted} ({why_unread(error)})") from error
 
 
 class NumberType:

@@ -19,6 +19,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from mas.errors import first_line
 from mas.field_help import explain_fields
 from train.callbacks import (
     CONFIG,
@@ -210,11 +211,10 @@ class TrainCLI(LightningCLI):
                 if is_out_of_memory(error):
                     raise ValueError(self._advise_on_memory()) from error
                 if is_lost_process(error):
-                    reason = str(error).strip().partition("\n")[0]
                     raise ValueError(
                         "another process of this training has ended or cannot be reached: look "
                         "at what it said last, then go on with --ckpt_path last; the network "
-                        f"between them said: {reason}"
+                        f"between them said: {first_line(error)}"
                     ) from error
                 raise
 
