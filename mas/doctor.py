@@ -85,6 +85,10 @@ def _machine() -> dict[str, Any]:
 
     from mas.fast_decoder import find_step
 
+    try:
+        step = find_step().state
+    except ValueError as error:  # MAS_STEP names one that is not here
+        step = str(error)
     accelerator = "none"
     if torch.cuda.is_available():
         accelerator = torch.cuda.get_device_name()
@@ -97,7 +101,7 @@ def _machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gb": round(memory / 2**30),
         "accelerator": accelerator,
-        "fast_step": find_step().state,
+        "fast_step": step,
     }
 
 

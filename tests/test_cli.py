@@ -279,6 +279,13 @@ def test_doctor_reports_a_plain_install_that_is_too_old(install, capsys):
     assert "plain install: too old seen\n  pip install 'mini-make-a-scene'\n" in text
 
 
+def test_doctor_reports_a_step_that_does_not_run_here(monkeypatch, capsys):
+    monkeypatch.setenv("MAS_STEP", "abacus")
+    assert cli.main(["doctor", "--json"]) == 0
+    machine = json.loads(capsys.readouterr().out)["machine"]
+    assert machine["fast_step"].startswith("MAS_STEP=abacus: there is no such step here")
+
+
 def test_doctor_works_where_the_package_is_not_installed(monkeypatch, capsys):
     monkeypatch.setattr("mas.doctor.DISTRIBUTION", "mas-from-a-folder")
     assert cli.main(["doctor", "--json"]) == 0
