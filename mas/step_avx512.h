@@ -11,7 +11,7 @@
 #define FAST __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #define INLINE static inline __attribute__((always_inline))
 
-#define MOST_ROWS 8 /* that are multiplied together: with two times 16 outputs, what registers hold */
+#define MOST_ROWS 8 /* that are multiplied together: with 32 outputs, what registers hold */
 enum {
     LANES = 16,
     VALUE_CHUNKS = 2, /* of values that are summed together, likewise */

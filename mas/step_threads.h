@@ -3,7 +3,8 @@
 In: a function and how many items it shall be called for. Out: all of them done, by whichever thread
 came first. A step has a hundred and more pieces, many of them shorter than waking a thread takes.
 (Not OpenMP, of which PyTorch brings a copy that must not meet another.) Threads sleep when nothing
-has come for a while; none is started before the first step. */
+has come for a while; none is started before the first step. Each kind of step, into which this is
+compiled, has threads of its own; a process uses one kind. */
 
 #ifndef MAS_STEP_THREADS_H
 #define MAS_STEP_THREADS_H
