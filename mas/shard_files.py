@@ -106,6 +106,16 @@ def seekable(path: str) -> Iterator[IO[bytes]]:
         yield spool
 
 
+def _name_what_it_holds(names: list[str]) -> str:
+    """Of a folder without shards: what lies there instead, and what to do."""
+    endings = {os.path.splitext(name)[1].lower() for name in names}
+    if ".npy" in endings:
+        return " but tokens: name the scene shards these were made from"
+    if endings & {".jpg", ".jpeg", ".png", ".webp"}:
+        return " but pictures: mas preprocess makes shards of them"
+    return ""
+
+
 def expand_shards(pattern: str) -> list[str]:
     """The shards a person means, sorted.
 
@@ -125,9 +135,12 @@ def expand_shards(pattern: str) -> list[str]:
     if filesystem.isfile(inner):
         return [full(inner)]
     if filesystem.isdir(inner):
-        found = sorted(p for p in filesystem.ls(inner, detail=False) if p.endswith(".tar"))
+        names = filesystem.ls(inner, detail=False)
+        found = sorted(name for name in names if name.endswith(".tar"))
         if not found:
-            raise ShardError(f"{pattern}: the folder holds no .tar shards")
+            raise ShardError(
+                f"{pattern}: the folder holds no .tar shards{_name_what_it_holds(names)}"
+            )
     elif "{" in inner:
         found = sorted(set(braceexpand.braceexpand(inner)))
         missing = [path for path in found if not filesystem.isfile(path)]

@@ -128,6 +128,7 @@ def find_jobs(input: str, *, captions: str = "", samples_per_shard: int = 1000) 
         names = filesystem.ls(inner, detail=False)
         if not any(name.endswith(".tar") for name in names):
             return _cut(input, _list_folder(input), samples_per_shard)
+        # A run's own picture lies beside the shards it wrote.
         if pictures := [n for n in names if _is_picture(n) and not n.endswith(f"/{HISTOGRAM}")]:
             logger.warning(
                 "%s: holds shards; what lies beside them is passed over (pictures: %d, as %s)",

@@ -11,7 +11,13 @@ from documented import ROOT, blocks, section
 from PIL import Image
 
 PAGE = "train-your-own.md"
-HEADINGS = ("## Settings", "## Try it first", "## Six commands", "## Sample")
+HEADINGS = (
+    "## Settings",
+    "## Try it first",
+    "## Six commands",
+    "## Better pictures",
+    "## Sample",
+)
 
 
 def script():
@@ -47,6 +53,8 @@ def test_the_commands_of_the_page_make_a_model(tmp_path):
         "vqseg",
         "vqgan",
         "gpt",
+        "judge",
+        "refiner",
     }
     for number in range(4):
         with Image.open(work / f"samples/{number:04}.png") as picture:

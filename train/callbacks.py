@@ -74,8 +74,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 class StopSignals(Callback):
     """SIGTERM, SIGINT or SIGUSR1 stops the run after the step at hand, saved and resumable.
 
-    SLURM can be told to send either TERM or USR1 before the time is up. A second signal stops at
-    once. As a context manager it leaves the handlers as they were before.
+    Amid a validation the rest of it is left out, and one more step ends the run. SLURM can be told
+    to send either TERM or USR1 before the time is up. A second signal stops at once. As a context
+    manager it leaves the handlers as they were before.
     """
 
     NUMBERS = STOPPING
@@ -105,6 +106,20 @@ class StopSignals(Callback):
         if trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # whoever sends SIGTERM does not wait for a validation
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.strategy.reduce_boolean_decision(bool(self.received), all=False):
+            # Lightning logs nothing of a sanity check: a part of the pictures is no measure.
+            trainer.sanity_checking = True
+            raise StopIteration  # as if the loader had no more
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number

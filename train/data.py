@@ -203,12 +203,12 @@ class StreamData(LightningDataModule):
         if len(self.training) < wanted:
             raise ValueError(
                 f"{count} pictures ({len(self.training)} without those held out) are fewer than "
-                f"one batch of {wanted}: give more data or a smaller data.batch_size"
+                f"one batch of {wanted}: {_advise('batch_size', len(self.training) // world, 1)}"
             )
         if 0 < len(self.validation) < world:
             raise ValueError(
                 f"{len(self.validation)} pictures are held out for {world} processes, so some "
-                "would have none to validate on: give more data or a smaller data.holdout"
+                f"would have none to validate on: {_advise('holdout', count // world, 2)}"
             )
         self.training.item(0, None)  # what is wrong with all of the data shows here, in one line
         if rank == 0:
@@ -218,10 +218,9 @@ class StreamData(LightningDataModule):
             if not len(self.validation):
                 logger.warning(
                     "nothing is validated, so no best.ckpt and no pictures/ come: of %d pictures "
-                    "every %d-th would be held out, set data.holdout to %d or less",
-                    count,
-                    self.holdout,
-                    max(2, count // 2),
+                    "every %d-th would be held out, %s",
+                    *(count, self.holdout),
+                    _advise("holdout", count if count < 4 else count // 2, 2),
                 )
 
     def train_dataloader(self) -> StreamLoader:
@@ -247,6 +246,11 @@ class StreamData(LightningDataModule):
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def _advise(name: str, most: int, least: int) -> str:
+    """What helps where pictures are few; `least` is the smallest value the setting may have."""
+    return "give more data" + (f", or set data.{name} to {most} or less" if most >= least else "")
 
 
 class PictureData(StreamData):

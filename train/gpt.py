@@ -244,7 +244,14 @@ class GPTTraining(Stage):
         log_totals(self, [self._totals])
 
     def header(self) -> list[str]:
-        return ["caption", "scene", "picture for it", "own scene", "own picture", "original"]
+        return [
+            "caption",
+            "scene",
+            "picture for it",
+            "own scene",
+            "own picture",
+            "original, decoded",
+        ]
 
     @torch.no_grad()
     def rows(self, batch: dict[str, Any]) -> Rows:

@@ -154,9 +154,9 @@ class TrainCLI(LightningCLI):
         callbacks = [
             *(settings.callbacks or []),
             *self._averaging(sharded=sharded),
+            self.signals,  # before the pictures, which a stop does not wait for
             self.config_init.pictures,
             Progress(),
-            self.signals,
             self.checkpoints,
         ]
         kwargs |= {"callbacks": callbacks, "plugins": [AtomicCheckpointIO()]}

@@ -263,7 +263,7 @@ def test_a_folder_keeps_judge_and_candidates(judged_model, judged_folder, tmp_pa
     index = json.loads((judged_folder / "model_index.json").read_text())
     assert (index["format"], index["scene_candidates"]) == (3, 3)
     assert set(index["sha256"]) == set(list_files((JUDGE,)))
-    loaded = MakeAScene.from_pretrained(judged_folder, device="cpu")
+    loaded = MakeAScene.from_pretrained(judged_folder, device="cpu", precision="float32")
     assert loaded.scene_candidates == 3 and loaded.sampling == judged_model.sampling
     a, b = (model.generate(CAPTIONS, seed=6) for model in (judged_model, loaded))
     assert a.scenes == b.scenes and a.images == b.images and a.settings == b.settings

@@ -216,7 +216,7 @@ def test_the_model_brings_its_own_defaults(parts, tmp_path):
 def test_the_model_brings_defaults_of_each_stream_and_a_request_goes_before_them(parts, tmp_path):
     own = StreamSampling(scene=Sampling(guidance=1.5), image=Sampling(guidance=4, top_p=0.9))
     MakeAScene(**parts, sampling=own).save_pretrained(tmp_path / "m")
-    model = MakeAScene.from_pretrained(tmp_path / "m", device="cpu")
+    model = MakeAScene.from_pretrained(tmp_path / "m", device="cpu", precision="float32")
     assert model.sampling == own
     model.save_pretrained(tmp_path / "m")
     assert MakeAScene.from_pretrained(tmp_path / "m", device="cpu").sampling == own
@@ -313,7 +313,14 @@ def test_running_out_of_memory_all_the_same_is_one_line(tiny_model, monkeypatch)
             tiny_model.generate(CAPTION)
 
 
+def test_auto_takes_int8_where_its_fast_step_runs(tiny_model, monkeypatch):
+    for there, precision in ((True, "int8"), (False, "float32")):
+        monkeypatch.setattr(mas.precision, "can_step", lambda config, there=there: there)
+        assert choose_precision(tiny_model.gpt, "auto") == precision
+
+
 def test_auto_takes_int8_for_large_networks_on_a_cpu(tiny_model, monkeypatch):
+    monkeypatch.setattr(mas.precision, "can_step", lambda config: False)
     assert choose_precision(tiny_model.gpt, "auto") == "float32"
     monkeypatch.setattr(mas.precision, "LARGE", 1000)
     assert choose_precision(tiny_model.gpt, "auto") == "int8"
@@ -324,6 +331,7 @@ def test_auto_reads_no_weights_of_a_stored_gpt(tiny_model, tiny_folder, monkeypa
         raise AssertionError(f"{name} was read")
 
     monkeypatch.setattr(StoredTensors, "__getitem__", fail)
+    monkeypatch.setattr(mas.precision, "can_step", lambda config: False)
     stored = StoredGPT(tiny_folder / "gpt", torch.device("cpu"))
     parameters = sum(parameter.numel() for parameter in tiny_model.gpt.parameters())
     assert stored.tensors.numbers == parameters

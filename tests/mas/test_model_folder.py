@@ -282,7 +282,7 @@ def test_pushing_uploads_a_complete_folder(tiny_model, tmp_path, monkeypatch):
     hub = SimpleNamespace(create_repo=create, upload_folder=upload)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     assert tiny_model.push_to_hub("me/park") == "https://hub/me/park"
-    loaded = MakeAScene.from_pretrained(uploaded["me/park"], device="cpu")
+    loaded = MakeAScene.from_pretrained(uploaded["me/park"], device="cpu", precision="float32")
     images = [model.generate(CAPTION).images[0] for model in (loaded, tiny_model)]
     assert np.array_equal(*map(np.asarray, images))
 

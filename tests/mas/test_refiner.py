@@ -225,7 +225,7 @@ def test_a_folder_keeps_the_refiner(refined_model, refined_folder, tmp_path):
     assert (index["format"], index["extras"]) == (4, [REFINER])
     assert set(index["sha256"]) == set(list_files((REFINER,)))
     assert "scene_candidates" not in index
-    loaded = MakeAScene.from_pretrained(refined_folder, device="cpu")
+    loaded = MakeAScene.from_pretrained(refined_folder, device="cpu", precision="float32")
     a, b = (model.generate(CAPTION, seed=6) for model in (refined_model, loaded))
     assert a.images == b.images and a.settings == b.settings
     loaded.refiner = None

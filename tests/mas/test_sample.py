@@ -31,7 +31,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_it_writes_pictures_scenes_sheet_and_a_description(run, tmp_path):
+def test_it_writes_pictures_scenes_sheet_and_a_description(run, tmp_path, tiny_folder):
     status, out, err = run(CAPTION, "--count", "3", "--seed", "4", "--output", "out")
     assert (status, err) == (0, "")
     assert out.startswith("out: 3 pictures, ")
@@ -46,7 +46,8 @@ def test_it_writes_pictures_scenes_sheet_and_a_description(run, tmp_path):
         "top_k": None,
         "top_p": None,
     }
-    assert (description["device"], description["precision"]) == ("cpu", "float32")
+    chosen = MakeAScene.from_pretrained(tiny_folder, device="cpu").precision
+    assert (description["device"], description["precision"]) == ("cpu", chosen)
     assert len(description["model"]["sha256"]) == 64 and description["seconds"] > 0
     assert [picture["seed"] for picture in description["pictures"]] == [4, 5, 6]
     for picture in description["pictures"]:
@@ -174,7 +175,7 @@ def drawn(size=32):
 @pytest.mark.parametrize("caption", [(CAPTION,), ()])
 def test_a_picture_is_completed_where_it_is_transparent(run, tmp_path, tiny_model, caption):
     drawn().save("half.png")
-    flags = ("--image", "half.png", "--count=3", "--output", "out")
+    flags = ("--image", "half.png", "--count=3", "--precision=float32", "--output", "out")
     assert run(*caption, *flags)[0] == 0
     upper = drawn().convert("RGB")
     free = np.zeros((32, 32), np.bool_)

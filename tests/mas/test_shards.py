@@ -265,6 +265,20 @@ def test_missing_shards_are_named(tmp_path, pattern):
         expand_shards(f"{tmp_path}/{pattern}")
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("00000.scene.npy", "but tokens: name the scene shards"),
+        ("a.JPG", "but pictures: mas preprocess makes shards"),
+        ("notes.txt", "holds no .tar shards$"),
+    ],
+)
+def test_a_folder_of_something_else_is_told_apart_from_shards(tmp_path, name, advice):
+    (tmp_path / name).touch()
+    with pytest.raises(ShardError, match=advice):
+        expand_shards(str(tmp_path))
+
+
 def test_captions_come_from_the_json_before_the_txt():
     fields = json.dumps({"captions": [" a dog ", "", "zwei Hunde ü"]}).encode()
     assert read_captions(Sample("a", {"json": fields, "txt": b"x"})) == ["a dog", "zwei Hunde ü"]

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from mas.__main__ import main
+from mas.model import MakeAScene
 from mas.scene import CLASS_NAMES, PALETTE, SceneMap
 
 gr = pytest.importorskip("gradio", reason="needs the extra studio")
@@ -133,12 +134,13 @@ def test_the_server_shows_files_of_its_own_only(address, tmp_path):
             urllib.request.urlopen(f"{address}/gradio_api/file={path}")
 
 
-def test_a_caption_becomes_pictures_and_all_files_that_sample_writes(visitor, tiny_model):
+def test_a_caption_becomes_pictures_and_all_files_that_sample_writes(visitor, tiny_folder):
     files = visitor.paint("a giraffe in the park")
     assert len(files) == 4 * 2 + 2
     about = json.loads(files["samples.json"])
     assert about["caption"] == "a giraffe in the park" and about["seed"] == 0
-    expected = tiny_model.generate("a giraffe in the park", count=4)
+    model = MakeAScene.from_pretrained(tiny_folder, device="cpu")
+    expected = model.generate("a giraffe in the park", count=4)
     for i, image in enumerate(expected.images):
         picture = Image.open(io.BytesIO(files[f"{i:04}.png"]))
         assert np.array_equal(np.asarray(picture), np.asarray(image))

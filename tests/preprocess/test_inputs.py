@@ -275,7 +275,7 @@ def test_shards_that_lie_deeper_are_told_how_to_be_named(tmp_path):
 def test_pictures_beside_shards_are_told_of(tmp_path, caplog):
     caplog.set_level(logging.WARNING, logger="preprocess.inputs")
     write_photos(tmp_path / "0.tar", [photo_sample("a")])
-    fill(tmp_path, "0.parquet", "0_stats.json")
+    fill(tmp_path, "0.parquet", "0_stats.json", "run.json", "classes.png")  # of a run's own
     assert len(find_jobs(str(tmp_path))) == 1 and not caplog.messages
     fill(tmp_path, "b.jpg", "b.txt")
     assert len(find_jobs(str(tmp_path))) == 1

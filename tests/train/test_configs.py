@@ -46,8 +46,7 @@ def read(folder, stage, run=""):
     [
         *product(FOLDERS, STAGES),
         *((folder, "gpt") for folder in ("small", "1b", "4b")),
-        ("park", "judge"),
-        ("park", "refiner"),
+        *product(("tiny", "park"), ("judge", "refiner")),
     ],
 )
 def test_config_parses_and_its_network_builds(folder, stage, capsys):
@@ -97,8 +96,9 @@ def test_the_last_runs_of_the_park_are_those_of_the_networks_that_ship():
         assert parse_config(CLASSES[stage][1], shipped, stage) == config
 
 
-def test_the_judge_of_the_park_reads_what_its_gpt_reads():
-    gpt, judge = read("park", "gpt"), read("park", "judge")
+@pytest.mark.parametrize("folder", ["tiny", "park"])
+def test_a_judge_reads_what_the_gpt_of_its_folder_reads(folder):
+    gpt, judge = read(folder, "gpt"), read(folder, "judge")
     assert judge.text_vocabulary == gpt.text_vocabulary
     assert judge.text_length == gpt.text_length
 

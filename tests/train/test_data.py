@@ -13,7 +13,7 @@ from mas.scene import SceneMap
 from mas.shards import ShardIndex, TokenShards, expand_shards, write_token_shard
 from mas.storage import file_hash
 from mas.text import Tokenizer
-from train.data import Part, PhotoData, SceneData, TokenData, TokenItems
+from train.data import Part, PhotoData, SceneData, StreamData, TokenData, TokenItems
 
 HELD_OUT = [5, 11, 17, 23]
 
@@ -255,6 +255,31 @@ def test_a_token_that_no_vocabulary_has_is_named_with_its_file(workers, token_sh
     assert "\n" not in str(caught.value)
 
 
+class Few(StreamData):
+    """So many pictures that nobody looks at."""
+
+    class Blank(Part):
+        def item(self, index, rng):
+            return {}
+
+    def __init__(self, count):
+        super().__init__(batch_size=1, workers=0, holdout=50, seed=0)
+        self.count = count
+
+    def open(self):
+        return self.count
+
+    def items(self, part):
+        return self.Blank(self.count, holdout=self.holdout, part=part.part)
+
+
+@pytest.mark.parametrize(("count", "advice"), [(1, "give more data\n"), (3, "holdout to 3 or")])
+def test_a_run_of_few_pictures_is_told_what_would_validate_it(count, advice, caplog):
+    Few(count).setup("fit")
+    assert f"of {count} pictures every 50-th would be held out" in caplog.text
+    assert advice in caplog.text
+
+
 def test_keys_say_where_a_picture_lies(token_shards):
     shards = TokenShards(str(token_shards))
     items = TokenItems(shards, Part(len(shards), holdout=6, part="train"))
@@ -271,14 +296,26 @@ def test_ranks_validate_equally_many_pictures_and_none_goes_without(token_shards
     data.setup("fit")
     assert sum(len(batch["key"]) for batch in data.val_dataloader()) == 1  # of four
     data.trainer = SimpleNamespace(global_rank=0, world_size=5)
-    with pytest.raises(ValueError, match="4 pictures are held out for 5 processes"):
+    wanted = "4 pictures are held out for 5 processes.*set data.holdout to 4 or less"
+    with pytest.raises(ValueError, match=wanted):
+        data.setup("fit")
+    data = TokenData(input=str(token_shards), batch_size=9, holdout=6)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=3)
+    with pytest.raises(ValueError, match=r"one batch of 27: .*batch_size to 6 or less"):
         data.setup("fit")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 25}, "24 pictures .* fewer than one batch of 25"),
+        (
+            {"batch_size": 25},
+            "24 pictures .* than one batch of 25.*batch_size to 24 or less",
+        ),
+        (
+            {"batch_size": 21, "holdout": 4},
+            r"\(18 without .* set data.batch_size to 18 or less",
+        ),
         ({"size": 64}, "32 x 32 pixels, the network takes 64 x 64"),
         ({"holdout": 1}, "data.holdout is 1"),
         ({"batch_size": 0}, "data.batch_size is 0"),

@@ -27,9 +27,14 @@ STEPS = 10  # of six pictures: three epochs
 
 @pytest.fixture
 def launch(words, tmp_path):
-    """launch(folder, before): runs both ranks as torchrun does; `before` is called in rank 1."""
+    """launch(folder, before): runs both ranks as torchrun does; `before` is called in rank 1.
 
-    def launch(folder, before=None, environment=torchrun_environment, **changed):
+    `alike` is called in both.
+    """
+
+    def launch(
+        folder, before=None, environment=torchrun_environment, stage="vqseg", alike=None, **changed
+    ):
         recorder = {
             "class_path": "recorder.Recorder",
             "init_args": {"folder": seen_in(tmp_path, folder)},
@@ -43,14 +48,14 @@ def launch(words, tmp_path):
             "data__batch_size": BATCH,
             "ckpt_path": "auto",
         }
-        arguments = words("vqseg", folder, **settings | changed)
+        arguments = words(stage, folder, **settings | changed)
         port = free_port()
         processes = [
             start(
                 arguments,
                 log=tmp_path / f"{folder}.{rank}.log",
                 environment=environment(rank, port),
-                before=before if rank == 1 else None,
+                before=before if before and rank == 1 else alike,
             )
             for rank in RANKS
         ]
@@ -171,6 +176,50 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(launch, tmp_path):
     assert len(before) == 4 * BATCH * len(RANKS)
     assert launch("stopped") == [0, 0]
     assert_each_once_an_epoch(before + collect(tmp_path, "stopped"))
+
+
+def terminate_amid_validation():
+    original = Stage.on_validation_batch_start
+
+    def hook(self, batch, batch_idx, dataloader_idx=0):
+        assert batch_idx < 2, "the rest of the validation was not left out"
+        if batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, batch, batch_idx, dataloader_idx)
+
+    Stage.on_validation_batch_start = hook
+
+
+def test_a_signal_to_one_rank_amid_validation_stops_all_within_a_step(launch, tmp_path):
+    settings = {"data__holdout": 2, "data__batch_size": 1, "trainer__val_check_interval": 2}
+    stopped = launch("stopped", terminate_amid_validation, trainer__callbacks="[]", **settings)
+    assert stopped[1] == 128 + signal.SIGTERM
+    assert trained(tmp_path / "stopped")[0] == 3
+    assert not (tmp_path / "stopped/checkpoints/best.ckpt").exists()
+
+
+def compile_quickly():
+    """Traces as torch.compile does, and leaves out generating code: that takes a minute a rank."""
+    original = torch.nn.Module.compile
+
+    def compile(part):
+        print("compiled a part")
+        original(part, backend="aot_eager")
+
+    torch.nn.Module.compile = compile
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same_weights_on_two_ranks(launch, tmp_path):
+    settings = {"trainer__max_steps": 3, "trainer__val_check_interval": 2, "stage": "gpt"}
+    settings["model__network__dropout"] = 0
+    for compiled in ("false", "true"):
+        status = launch(compiled, alike=compile_quickly, model__compile=compiled, **settings)
+        assert status == [0, 0]
+        said = [(tmp_path / f"{compiled}.{rank}.log").read_text() for rank in RANKS]
+        assert [log.count("compiled a part") for log in said] == [2 * (compiled == "true")] * 2
+    (_, eager), (_, fused) = (trained(tmp_path / folder) for folder in ("false", "true"))
+    torch.testing.assert_close(dict(fused), dict(eager))
 
 
 def test_processes_that_do_not_find_each_other_are_told_why(words, tmp_path):

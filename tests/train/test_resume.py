@@ -67,8 +67,10 @@ def assert_equal(a, b, path=""):
         assert a == b, path
 
 
-def assert_equal_runs(a, b, *, samples=STEPS * 4, steps=STEPS):
+def assert_equal_runs(a, b, *, samples=STEPS * 4, steps=STEPS, cut=None):
+    """`cut`: step whose validation a signal cut in run `b`."""
     (checkpoint_a, rows_a), (checkpoint_b, rows_b) = read_run(a), read_run(b)
+    rows_a = [row for row in rows_a if "validation/loss" not in row or row["step"] != str(cut)]
     for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
         assert_equal(checkpoint_a[part], checkpoint_b[part], part)
     for checkpoint in (checkpoint_a, checkpoint_b):
@@ -126,6 +128,31 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(number, words, at_step, t
     at_step(None)
     assert train([*words("gpt", "stopped", **settings), "--ckpt_path=auto"]) == 0
     assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("stage", ["vqseg", "vqgan", "gpt", "judge"])
+def test_a_signal_amid_validation_leaves_the_rest_of_it_out(stage, words, monkeypatch, tmp_path):
+    settings = dict(trainer__max_steps=STEPS, data__holdout=2, data__batch_size=2)
+    assert train(words(stage, "straight", **settings)) == 0
+    validated = []
+    original = Stage.on_validation_batch_start
+
+    def interrupt(self, batch, batch_idx, dataloader_idx=0):
+        validated.append(batch_idx)
+        if batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, batch, batch_idx, dataloader_idx)
+
+    monkeypatch.setattr(Stage, "on_validation_batch_start", interrupt)
+    assert train(words(stage, "cut", **settings)) == 128 + signal.SIGTERM
+    assert validated == [0, 1]  # of six
+    checkpoint, rows = read_run(tmp_path / "cut")
+    assert checkpoint["global_step"] == VALIDATED + 1
+    assert not any("validation/loss" in row for row in rows)  # half of the pictures are no measure
+    assert not (tmp_path / "cut/checkpoints/best.ckpt").exists()
+    monkeypatch.undo()
+    assert train([*words(stage, "cut", **settings), "--ckpt_path=last"]) == 0
+    assert_equal_runs(tmp_path / "straight", tmp_path / "cut", samples=STEPS * 2, cut=VALIDATED)
 
 
 def test_a_failed_write_leaves_the_last_checkpoint(words, monkeypatch, tmp_path):

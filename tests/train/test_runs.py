@@ -139,7 +139,8 @@ def test_a_checkpoint_of_something_else_is_refused(stage, settings, message, wor
 def test_a_run_without_held_out_pictures_says_what_it_lacks(words, caplog):
     assert train(words("gpt", trainer__max_steps=1, data__holdout=25)) == 0
     assert "nothing is validated" in caplog.text
-    assert "of 24 pictures every 25-th would be held out, set data.holdout to 12" in caplog.text
+    assert "of 24 pictures every 25-th would be held out, give more data, or set" in caplog.text
+    assert "set data.holdout to 12 or less" in caplog.text
 
 
 def test_a_finished_run_is_left_as_it_is(words, tmp_path, caplog):
