@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 MOST_BYTES = 32_000_000  # of a request; the canvas sends a file of 20 MB as 27 MB of text
 TOO_MUCH = f"More than {MOST_BYTES // 10**6} MB is too much."
 FOR_ITSELF = (
-    "This studio is for its own machine: open it at localhost or 127.0.0.1. "
-    "If a proxy hands on the name it was asked by, start the studio with --host 0.0.0.0."
+    "This studio is for its own machine: open it at localhost or 127.0.0.1, or start it with "
+    "--host 0.0.0.0 for others, or for a proxy that hands on the name it was asked by."
 )
 NAMES = ("localhost", "localhost.localdomain")  # of this machine; and all that end in .localhost
 READING = ("GET", "HEAD", "OPTIONS")
