@@ -31,9 +31,9 @@ class TooMuch(Exception):
 
 
 class Guard:
-    """ASGI middleware in front of gradio's application, and of gradio's own.
+    """ASGI middleware in front of gradio's application, and of gradio's own middleware.
 
-    One of those would allow foreign pages whatever they ask for.
+    For that allows foreign pages whatever they ask, where the studio is no localhost.
     """
 
     def __init__(self, app: App, *, host: str) -> None:
