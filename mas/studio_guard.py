@@ -72,8 +72,8 @@ class Guard:
         if self.local and not is_local(urlsplit(f"//{host}").hostname or ""):
             # A page elsewhere may have its own name lead to this machine, and then read answers.
             return (
-                "This studio is for its own machine: open it at localhost or 127.0.0.1, or start it "
-                "with --host 0.0.0.0 for others."
+                "This studio is for its own machine: open it at localhost or 127.0.0.1, or start "
+                "it with --host 0.0.0.0 for others."
             )
         if scope["method"] in READING:
             return None

@@ -220,7 +220,7 @@ def test_a_member_that_claims_less_than_nothing_is_refused(tmp_path, size):
     liar = tarfile.TarInfo("b.jpg")
     liar.pax_headers = {"size": str(size)}
     path = write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), (liar, b""), ("c.jpg", b"2")])
-    with pytest.raises(ShardError, match=r"x\.tar: not a readable tar \(a size that cannot be"):
+    with pytest.raises(ShardError, match=r"x\.tar: (not a readable tar|broken tar header)"):
         next(read_shard(path))
 
 
