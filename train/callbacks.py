@@ -46,8 +46,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with replacing(str(path)) as file:
                 torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch covers what the disk says with an error of its own
-            cause = error.__context__
+        except (OSError, RuntimeError) as error:
+            # torch covers what the disk says with one of its own; a file that closes names none
+            cause = error if isinstance(error, OSError) else error.__context__
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(path)) from error
             raise

@@ -35,7 +35,6 @@ from train.stream import (
     PlainLoader,
     Stream,
     StreamLoader,
-    ignore_signals,
 )
 
 logger = logging.getLogger(__name__)
@@ -233,8 +232,7 @@ class StreamData(LightningDataModule):
         return PlainLoader(
             Fixed(self.validation, rank=rank, world=world),
             batch_size=self.batch_size,
-            num_workers=min(self.workers, 1),
-            worker_init_fn=ignore_signals,
+            workers=min(self.workers, 1),
         )
 
     def transfer_batch_to_device(

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -94,6 +95,16 @@ class Numbers(Sampler[list[int]]):
 class PlainLoader(DataLoader):
     """A loader whose workers' errors read like those of the training process."""
 
+    def __init__(self, dataset: Dataset, *, workers: int, **options: Any) -> None:
+        super().__init__(
+            dataset,
+            num_workers=workers,
+            multiprocessing_context=start_method() if workers else None,
+            pin_memory=torch.cuda.is_available(),  # from where a GPU takes batches by itself
+            worker_init_fn=ignore_signals,
+            **options,
+        )
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # any iterator will do
         try:
             yield from super().__iter__()
@@ -109,13 +120,7 @@ class StreamLoader(PlainLoader):
 
     def __init__(self, stream: Stream, numbers: Numbers, *, workers: int) -> None:
         self.numbers = numbers
-        super().__init__(
-            stream,
-            batch_sampler=numbers,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),  # from where a GPU takes batches by itself
-            worker_init_fn=ignore_signals,
-        )
+        super().__init__(stream, workers=workers, batch_sampler=numbers)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # any iterator will do
         for batch in super().__iter__():
@@ -129,6 +134,17 @@ class StreamLoader(PlainLoader):
         self.numbers.consumed = state["consumed"]
 
 
+def start_method() -> str | None:
+    """How loader workers start: forked on Linux, unless the program has chosen; None = as it is.
+
+    From Python 3.14 on a fork server would start them, which a signal to all processes of a run
+    ends, and with it the loading.
+    """
+    if sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) is None:
+        return "fork"
+    return None
+
+
 def ignore_signals(worker: int) -> None:
     """For loader workers: a signal to all processes is the training process's to answer.
 
@@ -136,7 +152,7 @@ def ignore_signals(worker: int) -> None:
     Only SIGTERM of the training process itself ends a worker: with it Python, as it exits, ends
     those that are left over (something still refers to their iterator, such as the traceback of
     an error) and waits until they have ended. So does its death, which torch does not see where
-    workers are started by a fork server, the default from Python 3.14 on.
+    workers are started by a fork server.
     """
     for number in set(STOPPING) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)

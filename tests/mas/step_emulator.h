@@ -91,7 +91,8 @@ static float __shfl_xor_sync(unsigned, float x, int mask) {
 
 static int this_thread() { return threadIdx.x; }
 static float fast_exp(float x) { return std::exp(x); }
-static float rsqrtf(float x) { return 1 / std::sqrt(x); }
+static float inverse_root(float x) { return 1 / std::sqrt(x); }
+#define rsqrtf inverse_root /* newer C libraries have one of this name */
 
 static unsigned rounded(float x) { /* to the nearest bfloat16, ties to even */
   const unsigned bits = __float_as_uint(x);

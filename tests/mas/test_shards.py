@@ -217,7 +217,8 @@ def test_a_member_that_claims_less_than_nothing_is_refused(tmp_path, size):
     liar = tarfile.TarInfo("b.jpg")
     liar.pax_headers = {"size": str(size)}
     path = write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), (liar, b""), ("c.jpg", b"2")])
-    with pytest.raises(ShardError, match=r"x\.tar: .*the member at byte 1024 has a size that can"):
+    told = r"the member at byte 1024 has a size that cannot be|broken tar header"  # by Python's age
+    with pytest.raises(ShardError, match=rf"x\.tar: .*({told})"):
         next(read_shard(path))
 
 

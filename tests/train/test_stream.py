@@ -130,9 +130,17 @@ def test_a_process_that_still_holds_an_iterator_ends_all_the_same(words):
     assert "DataLoader" not in said
 
 
-def test_workers_leave_a_signal_to_the_whole_group_to_their_parent():
+# What Python has by default from 3.14 on, without a word from the program.
+BY_FORK_SERVER = """
+from multiprocessing import context
+context._default_context._default_context = context._concrete_contexts["forkserver"]
+"""
+
+
+@pytest.mark.parametrize("default", ["", BY_FORK_SERVER], ids=["default", "fork server"])
+def test_workers_leave_a_signal_to_the_whole_group_to_their_parent(default):
     sent = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    assert read(READS + NOTES_SIGNALS, sent=sent) == (0, "reads\nhas read\n")
+    assert read(default + READS + NOTES_SIGNALS, sent=sent) == (0, "reads\nhas read\n")
 
 
 def test_workers_of_a_fork_server_end_with_a_process_that_is_killed():

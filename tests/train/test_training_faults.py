@@ -191,13 +191,14 @@ def test_a_signal_while_saving_waits_for_the_save(number, arguments, straight, t
     assert_went_on_as_if_nothing_had_happened(tmp_path / name, straight)
 
 
-def test_a_file_that_cannot_grow_stops_the_run_with_one_line(arguments, straight, tmp_path):
+@pytest.mark.parametrize("room", [0.5, 0.999], ids=["while written", "when closed"])
+def test_a_file_that_cannot_grow_stops_the_run_with_one_line(arguments, straight, tmp_path, room):
     name, log = "limited", tmp_path / "limited.log"
     assert run(arguments(name, trainer__max_steps=1), log=log) == 0
     last = tmp_path / name / "checkpoints/last.ckpt"
     whole = last.read_bytes()
     log.unlink()
-    before = partial(limit_files, len(whole) // 2)
+    before = partial(limit_files, int(room * len(whole)))
     assert run(arguments(name), log=log, before=before) == 1
     assert_one_line(log.read_text(), "File too large", "last.ckpt")
     assert last.read_bytes() == whole and not hidden(tmp_path / name)
