@@ -41,7 +41,7 @@ from mas.model_folder import SHIPPED, find_folder
 from mas.obedience import CLAIMS, Obedience
 from mas.precision import Precision
 from mas.reader import Reader
-from mas.report import Row, name_guidance, write_report
+from mas.report import Row, doubt_reader, name_guidance, write_report
 from mas.request import check_candidates
 from mas.rerank import Clip, Judge
 from mas.storage import CONFIG_FILE
@@ -155,6 +155,8 @@ def evaluate(
     }
     figures = plain({**about, **figures, "seconds": round(time.perf_counter() - start, 1)})
     write_report(output, figures, rows)
+    if "scene" in figures and (doubt := doubt_reader(figures["scene"])):
+        logger.warning(doubt)
     print(json.dumps(figures) if as_json else f"{output}: {summary(figures)}")
 
 

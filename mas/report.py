@@ -32,6 +32,7 @@ PLOT = (640, 400)  # pixels
 MARGIN = (52, 24, 120, 44)  # pixels left, above, right and below the axes
 FINER = 3  # drawn larger by this and reduced, so that lines are smooth
 CELL = 144  # pixels of a picture in the sheet
+BLIND = 0.1  # mIoU of a reader on real pictures below which it is no judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,9 +240,25 @@ def _scenes(figures: Mapping[str, Any]) -> str:
     ]
     text = "## Pictures read again, against the scene they should show\n\n"
     text += _table(["", *suffixes], rows)
-    if (share := scene["share_of_real"]) is None:
-        return f"{text}\n\nThe reader sees nothing right in real pictures: it is no judge of these."
-    return f"{text}\n\nThe model reaches {share:.1%} of what real pictures reach."
+    if doubt := doubt_reader(scene):
+        return f"{text}\n\nNote: {doubt}."
+    return f"{text}\n\nThe model reaches {scene['share_of_real']:.1%} of what real pictures reach."
+
+
+def doubt_reader(scene: Mapping[str, Any]) -> str:
+    """Why what the reader sees in pictures says nothing; empty where it is a judge.
+
+    Args:
+        scene: the figures of `compare_scenes`.
+    """
+    seen = scene["miou_real"]
+    if seen is not None and seen >= BLIND:
+        return ""
+    return (
+        f"the reader reads real pictures with a mIoU of {seen or 0:.3f} (a judge has {BLIND} or "
+        "more), so what it sees in the model's says nothing, the share of what real ones reach "
+        "least of all; train it longer, or on more pictures"
+    )
 
 
 def _others(figures: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import math
 import os
 import types
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -34,6 +34,16 @@ UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, SafetensorError, zipf
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+# Which network a config is of: the first whose key it has.
+KINDS = {
+    "grid": "VQ-SEG",
+    "codes": "VQ-GAN",
+    "image_vocabulary": "GPT",
+    "times": "reader",
+    "text_layers": "judge",
+    "label_width": "refiner",
+}
 
 SPARE_NUMBERS = 2**20  # that a network may make beside twice those which are stored
 LEAST_NUMBERS = 256  # that a tensor is counted as, for what is around it
@@ -119,12 +129,18 @@ def load_network(
     """Builds `network_class(config_class(**config.json))` and loads its weights, float32, eval.
 
     Raises:
-        StorageError: a missing file; an unknown, missing or illegal config key; a missing,
-            unexpected or misshaped tensor; each by name.
+        StorageError: another network; a missing file; an unknown, missing or illegal config key;
+            a missing, unexpected or misshaped tensor; each by name.
     """
     folder = Path(folder)
-    weights_file = folder / WEIGHTS_FILE
-    config = parse_config(config_class, read_json(folder / CONFIG_FILE), folder / CONFIG_FILE)
+    source, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+    if inside and not source.exists():
+        raise StorageError(
+            f"{source}: no such file; there are networks inside, in {', '.join(inside)}: give one "
+            "of these folders"
+        )
+    config = parse_config(config_class, read_json(source), source)
     if not weights_file.is_file():
         raise StorageError(f"{weights_file}: no such file; {folder} is no complete model folder")
     try:
@@ -234,13 +250,16 @@ def build_unfilled(
 
 
 def parse_config(config_class: type[Any], values: Any, source: str | Path) -> Any:
-    """`config_class(**values)`, refusing unknown and missing keys and values of another type.
+    """`config_class(**values)`, refusing other networks, unknown and missing keys, other types.
 
     JSON lists become tuples, so that frozen configs stay hashable.
     """
     if not isinstance(values, dict):
         raise StorageError(f"{source}: expected a JSON object, got {type(values).__name__}")
     fields = {field.name: field for field in dataclasses.fields(config_class)}
+    found, wanted = kind_of(values), kind_of(fields)
+    if found and wanted and found != wanted:
+        raise StorageError(f"{source}: this is a {found}; give the folder of a {wanted}")
     unknown = sorted(values.keys() - fields.keys())
     if unknown:
         raise StorageError(f"{source}: unknown config keys {unknown}; known are {sorted(fields)}")
@@ -261,6 +280,11 @@ def parse_config(config_class: type[Any], values: Any, source: str | Path) -> An
         return config_class(**given)
     except (TypeError, ValueError) as error:
         raise StorageError(f"{source}: {error}") from error
+
+
+def kind_of(keys: Collection[str]) -> str | None:
+    """Which network has a config of these keys, by KINDS; None where none of them tells."""
+    return next((kind for key, kind in KINDS.items() if key in keys), None)
 
 
 def _is_of(value: Any, hint: Any) -> bool:

@@ -1,7 +1,8 @@
 """What happens around a training run: checkpoints, averaged weights, signals, picture sheets.
 
 In: the running trainer. Out: the run folder: checkpoints/last.ckpt and best.ckpt, config.json +
-model.safetensors (so that the folder can be used as the network at any time), pictures/*.png.
+model.safetensors (so that the folder can be used as the network at any time), best/ with the same
+of best.ckpt, pictures/*.png.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mas.rounding import Weights, is_rounded
 from mas.shard_files import remove_temporary, replacing, write_file
 from mas.sheet import contact_sheet
 from mas.storage import CONFIG_FILE, WEIGHTS_FILE, save_network
+from train.assemble import TOKENIZERS
 from train.stream import STOPPING
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ CONFIG = "config.yaml"
 MARK = "# mas train"  # how the config.yaml of a run begins
 LAST = Path("checkpoints/last.ckpt")
 BEST = Path("checkpoints/best.ckpt")
+BEST_NETWORK = Path("best")  # folder of the network of best.ckpt
+WORSE = 0.02  # of the best value: what the last one must be above, for the run to say so
 UNIMPORTANT = {"ckpt_path", "config"}  # keys that may differ between a run and its resumption
 PREFIX = "network."  # of the network's tensors in a checkpoint
 
@@ -155,6 +159,7 @@ class Checkpoints(Checkpoint):
         self.config = ""  # the run's resolved YAML, kept in every checkpoint
         self.defaults = ""  # the YAML of a config that sets nothing
         self.best = float("inf")
+        self._latest = float("-inf")  # value of the last validation
         self._stepped = 0  # optimiser steps at the end of the last batch
         self._weights: dict[str, Tensor] = {}  # of the network, as the last checkpoint has them
 
@@ -168,8 +173,11 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            for name in (LAST, BEST, CONFIG, CONFIG_FILE, WEIGHTS_FILE):
-                remove_temporary(str(folder / name))  # of a run that was killed
+            files = [LAST, BEST, Path(CONFIG)]
+            for part in (Path(), BEST_NETWORK):
+                files += [part / name for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZERS)]
+            for file in files:
+                remove_temporary(str(folder / file))  # of a run that was killed
             write_file(str(folder / CONFIG), f"{MARK} {self.stage}\n{self.config}".encode())
             millions = sum(p.numel() for p in pl_module.network.parameters()) / 1e6
             logger.info("%s: %.2fM parameters, run folder %s", self.stage, millions, folder)
@@ -183,6 +191,8 @@ class Checkpoints(Checkpoint):
             state = found["callbacks"].get(self.state_key, {})
             if found["global_step"] <= trainer.global_step:
                 self.best = min(self.best, self._best_of(state))
+        if trainer.global_step and trainer.is_global_zero:
+            self.export(Path(trainer.default_root_dir), pl_module.network)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -195,11 +205,7 @@ class Checkpoints(Checkpoint):
             folder = Path(trainer.default_root_dir)
             trainer.save_checkpoint(folder / LAST)
             if trainer.is_global_zero:
-                before: Any = pl_module.network
-                with torch.device("meta"):
-                    network = type(before)(before.config)
-                network.load_state_dict(self._weights, assign=True)
-                save_network(network, folder, weights=self.weights)
+                self._export(pl_module.network, self._weights, folder)
             self._weights = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -209,11 +215,54 @@ class Checkpoints(Checkpoint):
         # All ranks must decide alike, and of a training loss each has logged its own.
         own = torch.tensor(float(value), device=pl_module.device)
         mean = float(trainer.strategy.reduce(own, reduce_op="mean"))
+        self._latest = mean
         if not mean < self.best:
             return  # nor is a loss that is no number any better
         self.best = mean
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / BEST)
+        folder = Path(trainer.default_root_dir)
+        trainer.save_checkpoint(folder / BEST)
+        if trainer.is_global_zero:
+            self._export_best(pl_module.network, self._weights, folder)
         self._weights = {}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(trainer.default_root_dir)
+        worse = not self._latest - self.best <= WORSE * abs(self.best)  # or no number
+        if not worse or not trainer.is_global_zero or not (folder / BEST).is_file():
+            return
+        found = read_checkpoint(folder / BEST)
+        if self._best_of(found["callbacks"].get(self.state_key, {})) != self.best:
+            return  # the best lies in the folder that this run went on from
+        logger.warning(
+            "%s is %.4g, at step %d it was %.4g: the network of that step is in %s; give it to "
+            "mas tokenize, mas assemble and others in place of %s",
+            *(self.monitor, self._latest, found["global_step"], self.best),
+            *(folder / BEST_NETWORK, folder),
+        )
+
+    def export(self, folder: Path, network: Any) -> None:
+        """Writes the networks of last.ckpt and best.ckpt, as far as the run in `folder` has them.
+
+        Training does so, too; here for runs that were killed between checkpoint and network, or
+        are older than best/. `network` tells the class and the sizes.
+        """
+        for path, export in ((LAST, self._export), (BEST, self._export_best)):
+            if (folder / path).is_file():
+                state = read_checkpoint(folder / path)["state_dict"]
+                export(network, _weights_of(state), folder)
+
+    def _export_best(self, network: Any, weights: dict[str, Tensor], folder: Path) -> None:
+        self._export(network, weights, folder / BEST_NETWORK)
+        record = folder / TOKENIZERS
+        if record.is_file():
+            write_file(str(folder / BEST_NETWORK / TOKENIZERS), record.read_bytes())
+
+    def _export(self, before: Any, weights: dict[str, Tensor], folder: Path) -> None:
+        """Writes a network like `before`, but with these weights, into `folder`."""
+        with torch.device("meta"):
+            network = type(before)(before.config)
+        network.load_state_dict(weights, assign=True)
+        save_network(network, folder, weights=self.weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "monitor": self.monitor}
@@ -231,8 +280,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         checkpoint["config"] = self.config
         # Checkpoint callbacks come last: with averaging, `state_dict` is the average by now.
-        state = checkpoint["state_dict"]
-        self._weights = {k[len(PREFIX) :]: v for k, v in state.items() if k.startswith(PREFIX)}
+        self._weights = _weights_of(checkpoint["state_dict"])
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -248,6 +296,11 @@ class Checkpoints(Checkpoint):
                 logger.warning(
                     "%s was %s until this checkpoint, is now %s", key, value, now.get(key)
                 )
+
+
+def _weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The network's tensors in the `state_dict` of a checkpoint."""
+    return {k[len(PREFIX) :]: v for k, v in state.items() if k.startswith(PREFIX)}
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -194,7 +194,7 @@ class StreamData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Raises ValueError when there is too little data for one batch of all ranks."""
-        count = self.open()
+        self.count = count = self.open()
         self.training = self.items(Part(count, holdout=self.holdout, part="train"))
         self.validation = self.items(Part(count, holdout=self.holdout, part="validation"))
         rank, world = self._rank()
@@ -221,6 +221,21 @@ class StreamData(LightningDataModule):
                     *(count, self.holdout),
                     _advise("holdout", count if count < 4 else count // 2, 2),
                 )
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint says of the data; Lightning calls it."""
+        return {"pictures": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Tells where the data is no more what it was; Lightning calls it after `setup`."""
+        before = state_dict["pictures"]
+        if before != self.count and self._rank()[0] == 0:
+            logger.warning(
+                "data.input held %d pictures until this checkpoint, holds %d now: their order is "
+                "another one, and pictures that were trained on may be held out now, so that the "
+                "validation flatters; where that matters, start anew in another folder",
+                *(before, self.count),
+            )
 
     def train_dataloader(self) -> StreamLoader:
         rank, world = self._rank()

@@ -1,8 +1,8 @@
 """LightningCLI for `mas train`: from a parsed config to a trained run folder.
 
 In: stage and arguments (`cli`). Out: the run folder `trainer.default_root_dir`: config.yaml,
-metrics.csv, TensorBoard events, checkpoints/, pictures/, and the network itself (config.json +
-model.safetensors).
+metrics.csv, TensorBoard events, checkpoints/, pictures/, the network itself (config.json +
+model.safetensors), and that of the best validation in best/.
 """
 
 from __future__ import annotations
@@ -201,6 +201,8 @@ class TrainCLI(LightningCLI):
             logger.info(
                 "nothing to do: the run has its %d steps; raise trainer.max_steps to go on", step
             )
+            if self.trainer.is_global_zero:
+                self.checkpoints.export(self.folder, self.model.network)
             return
         with self.signals:
             try:

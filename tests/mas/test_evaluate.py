@@ -287,12 +287,21 @@ def test_counts_that_cannot_be_are_refused_before_anything_is_read(wrong, tmp_pa
         command.evaluate(input="nowhere", output=tmp_path / "r.json", **wrong)
 
 
-def test_a_reader_that_sees_nothing_right_is_said_to_be_no_judge(run, monkeypatch):
+@pytest.mark.parametrize(
+    ("miou", "share"), [(0.0, None), (0.002, 1.0), (0.09, 1.0), (0.1, 1.0), (0.7, 1.0)]
+)
+def test_a_reader_that_hardly_sees_real_pictures_is_said_to_be_no_judge(
+    miou, share, run, monkeypatch, caplog
+):
     original = SceneMetrics.compute
-    monkeypatch.setattr(SceneMetrics, "compute", lambda self: original(self) | {"miou": 0.0})
+    monkeypatch.setattr(SceneMetrics, "compute", lambda self: original(self) | {"miou": miou})
     output, figures = run("park")
-    assert figures["scene"]["share_of_real"] is None
-    assert "is no judge of these" in output.with_suffix(".md").read_text()
+    assert figures["scene"]["share_of_real"] == share
+    doubt = f"the reader reads real pictures with a mIoU of {miou:.3f} (a judge has 0.1 or more)"
+    reached = "The model reaches 100.0% of what real pictures reach"
+    text = output.with_suffix(".md").read_text()
+    assert (doubt in text) == (doubt in caplog.text) == (miou < 0.1)
+    assert (reached in text) == (miou >= 0.1)
 
 
 def test_the_guidance_that_obeys_best_is_chosen():

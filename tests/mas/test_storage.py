@@ -9,7 +9,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mas.storage import StorageError, StoredTensors, file_hash, load_network, save_network
+from mas.gpt import GPT, GPTConfig
+from mas.judge import JudgeConfig, SceneJudge
+from mas.reader import Reader, ReaderConfig
+from mas.refiner import Refiner, RefinerConfig
+from mas.storage import (
+    StorageError,
+    StoredTensors,
+    file_hash,
+    load_network,
+    save_network,
+    write_json,
+)
+from mas.vqgan import VQGAN, VQGANConfig
+from mas.vqseg import VQSEG, VQSEGConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,3 +158,34 @@ def test_numbers_of_another_kind_are_named(folder):
         load_network(Line, LineConfig, path)
     with pytest.raises(StorageError, match=message):
         StoredTensors(path, Line, LineConfig(inputs=4))
+
+
+NETWORKS = {
+    "VQ-SEG": (VQSEG, VQSEGConfig()),
+    "VQ-GAN": (VQGAN, VQGANConfig()),
+    "GPT": (GPT, GPTConfig()),
+    "reader": (Reader, ReaderConfig()),
+    "judge": (SceneJudge, JudgeConfig(text_vocabulary=300, text_length=8)),
+    "refiner": (Refiner, RefinerConfig()),
+}
+
+
+@pytest.mark.parametrize(("found", "wanted"), list(itertools.permutations(NETWORKS, 2)))
+def test_another_network_is_called_by_its_name(found, wanted, tmp_path):
+    write_json(tmp_path / "config.json", dataclasses.asdict(NETWORKS[found][1]))
+    message = rf"config\.json: this is a {found}; give the folder of a {wanted}"
+    with pytest.raises(StorageError, match=message):
+        NETWORKS[wanted][0].from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_network_of_the_right_name_lacks_only_its_weights(kind, tmp_path):
+    network_class, config = NETWORKS[kind]
+    write_json(tmp_path / "config.json", dataclasses.asdict(config))
+    with pytest.raises(StorageError, match=r"model\.safetensors: no such file"):
+        network_class.from_pretrained(tmp_path)
+
+
+def test_a_folder_of_networks_names_those_inside(folder, tmp_path):
+    with pytest.raises(StorageError, match=r"networks inside, in line: give one of these folders"):
+        load_network(Line, LineConfig, tmp_path)

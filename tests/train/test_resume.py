@@ -10,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train.cli import train
+from train.data import SceneData, TokenData
 from train.metrics_log import MetricsLog
 from train.stage import Stage
 
@@ -194,6 +195,49 @@ def test_changed_settings_are_told_and_another_network_is_refused(words, caplog,
     other = words("gpt", trainer__max_steps=4, model__network__layers=1)
     with pytest.raises(ValueError, match="of another network: layers is 2, not 1"):
         train([*other, "--ckpt_path=last"])
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """held(n): all that is opened holds the first n pictures only."""
+
+    def arrange(count):
+        for data in (SceneData, TokenData):
+            original = data.open
+            monkeypatch.setattr(data, "open", lambda self, of=original: min(of(self), count))
+
+    return arrange
+
+
+@pytest.mark.parametrize("stage", ["vqseg", "gpt"])
+def test_data_that_grew_or_shrank_is_told(stage, held, words, caplog, tmp_path):
+    caplog.set_level(logging.INFO, logger="train")
+
+    def told():
+        return [r.getMessage() for r in caplog.records if "pictures until" in r.getMessage()]
+
+    assert train(words(stage, trainer__max_steps=1)) == 0
+    assert train([*words(stage, trainer__max_steps=2), "--ckpt_path=last"]) == 0
+    assert not told()
+    held(20)
+    assert train([*words(stage, trainer__max_steps=3), "--ckpt_path=last"]) == 0
+    assert len(told()) == 1 and "held 24 pictures until this checkpoint, holds 20 now" in told()[0]
+    assert train([*words(stage, trainer__max_steps=4), "--ckpt_path=last"]) == 0
+    assert len(told()) == 1  # said once; the checkpoint of step 3 knows of 20
+
+
+def test_a_checkpoint_that_does_not_say_how_many_pictures_there_were_goes_on(
+    held, words, caplog, tmp_path
+):
+    assert train(words("gpt", trainer__max_steps=1)) == 0
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint.pop("TokenData") == {"pictures": 24}
+    torch.save(checkpoint, last)  # as those of earlier versions
+    held(20)
+    assert train([*words("gpt", trainer__max_steps=2), "--ckpt_path=last"]) == 0
+    assert "pictures until" not in caplog.text
+    assert torch.load(last, weights_only=True)["TokenData"] == {"pictures": 20}
 
 
 @pytest.fixture

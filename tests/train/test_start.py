@@ -163,7 +163,9 @@ def test_a_folder_without_a_network_is_named(tmp_path):
     with pytest.raises(StorageError, match=mend):
         start_from(build(VQSEG, SEG), tmp_path)
     build(VQSEG, SEG).save_pretrained(tmp_path)
-    with pytest.raises(StorageError, match=r"config\.json: unknown config keys"):
+    with pytest.raises(
+        StorageError, match=r"config\.json: this is a VQ-SEG; give the folder of a VQ-GAN"
+    ):
         start_from(build(VQGAN, GAN), tmp_path)
 
 
