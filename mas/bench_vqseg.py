@@ -9,7 +9,9 @@ included (`idle_mb` of it before the network is built); on a GPU that of the car
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -113,8 +115,20 @@ def compare(ours: Mapping[str, Any], published: Mapping[str, Any]) -> dict[str, 
 def run_apart(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """The function's answer from a fresh process."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def end_with_parent() -> None:
+    """Has this process end when the one that started it does, also by a signal."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def measure_layout(setting: Setting) -> dict[str, Any]:

@@ -1,6 +1,10 @@
 """`mas bench vqseg` on layouts and pictures of 16 pixels."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -62,6 +66,23 @@ def test_the_peak_is_that_of_the_measurement_alone():
     small, large = (bench.run_apart(peak_after, size)["peak"] for size in (1, 100))
     del held
     assert 80 < large - small < 120
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_measurement_ends_with_the_process_that_is_ended(number):
+    """Both write to the same pipe, which ends when the last of them has closed it."""
+    measures = "import time; print('measures', flush=True); time.sleep(600)"
+    words = f"from mas.bench_vqseg import run_apart; run_apart(exec, {measures!r})"
+    command = [sys.executable, "-c", words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout.readline() == "measures\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=60)[0] == ""
+        process = None
+    finally:
+        if process:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_flops_are_those_of_the_products():
