@@ -41,22 +41,9 @@ FAST INLINE void f_put(float *x, Floats a) {
     _mm256_storeu_ps(x, a.low);
     _mm256_storeu_ps(x + 8, a.high);
 }
-FAST INLINE Floats f_get_first(const float *x, int64_t n) {
-    if (n >= LANES)
-        return f_get(x);
-    float lanes[LANES] = {0};
-    memcpy(lanes, x, (size_t)n * sizeof *x);
-    return f_get(lanes);
-}
-FAST INLINE void f_put_first(float *x, int64_t n, Floats a) {
-    if (n >= LANES) {
-        f_put(x, a);
-        return;
-    }
-    float lanes[LANES];
-    f_put(lanes, a);
-    memcpy(x, lanes, (size_t)n * sizeof *x);
-}
+
+#include "step_first.h"
+
 FAST INLINE Floats f_add(Floats a, Floats b) { return (Floats)BOTH(_mm256_add_ps, a, b); }
 FAST INLINE Floats f_sub(Floats a, Floats b) { return (Floats)BOTH(_mm256_sub_ps, a, b); }
 FAST INLINE Floats f_mul(Floats a, Floats b) { return (Floats)BOTH(_mm256_mul_ps, a, b); }

@@ -50,22 +50,8 @@ FAST INLINE void f_put(float *x, Floats a) {
     for (int i = 0; i < 4; i++)
         vst1q_f32(x + 4 * i, a.q[i]);
 }
-FAST INLINE Floats f_get_first(const float *x, int64_t n) {
-    if (n >= LANES)
-        return f_get(x);
-    float lanes[LANES] = {0};
-    memcpy(lanes, x, (size_t)n * sizeof *x);
-    return f_get(lanes);
-}
-FAST INLINE void f_put_first(float *x, int64_t n, Floats a) {
-    if (n >= LANES) {
-        f_put(x, a);
-        return;
-    }
-    float lanes[LANES];
-    f_put(lanes, a);
-    memcpy(x, lanes, (size_t)n * sizeof *x);
-}
+
+#include "step_first.h"
 
 #define OF_ONE(type, name, from, call)                                                             \
     FAST INLINE type name(from a) {                                                                \

@@ -287,16 +287,12 @@ def test_counts_that_cannot_be_are_refused_before_anything_is_read(wrong, tmp_pa
         command.evaluate(input="nowhere", output=tmp_path / "r.json", **wrong)
 
 
-@pytest.mark.parametrize(
-    ("miou", "share"), [(0.0, None), (0.002, 1.0), (0.09, 1.0), (0.1, 1.0), (0.7, 1.0)]
-)
-def test_a_reader_that_hardly_sees_real_pictures_is_said_to_be_no_judge(
-    miou, share, run, monkeypatch, caplog
-):
+@pytest.mark.parametrize("miou", [0.0, 0.002, 0.09, 0.1, 0.7])
+def test_a_reader_that_hardly_sees_is_said_to_be_no_judge(miou, run, monkeypatch, caplog):
     original = SceneMetrics.compute
     monkeypatch.setattr(SceneMetrics, "compute", lambda self: original(self) | {"miou": miou})
     output, figures = run("park")
-    assert figures["scene"]["share_of_real"] == share
+    assert figures["scene"]["share_of_real"] == (1.0 if miou else None)
     doubt = f"the reader reads real pictures with a mIoU of {miou:.3f} (a judge has 0.1 or more)"
     reached = "The model reaches 100.0% of what real pictures reach"
     text = output.with_suffix(".md").read_text()

@@ -8,6 +8,9 @@ from PIL import Image
 
 from mas.scene import COCO_CATEGORY_IDS
 from mas.shards import Sample, ShardWriter
+from preprocess.photo import PhotoConfig
+from preprocess.run import PreprocessConfig, preprocess
+from preprocess.segment import FaceConfig, HumanConfig
 
 PERSON, DOG, SKY, GRASS = 0, 16, 119, 125  # panoptic ids
 
@@ -86,3 +89,17 @@ def make_shards(folder, *, shards=3, photos=4, **options):
 
 def tar_bytes(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+
+
+def preprocess_scenes(photos, output):
+    """The panoptic maps that lie beside small photos, in this process."""
+    return preprocess(
+        PreprocessConfig(
+            input=str(photos),
+            output=str(output),
+            photo=PhotoConfig(size=48, min_side=16),
+            human=HumanConfig(source="none"),
+            face=FaceConfig(source="none"),
+            executor="serial",
+        )
+    )

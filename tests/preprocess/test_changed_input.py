@@ -4,30 +4,14 @@ import os
 import time
 
 import pytest
-from photo_world import photo_sample, tar_bytes, write_photos
+from photo_world import photo_sample, preprocess_scenes, tar_bytes, write_photos
 
 from mas.shards import ShardError, read_shard
-from preprocess.photo import PhotoConfig
-from preprocess.run import PreprocessConfig, preprocess
-from preprocess.segment import FaceConfig, HumanConfig
-
-
-def run(photos, output):
-    return preprocess(
-        PreprocessConfig(
-            input=str(photos),
-            output=str(output),
-            photo=PhotoConfig(size=48, min_side=16),
-            human=HumanConfig(source="none"),
-            face=FaceConfig(source="none"),
-            executor="serial",
-        )
-    )
 
 
 def remake(photos, output):
     (output / "00001.stats.json").unlink()
-    assert run(photos, output) == 0
+    assert preprocess_scenes(photos, output) == 0
 
 
 def test_an_input_written_anew_in_the_same_size_is_told_of_and_made_again_on_demand(
@@ -37,10 +21,14 @@ def test_an_input_written_anew_in_the_same_size_is_told_of_and_made_again_on_dem
     photos.mkdir()
     for name in ("00000", "00001"):
         write_photos(photos / f"{name}.tar", [photo_sample(name, txt=b"a cat")])
-    assert run(photos, output) == 0 and run(photos, output) == 0 and not caplog.messages
+    assert (
+        preprocess_scenes(photos, output) == 0
+        and preprocess_scenes(photos, output) == 0
+        and not caplog.messages
+    )
     write_photos(photos / "00001.tar", [photo_sample("00001", txt=b"a dog")])
     before = tar_bytes(output)
-    assert run(photos, output) == 0 and tar_bytes(output) == before
+    assert preprocess_scenes(photos, output) == 0 and tar_bytes(output) == before
     (told,) = caplog.messages
     assert told.startswith("1 finished shards have an input that was written after they were made")
     assert "the first is 00001" in told and "remove 00001.stats.json" in told
@@ -58,7 +46,7 @@ def test_each_input_that_was_written_later_is_told_of_once(tmp_path, caplog):
     names = [f"0000{i}" for i in range(3)]
     for name in names:
         write_photos(photos / f"{name}.tar", [photo_sample(name)])
-    assert run(photos, output) == 0
+    assert preprocess_scenes(photos, output) == 0
     before, now = tar_bytes(output), time.time()
 
     def told_of(*changed):
@@ -66,7 +54,7 @@ def test_each_input_that_was_written_later_is_told_of_once(tmp_path, caplog):
         caplog.clear()
         for name in changed:
             os.utime(photos / f"{name}.tar", (now + 60, now + 60 + len(told)))
-        assert run(photos, output) == 0 and run(photos, output) == 0
+        assert preprocess_scenes(photos, output) == 0 and preprocess_scenes(photos, output) == 0
         (line,) = caplog.messages
         told.append(line.split(" finished")[0] + line.partition("first is")[2][:6])
 
@@ -82,9 +70,9 @@ def test_an_input_of_another_size_is_refused_until_its_shard_may_be_made_again(t
     photos.mkdir()
     for name in ("00000", "00001"):
         write_photos(photos / f"{name}.tar", [photo_sample(name)])
-    assert run(photos, output) == 0
+    assert preprocess_scenes(photos, output) == 0
     write_photos(photos / "00001.tar", [photo_sample("00001"), photo_sample("more")])
     with pytest.raises(ShardError, match=r"00001\.stats\.json: .* remove this file"):
-        run(photos, output)
+        preprocess_scenes(photos, output)
     remake(photos, output)
     assert [sample.key for sample in read_shard(str(output / "00001.tar"))] == ["00001", "more"]

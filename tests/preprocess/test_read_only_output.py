@@ -4,30 +4,14 @@ import errno
 import os
 
 import pytest
-from photo_world import make_shards, photo_sample, write_photos
+from photo_world import make_shards, photo_sample, preprocess_scenes, write_photos
 
-from preprocess.photo import PhotoConfig
-from preprocess.run import PreprocessConfig, preprocess
 from preprocess.run_folder import RunFolder
-from preprocess.segment import FaceConfig, HumanConfig
 
 
 @pytest.fixture
 def photos(tmp_path):
     return make_shards(tmp_path / "photos", shards=2, photos=2)
-
-
-def run(photos, output):
-    return preprocess(
-        PreprocessConfig(
-            input=str(photos),
-            output=str(output),
-            photo=PhotoConfig(size=48, min_side=16),
-            human=HumanConfig(source="none"),
-            face=FaceConfig(source="none"),
-            executor="serial",
-        )
-    )
 
 
 @pytest.fixture(params=[errno.EROFS, errno.EACCES], ids=["disk", "rights"])
@@ -51,10 +35,10 @@ def freeze(request, monkeypatch):
 
 def test_a_finished_run_says_so(photos, tmp_path, freeze, capsys):
     output = tmp_path / "out"
-    assert run(photos, output) == 0
+    assert preprocess_scenes(photos, output) == 0
     said = capsys.readouterr().out.splitlines()[1:]
     freeze()
-    assert run(photos, output) == 0
+    assert preprocess_scenes(photos, output) == 0
     again = capsys.readouterr().out.splitlines()
     assert again[0].startswith("0 of 2 shards done, 2 were done before, 0 failed")
     assert again[1:] == said
@@ -62,20 +46,20 @@ def test_a_finished_run_says_so(photos, tmp_path, freeze, capsys):
 
 def test_shards_that_failed_are_named_again(photos, tmp_path, freeze, capsys):
     (photos / "00001.tar").write_bytes(b"no tar")
-    assert run(photos, tmp_path / "out") == 1
+    assert preprocess_scenes(photos, tmp_path / "out") == 1
     freeze()
-    assert run(photos, tmp_path / "out") == 1
+    assert preprocess_scenes(photos, tmp_path / "out") == 1
     assert "failed: 00001: " in capsys.readouterr().out
 
 
 def test_work_that_is_left_is_told_of_in_one_line(photos, tmp_path, freeze):
     output = tmp_path / "out"
-    assert run(photos, output) == 0
+    assert preprocess_scenes(photos, output) == 0
     write_photos(photos / "00002.tar", [photo_sample("more")])
     (output / "lock.json").write_text('{"updated": 0, "host": "gone", "pid": 1}')
     freeze()
     with pytest.raises(OSError) as caught:
-        run(photos, output)
+        preprocess_scenes(photos, output)
     assert str(caught.value).startswith(f"{output}: cannot be written to (")
     assert "1 of 3 shards are still to be made" in str(caught.value)
 
@@ -83,14 +67,14 @@ def test_work_that_is_left_is_told_of_in_one_line(photos, tmp_path, freeze):
 def test_an_output_that_cannot_be_made_is_told_of_in_one_line(photos, tmp_path, freeze):
     freeze()
     with pytest.raises(OSError, match=r"out: cannot be written to .* 2 of 2 shards are still"):
-        run(photos, tmp_path / "out")
+        preprocess_scenes(photos, tmp_path / "out")
 
 
 def test_a_finished_run_writes_nothing_but_when_it_was_asked(photos, tmp_path):
     output = tmp_path / "out"
-    run(photos, output)
+    preprocess_scenes(photos, output)
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
-    run(photos, output)
+    preprocess_scenes(photos, output)
     after = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
     assert {name for name in after if after[name] != before.get(name)} == {"run.json"}
     assert after.keys() == before.keys()
@@ -99,11 +83,11 @@ def test_a_finished_run_writes_nothing_but_when_it_was_asked(photos, tmp_path):
 @pytest.mark.parametrize("left", ["cut {", '{"shards": 5}'])
 def test_a_last_word_that_is_wrong_is_written_anew(photos, tmp_path, left):
     output = tmp_path / "out"
-    run(photos, output)
+    preprocess_scenes(photos, output)
     right = (output / "summary.json").read_bytes()
     (output / "summary.json").write_text(left)
     (output / "classes.png").unlink()
-    assert run(photos, output) == 0
+    assert preprocess_scenes(photos, output) == 0
     assert (output / "summary.json").read_bytes() == right and (output / "classes.png").exists()
 
 
