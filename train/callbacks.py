@@ -1,4 +1,4 @@
-"""What happens around a training run: checkpoints, averaged weights, signals, picture sheets.
+"""What happens around a training run: checkpoints, signals, picture sheets.
 
 In: the running trainer. Out: the run folder: checkpoints/last.ckpt and best.ckpt, config.json +
 model.safetensors (so that the folder can be used as the network at any time), best/ with the same
@@ -18,7 +18,7 @@ import torch
 import yaml
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
+from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from mas.rounding import Weights, is_rounded
@@ -70,9 +70,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise KeyError("not written by mas train")
         return checkpoint
     except (RuntimeError, KeyError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        path = Path(path)
+        other = path.with_name(LAST.name if path.name == BEST.name else BEST.name)
+        beside = f"go on from the one beside it with --ckpt_path {other}, or "
         raise ValueError(
-            f"{path}: not a readable checkpoint of mas train; go on from another one, such as "
-            "best.ckpt beside it, or remove it to start afresh"
+            f"{path}: not a readable checkpoint of mas train; {beside if other.is_file() else ''}"
+            "start afresh in another folder (--trainer.default_root_dir)"
         ) from error
 
 
@@ -144,21 +147,36 @@ class Checkpoints(Checkpoint):
         monitor: metric of the validation whose smallest value makes best.ckpt; none for no best.
         weights: number format of model.safetensors; a tokenizer that shall be shipped in int8 must
             make its tokens with int8 weights, too.
+        patience: optimiser steps after which the run ends unless a validation has been better
+            than all before; 0 = never.
     """
+
+    # Lightning's EarlyStopping counts validations. The one that follows a checkpoint is not in it,
+    # so a resumed run would wait longer; steps since the best one need no counting.
 
     def __init__(
         self,
         every_n_steps: int = 1000,
         monitor: str | None = "validation/loss",
         weights: Weights = "float32",
+        patience: int = 0,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"checkpoints.every_n_steps is {every_n_steps}, use 1 or more")
+        if patience < 0:
+            raise ValueError(f"checkpoints.patience is {patience}, use 0 or more")
+        if patience and monitor is None:
+            raise ValueError(
+                "checkpoints.patience waits for a better checkpoints.monitor, and that is null"
+            )
         self.every_n_steps, self.monitor, self.weights = every_n_steps, monitor, weights
+        self.patience = patience
         self.stage = ""  # which network is trained
         self.config = ""  # the run's resolved YAML, kept in every checkpoint
         self.defaults = ""  # the YAML of a config that sets nothing
         self.best = float("inf")
+        self.best_step = 0  # optimiser step of the best validation
+        self.ended = False  # whether the patience has ended the run
         self._latest = float("-inf")  # value of the last validation
         self._stepped = 0  # optimiser steps at the end of the last batch
         self._weights: dict[str, Tensor] = {}  # of the network, as the last checkpoint has them
@@ -184,15 +202,15 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stepped = trainer.global_step
+        if not trainer.global_step:
+            return
+        folder = Path(trainer.default_root_dir)
         # The validation that follows a checkpoint is not in it, and is not repeated.
-        best = Path(trainer.default_root_dir) / BEST
-        if trainer.global_step and best.is_file():
-            found = read_checkpoint(best)
-            state = found["callbacks"].get(self.state_key, {})
-            if found["global_step"] <= trainer.global_step:
-                self.best = min(self.best, self._best_of(state))
-        if trainer.global_step and trainer.is_global_zero:
-            self.export(Path(trainer.default_root_dir), pl_module.network)
+        step, best = self._read_best(folder)
+        if 0 < step <= trainer.global_step and best <= self.best:
+            self.best, self.best_step = best, step
+        if trainer.is_global_zero:
+            self.export(folder, pl_module.network)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -202,11 +220,7 @@ class Checkpoints(Checkpoint):
         self._stepped = trainer.global_step
         due = trainer.global_step % self.every_n_steps == 0
         if due or trainer.should_stop or trainer.global_step >= trainer.max_steps:
-            folder = Path(trainer.default_root_dir)
-            trainer.save_checkpoint(folder / LAST)
-            if trainer.is_global_zero:
-                self._export(pl_module.network, self._weights, folder)
-            self._weights = {}
+            self._save(trainer, pl_module, LAST)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         value = trainer.callback_metrics.get(self.monitor or "")
@@ -216,27 +230,31 @@ class Checkpoints(Checkpoint):
         own = torch.tensor(float(value), device=pl_module.device)
         mean = float(trainer.strategy.reduce(own, reduce_op="mean"))
         self._latest = mean
-        if not mean < self.best:
-            return  # nor is a loss that is no number any better
-        self.best = mean
-        folder = Path(trainer.default_root_dir)
-        trainer.save_checkpoint(folder / BEST)
-        if trainer.is_global_zero:
-            self._export_best(pl_module.network, self._weights, folder)
-        self._weights = {}
+        if mean < self.best:  # which a loss that is no number is not
+            self.best, self.best_step = mean, trainer.global_step
+            self._save(trainer, pl_module, BEST)
+        elif 0 < self.patience <= trainer.global_step - self.best_step:
+            self.ended = trainer.should_stop = True
+            self._save(trainer, pl_module, LAST)
+            if trainer.is_global_zero:
+                logger.info(
+                    "%s has been no better than at step %d for %d steps: the run ends at step %d",
+                    *(self.monitor, self.best_step, trainer.global_step - self.best_step),
+                    trainer.global_step,
+                )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
         worse = not self._latest - self.best <= WORSE * abs(self.best)  # or no number
-        if not worse or not trainer.is_global_zero or not (folder / BEST).is_file():
+        if not worse or not trainer.is_global_zero:
             return
-        found = read_checkpoint(folder / BEST)
-        if self._best_of(found["callbacks"].get(self.state_key, {})) != self.best:
+        step, best = self._read_best(folder)
+        if best != self.best:
             return  # the best lies in the folder that this run went on from
         logger.warning(
             "%s is %.4g, at step %d it was %.4g: the network of that step is in %s; give it to "
             "mas tokenize, mas assemble and others in place of %s",
-            *(self.monitor, self._latest, found["global_step"], self.best),
+            *(self.monitor, self._latest, step, self.best),
             *(folder / BEST_NETWORK, folder),
         )
 
@@ -247,9 +265,41 @@ class Checkpoints(Checkpoint):
         are older than best/. `network` tells the class and the sizes.
         """
         for path, export in ((LAST, self._export), (BEST, self._export_best)):
-            if (folder / path).is_file():
+            if not (folder / path).is_file():
+                continue
+            try:
                 state = read_checkpoint(folder / path)["state_dict"]
+            except ValueError:
+                logger.warning(
+                    "%s is damaged and passed over: the network in %s is left as it is until the "
+                    "training writes both anew",
+                    *(folder / path, folder if path == LAST else folder / BEST_NETWORK),
+                )
+            else:
                 export(network, _weights_of(state), folder)
+
+    def is_over(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether the run of this checkpoint has ended, and has no more patience now."""
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        waited = checkpoint["global_step"] - state.get("best_step", 0)
+        same = state.get("monitor") == self.monitor
+        return same and state.get("ended", False) and 0 < self.patience <= waited
+
+    def _read_best(self, folder: Path) -> tuple[int, float]:
+        """Step and value of best.ckpt; infinite where there is none, or one that is damaged."""
+        try:
+            found = read_checkpoint(folder / BEST)
+        except (OSError, ValueError):
+            return 0, float("inf")
+        return found["global_step"], self._best_of(found["callbacks"].get(self.state_key, {}))
+
+    def _save(self, trainer: Trainer, pl_module: Any, path: Path) -> None:
+        folder = Path(trainer.default_root_dir)
+        trainer.save_checkpoint(folder / path)
+        if trainer.is_global_zero:
+            export = self._export if path == LAST else self._export_best
+            export(pl_module.network, self._weights, folder)
+        self._weights = {}
 
     def _export_best(self, network: Any, weights: dict[str, Tensor], folder: Path) -> None:
         self._export(network, weights, folder / BEST_NETWORK)
@@ -265,10 +315,13 @@ class Checkpoints(Checkpoint):
         save_network(network, folder, weights=self.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "monitor": self.monitor}
+        best = {"best": self.best, "best_step": self.best_step, "ended": self.ended}
+        return best | {"monitor": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = self._best_of(state_dict)
+        if self.best < float("inf"):  # its step was not noted by earlier versions
+            self.best_step = state_dict.get("best_step", self.best_step)
 
     def _best_of(self, state: dict[str, Any]) -> float:
         """The best value that a checkpoint knows of; of another metric it says nothing."""
@@ -285,6 +338,7 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self.best_step = checkpoint["global_step"]  # unless the state knows better
         before, now, defaults = (
             _flatten(yaml.safe_load(content) or {})
             for content in (checkpoint["config"], self.config, self.defaults)
@@ -311,55 +365,6 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-class Averaging(WeightAveraging):
-    """Exponential moving average of the weights; used in validation and for the exported network.
-
-    Args:
-        decay: share of the average that a step keeps, reached after a warm-up of about
-            10 / (1 - decay) steps so that short runs are not tied to their beginning.
-    """
-
-    def __init__(self, decay: float = 0.999) -> None:
-        if not 0 < decay < 1:
-            raise ValueError(f"averaging.decay is {decay}, use a number between 0 and 1")
-        self.decay = decay
-        super().__init__(use_buffers=False)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._device = trainer.strategy.root_device  # where the module is about to move
-        super().setup(trainer, pl_module, stage)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._average_model is not None
-        self._count = int(self._average_model.n_averaged)
-
-    @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """As Lightning's, but counts beside the GPU, which would be asked three times a step."""
-        assert self._average_model is not None
-        if trainer.global_step <= self._latest_update_step:
-            return
-        ours = self._average_model.module
-        share = self._share(self._count) if self._count else 1.0
-        torch._foreach_lerp_(list(ours.parameters()), list(pl_module.parameters()), share)
-        # Buffers (codebooks, counters) are moving averages themselves: copied, not averaged.
-        for average, current in zip(ours.buffers(), pl_module.buffers(), strict=True):
-            average.copy_(current)
-        self._average_model.n_averaged += 1
-        self._count += 1
-        self._latest_update_step = trainer.global_step
-
-    def average(self, average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        return torch.lerp(average, current, self._share(count))
-
-    def _share(self, count: Tensor | int) -> float:
-        """What the current weights count after `count` steps."""
-        steps = int(count)
-        return 1 - min(self.decay, (1 + steps) / (10 + steps))
 
 
 class Pictures(Callback):

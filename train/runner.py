@@ -21,12 +21,12 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from mas.errors import first_line
 from mas.field_help import explain_fields
+from train.averaging import Averaging
 from train.callbacks import (
     CONFIG,
     LAST,
     MARK,
     AtomicCheckpointIO,
-    Averaging,
     Checkpoints,
     Pictures,
     StopSignals,
@@ -175,13 +175,14 @@ class TrainCLI(LightningCLI):
         """Finds the checkpoint and the step that the run in `folder` goes on from."""
         self.folder = folder
         self.checkpoint = find_checkpoint(folder, self.config_init.ckpt_path)
-        self.start_step = 0
+        self.start_step, self.ended = 0, False
         self.model.averaged = bool(self.config_init.ema_decay)
         self.model.checkpoint = self.checkpoint
         if self.checkpoint:
             checkpoint = read_checkpoint(self.checkpoint)
             self.model.on_load_checkpoint(checkpoint)
             self.start_step = checkpoint["global_step"]
+            self.ended = self.config_init.checkpoints.is_over(checkpoint)
 
     def _tell_checkpoints(self) -> None:
         """Gives the checkpoints what they note of the run: its stage and its configs."""
@@ -197,10 +198,11 @@ class TrainCLI(LightningCLI):
     def run(self) -> None:
         """Trains; a finished run is left as it is."""
         step = self.start_step
-        if step >= self.trainer.max_steps:
-            logger.info(
-                "nothing to do: the run has its %d steps; raise trainer.max_steps to go on", step
-            )
+        done = step >= self.trainer.max_steps
+        if done or self.ended:
+            what = f"has its {step} steps" if done else f"ended at step {step}, out of patience"
+            key = "trainer.max_steps" if done else "checkpoints.patience"
+            logger.info("nothing to do: the run %s; raise %s to go on", what, key)
             if self.trainer.is_global_zero:
                 self.checkpoints.export(self.folder, self.model.network)
             return

@@ -13,6 +13,7 @@ from mas.shards import Sample, ShardWriter, write_token_shard
 from mas.storage import parse_config
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN, VQGANConfig
+from train.stage import Stage
 
 SIZE = 32
 GRASS, SKY, DOG = 125, 119, 16
@@ -187,3 +188,38 @@ def words(scene_shards, token_shards, tokenizer_file, vqgan_folder, tmp_path):
         return [stage, *(f"--{key}={value}" for key, value in values.items() if value is not None)]
 
     return make
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(k, act): calls `act` as optimiser step k (from 0) begins; at_step(None) undoes.
+
+    `batch` waits for that batch of the run, where a step takes several.
+    """
+    original = Stage.on_train_batch_start
+
+    def arrange(step, act=None, batch=None):
+        def hook(self, content, batch_idx):
+            if self.global_step == step and batch in (None, batch_idx):
+                act()
+            original(self, content, batch_idx)
+
+        monkeypatch.setattr(Stage, "on_train_batch_start", hook if act else original)
+
+    return arrange
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """scripted({step: loss}): what the validations of a run say."""
+    original = Stage.log_losses
+
+    def arrange(losses):
+        def log_losses(self, part, values, *, count):
+            if part == "validation":
+                values = values | {"loss": torch.tensor(losses[self.global_step])}
+            original(self, part, values, count=count)
+
+        monkeypatch.setattr(Stage, "log_losses", log_losses)
+
+    return arrange

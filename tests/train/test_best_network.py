@@ -202,3 +202,55 @@ def test_a_run_that_ends_no_worse_says_nothing(settings, words, caplog):
     settings = settings | dict(model__optimiser__warmup_steps=0)
     assert train(words("vqseg", **settings)) == 0
     assert not told(caplog)
+
+
+@pytest.fixture(params=["empty", "half", "no checkpoint"])
+def damage(request):
+    """damage(file): as a full disk, a cut copy or another program leave it."""
+
+    def spoil(path):
+        content = path.read_bytes()
+        spoilt = {"empty": b"", "half": content[: len(content) // 2], "no checkpoint": b"words"}
+        path.write_bytes(spoilt[request.param])
+
+    return spoil
+
+
+def test_a_damaged_best_does_not_stop_a_run(damage, words, caplog, tmp_path):
+    settings = FALLING | dict(trainer__max_steps=4)
+    assert train(words("vqseg", **settings)) == 0
+    run = tmp_path / "run"
+    network = (run / "best/model.safetensors").read_bytes()
+    damage(run / "checkpoints/best.ckpt")
+    assert train([*words("vqseg", **settings), "--ckpt_path=last"]) == 0  # a finished run
+    assert (run / "best/model.safetensors").read_bytes() == network
+    assert train([*words("vqseg", **FALLING), "--ckpt_path=last"]) == 0
+    assert best_of(run)[0] == 6
+    warned = [r.getMessage() for r in caplog.records if "is damaged and passed over" in r.message]
+    assert len(warned) == 2 and str(run / "checkpoints/best.ckpt") in warned[0]
+
+
+def test_a_damaged_best_is_not_replaced_by_a_worse_one(damage, words, tmp_path):
+    assert train(words("vqseg", **RISING | dict(trainer__max_steps=4))) == 0
+    run = tmp_path / "run"
+    network = (run / "best/model.safetensors").read_bytes()
+    damage(run / "checkpoints/best.ckpt")
+    assert train([*words("vqseg", **RISING), "--ckpt_path=last"]) == 0
+    assert (run / "best/model.safetensors").read_bytes() == network
+
+
+@pytest.mark.parametrize(("named", "other"), [("last", "best"), ("best", "last")])
+def test_a_damaged_checkpoint_advises_the_one_beside_it(named, other, words, tmp_path):
+    assert train(words("vqseg", **FALLING)) == 0
+    folder = tmp_path / "run/checkpoints"
+    damaged, whole = (folder / f"{name}.ckpt" for name in (named, other))
+    damaged.write_bytes(b"words")
+    longer = words("vqseg", **FALLING | dict(trainer__max_steps=8))
+    with pytest.raises(ValueError, match=f"go on from the one beside it with --ckpt_path {whole}"):
+        train([*longer, f"--ckpt_path={damaged}"])
+    assert train([*longer, f"--ckpt_path={whole}"]) == 0
+    assert read_step(tmp_path / "run") == 8
+    whole.unlink()
+    damaged.write_bytes(b"words")
+    with pytest.raises(ValueError, match=r"mas train; start afresh in another folder \("):
+        train([*longer, f"--ckpt_path={damaged}"])

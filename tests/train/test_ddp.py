@@ -242,6 +242,16 @@ def test_ranks_agree_on_which_checkpoint_is_best(launch, tmp_path):
     assert 0 < best["callbacks"]["Checkpoints"]["best"] < float("inf")
 
 
+def test_ranks_agree_on_when_the_patience_ends_a_run(launch, tmp_path):
+    rising = {"checkpoints__monitor": "learning_rate", "model__optimiser__warmup_steps": 100}
+    settings = {"trainer__val_check_interval": 2, "checkpoints__patience": 3}
+    assert launch("patient", **rising, **settings) == [0, 0]
+    last = torch.load(tmp_path / "patient/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 6  # 4 is two steps after the best
+    said = [(tmp_path / f"patient.{rank}.log").read_text() for rank in RANKS]
+    assert ["no better than at step 2" in log for log in said] == [True, False]
+
+
 def test_tasks_of_slurm_find_each_other(launch, tmp_path):
     assert launch("slurm", environment=slurm_environment) == [0, 0]
     assert_each_once_an_epoch(collect(tmp_path, "slurm"))

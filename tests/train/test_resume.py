@@ -22,25 +22,6 @@ class Killed(Exception):
     """Stands for SIGKILL: nothing in the run reacts to it by saving."""
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step(k, act): calls `act` as optimiser step k (from 0) begins; at_step(None) undoes.
-
-    `batch` waits for that batch of the run, where a step takes several.
-    """
-    original = Stage.on_train_batch_start
-
-    def arrange(step, act=None, batch=None):
-        def hook(self, content, batch_idx):
-            if self.global_step == step and batch in (None, batch_idx):
-                act()
-            original(self, content, batch_idx)
-
-        monkeypatch.setattr(Stage, "on_train_batch_start", hook if act else original)
-
-    return arrange
-
-
 def kill():
     raise Killed
 
@@ -238,22 +219,6 @@ def test_a_checkpoint_that_does_not_say_how_many_pictures_there_were_goes_on(
     assert train([*words("gpt", trainer__max_steps=2), "--ckpt_path=last"]) == 0
     assert "pictures until" not in caplog.text
     assert torch.load(last, weights_only=True)["TokenData"] == {"pictures": 20}
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    """scripted({step: loss}): what the validations of a run say."""
-    original = Stage.log_losses
-
-    def arrange(losses):
-        def log_losses(self, part, values, *, count):
-            if part == "validation":
-                values = values | {"loss": torch.tensor(losses[self.global_step])}
-            original(self, part, values, count=count)
-
-        monkeypatch.setattr(Stage, "log_losses", log_losses)
-
-    return arrange
 
 
 @pytest.mark.parametrize("losses", [(1.0, 0.5, 0.8), (0.5, 0.5, 0.6), (1.0, 0.9, 0.8)])

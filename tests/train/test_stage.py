@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mas.gpt import GPT, GPTConfig, StreamLosses
 from mas.text import PAD
 from train.adversary import AdversaryConfig, adaptive_weight, discriminator_loss, generator_loss
-from train.callbacks import Averaging
+from train.averaging import Averaging
 from train.flops import peak_flops, training_flops
 from train.gpt import CaptionDropout, StreamWeights, check_manifest
 from train.stage import Optimiser, split_parameters
