@@ -98,6 +98,21 @@ _OWN_BUFFERS = ("quantizer.usage", "quantizer.temperature")
 _EXTRA = re.compile(r"^loss\.|^discriminator\.|^model_ema\.|^quantize\.codebook_used$")
 
 
+class _Noted:
+    """Stands for a class that a checkpoint names; its objects hold nothing."""
+
+    def __init__(self, *state: Any) -> None:
+        """Whatever a file gives it is dropped."""
+
+
+# Lightning of 2021 noted the states of its callbacks by their classes. Nothing of them is needed:
+# the names are read and neither imported nor run.
+_NOTED: list[Any] = [
+    (_Noted, f"pytorch_lightning.callbacks.{name}")
+    for name in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping")
+]
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is not what it was said to be; the message names the mend."""
 
@@ -216,7 +231,8 @@ def _load(path: Path, source: Path | io.BytesIO, *, trust_pickle: bool) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(source, map_location="cpu", weights_only=not trust_pickle)
+        with torch.serialization.safe_globals(_NOTED):
+            return torch.load(source, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
         name = asked_for(error)
         if name is None:

@@ -4,9 +4,11 @@ import hashlib
 import io
 import json
 import os
+import sys
 import tarfile
 
 import pytest
+import pytorch_lightning
 import torch
 from published import TINY, published_shapes, rule_state
 from safetensors.torch import save_file
@@ -113,18 +115,18 @@ def test_a_tensor_whose_name_is_a_number_is_refused_by_it(checkpoint):
         load_published(path, format="taming", size=32)
 
 
-class Command:
-    """Runs a program when it is unpickled."""
+class Made:
+    """Is unpickled by calling `function` with `arguments`."""
 
-    def __init__(self, words):
-        self.words = words
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
 
     def __reduce__(self):
-        return os.system, (self.words,)
+        return self.call
 
 
 def test_a_program_in_a_checkpoint_is_named_and_not_run(checkpoint, tmp_path):
-    path = checkpoint({"state_dict": {}, "callback": Command(f"touch {tmp_path}/ran")})
+    path = checkpoint({"state_dict": {}, "callback": Made(os.system, f"touch {tmp_path}/ran")})
     with pytest.raises(CheckpointError, match=r"holds more than tensors \((posix|nt)\.system\)"):
         load_published(path, format="taming")
     assert not (tmp_path / "ran").exists()
@@ -191,6 +193,26 @@ def test_a_checkpoint_of_something_else_is_refused(checkpoint):
         load_published(checkpoint({"state_dict": {"fc.bias": torch.zeros(2)}}), format="taming")
     with pytest.raises(CheckpointError, match="expected a dictionary, found list"):
         load_published(checkpoint([1, 2]), format="taming")
+
+
+@pytest.mark.parametrize("name", ["ModelCheckpoint", "EarlyStopping"])
+def test_callbacks_that_lightning_noted_are_passed_over_without_it(
+    name, checkpoint, tmp_path, monkeypatch
+):
+    noted = {getattr(pytorch_lightning.callbacks, name): {"best_model_score": torch.ones(())}}
+    path = checkpoint({"epoch": 5, "callbacks": noted, "state_dict": state_of("taming")})
+    for module in [name for name in sys.modules if name.startswith("pytorch_lightning")]:
+        monkeypatch.setitem(sys.modules, module, None)  # as where only `mas` is installed
+    words = ["import-vqgan", str(path), "--format", "taming", "--size", "32"]
+    assert main([*words, "--output", str(tmp_path / "vqgan")]) == 0
+    assert VQGAN.from_pretrained(tmp_path / "vqgan").config == CONFIGS["taming"]
+
+
+def test_an_object_of_a_noted_class_is_read_as_nothing(checkpoint):
+    callback = pytorch_lightning.callbacks.ModelCheckpoint
+    path = checkpoint({"state_dict": state_of("taming"), "callbacks": Made(callback, "a", 3)})
+    network, _ = load_published(path, format="taming", size=32)
+    assert network.config == CONFIGS["taming"]
 
 
 def test_pickled_objects_are_refused_unless_trusted(checkpoint):
