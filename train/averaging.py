@@ -43,11 +43,15 @@ class Averaging(WeightAveraging):
         assert self._average_model is not None
         if trainer.global_step <= self._latest_update_step:
             return
-        ours = self._average_model.module
+        network = self._average_model.module
         share = self._share(self._count) if self._count else 1.0
-        torch._foreach_lerp_(list(ours.parameters()), list(pl_module.parameters()), share)
-        # Buffers (codebooks, counters) are moving averages themselves: copied, not averaged.
-        for average, current in zip(ours.buffers(), pl_module.buffers(), strict=True):
+        pairs = list(zip(network.parameters(), pl_module.parameters(), strict=True))
+        learned = [pair for pair in pairs if pair[1].requires_grad]
+        torch._foreach_lerp_([ours for ours, _ in learned], [new for _, new in learned], share)
+        # Codebooks that follow their features are moving averages themselves, as buffers are, and
+        # what is held must stay as it is: an average of -0.0 and -0.0 is 0.0.
+        fixed = [pair for pair in pairs if not pair[1].requires_grad]
+        for average, current in (*fixed, *zip(network.buffers(), pl_module.buffers(), strict=True)):
             average.copy_(current)
         self._average_model.n_averaged += 1
         self._count += 1

@@ -8,7 +8,7 @@ import torch
 from mas.model_folder import choose_format
 from mas.rounding import is_rounded
 from mas.storage import WEIGHTS_FILE, file_hash, save_network
-from mas.vq import TOKEN_PARTS
+from mas.vq import TOKEN_PARTS, token_parts
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 from train.assemble import check_hashes
@@ -52,6 +52,17 @@ def test_only_what_decodes_is_trained(stage, words, tmp_path):
     assert differing(first, kept) == parts - set(TOKEN_PARTS)
     assert differing(first, free) == parts
     assert kept.token_hash() == first.token_hash() != free.token_hash()
+
+
+def test_zeros_keep_their_signs(stage, words, tmp_path):
+    run(words, stage, "first")
+    network = load(stage, tmp_path / "first")
+    for part in token_parts(network):
+        for weight in part.parameters():
+            weight.view(-1)[0] = -0.0  # as published weights have some; equal to 0.0, not the same
+    network.save_pretrained(tmp_path / "signed")
+    run(words, stage, "kept", model__init_from=tmp_path / "signed", model__keep_tokens=True)
+    assert load(stage, tmp_path / "kept").token_hash() == network.token_hash()
 
 
 def test_a_resumed_run_goes_on_keeping_them(stage, words, tmp_path):

@@ -156,6 +156,26 @@ def test_all_weights_are_averaged_as_one_is_to_the_bit_and_buffers_are_copied():
     assert all(torch.equal(*pair) for pair in zip(module.parameters(), current, strict=True))
 
 
+def test_what_is_not_trained_by_gradients_is_copied_into_the_average():
+    """A codebook of running means is an average already; what is held stays as it is."""
+    module, averaging = LightningModule(), Averaging(0.99)
+    module.codebook = nn.Parameter(torch.zeros(3), requires_grad=False)
+    module.layer = nn.Linear(2, 2)
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("cpu")), global_step=0
+    )
+    averaging.setup(trainer, module, "fit")
+    averaging.on_train_start(trainer, module)
+    average = averaging._average_model.module
+    for trainer.global_step in (1, 2, 3):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1.0)
+        averaging.on_train_batch_end(trainer, module, None, None, 0)
+    assert average.codebook.tolist() == [3.0, 3.0, 3.0]
+    assert (average.layer.weight < module.layer.weight - 0.1).all()
+
+
 def test_averages_are_made_where_the_training_is_about_to_be():
     module, averaging = LightningModule(), Averaging()
     module.layer = nn.Linear(2, 2)
