@@ -42,7 +42,13 @@ def fit_bpe(
     captions = _captions(expand_shards(input))
     tokenizer = Tokenizer.fit(captions, vocab_size=vocab_size, length=length, lowercase=lowercase)
     tokenizer.save(path)
-    print(f"{path}: {tokenizer.vocab_size} entries, {tokenizer.length} tokens a caption")
+    found = tokenizer.vocab_size
+    print(f"{path}: {found} entries, {tokenizer.length} tokens a caption")
+    if found < vocab_size:
+        print(
+            f"the captions give no more than {found}: train the GPT with "
+            f"--model.network.text_vocabulary {found}"
+        )
 
 
 def _captions(paths: list[str]) -> Iterator[str]:

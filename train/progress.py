@@ -19,6 +19,11 @@ from train.flops import peak_flops
 MEMORY = 0.9  # share of the earlier steps in the smoothed time of a step
 
 
+def in_words(speed: float) -> str:
+    """A number of things a second: whole, or below ten with two digits."""
+    return f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
+
+
 class Progress(Callback):
     """One bar over all optimiser steps."""
 
@@ -60,7 +65,7 @@ class Progress(Callback):
         rate = 1 / self.seconds  # pictures a second and process
         words = [
             f"loss {loss:.4f}" if loss is not None else "",
-            f"{rate * trainer.world_size * pl_module.per_picture:,.0f} {pl_module.unit}/s",
+            f"{in_words(rate * trainer.world_size * pl_module.per_picture)} {pl_module.unit}/s",
             f"MFU {pl_module.flops_per_picture * rate / self.peak:.0%}" if self.peak else "",
         ]
         self.bar.set_postfix_str(", ".join(filter(None, words)), refresh=False)

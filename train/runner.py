@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,6 +207,8 @@ class TrainCLI(LightningCLI):
             if self.trainer.is_global_zero:
                 self.checkpoints.export(self.folder, self.model.network)
             return
+        if self.trainer.is_global_zero:
+            tell_of_workers(self.datamodule.workers)
         with self.signals:
             try:
                 self.trainer.fit(
@@ -343,6 +346,16 @@ def check_sharding(name: str, model: Any) -> None:
         )
 
 
+def tell_of_workers(count: int) -> None:
+    """Says it where more processes shall read than there are cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cores and count > cores:
+        logger.warning(
+            "data.workers is %d, more than this machine has cores: give --data.workers %d or less",
+            *(count, cores),
+        )
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether `error` says that a card or the machine has not enough memory."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -360,6 +373,7 @@ def _quieten() -> None:
     for message in (
         ".*args parameter is intended to run from within Python.*",
         ".*does not have many workers.*",
+        "This DataLoader will create.*",  # said in words of the config
         ".*GPU available but not used.*",
         "Total length of `PlainLoader` across ranks is zero.*",  # the data says more
         "(?s).*``instantiate_classes`` was deprecated.*",  # LightningCLI calls it

@@ -57,6 +57,18 @@ def test_case_follows_the_option(options, kept, shards, capsys):
     assert tokenizer.decode(tokenizer.encode(CAPTIONS)) == expected
 
 
+@pytest.mark.parametrize(("asked", "told"), [(300, False), (5000, True)])
+def test_a_vocabulary_that_the_captions_do_not_fill_is_told(asked, told, shards, capsys):
+    output = shards / "tokenizer.json"
+    words = ["fit-bpe", "--input", str(shards), "--output", str(output)]
+    assert main([*words, "--vocab-size", str(asked)]) == 0
+    found = Tokenizer.from_file(output).vocab_size
+    assert (found < asked) == told
+    said = f"the captions give no more than {found}: train the GPT with "
+    said += f"--model.network.text_vocabulary {found}"
+    assert (said in capsys.readouterr().out) == told
+
+
 def test_the_same_shards_give_the_same_file(shards):
     for name in ("a.json", "b.json"):
         fit_bpe(input=str(shards), output=str(shards / name), vocab_size=300)

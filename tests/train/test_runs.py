@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -258,7 +259,7 @@ def test_refused_runs_leave_nothing_and_failed_ones_do_not_block_the_next(
 
 
 @pytest.mark.parametrize(
-    ("stage", "unit"), [("gpt", r"[\d,]+ tokens/s, MFU \d+%"), ("vqseg", r"[\d,]+ pictures/s")]
+    ("stage", "unit"), [("gpt", r"[\d,.]+ tokens/s, MFU \d+%"), ("vqseg", r"[\d,.]+ pictures/s")]
 )
 def test_the_bar_shows_loss_throughput_and_how_much_of_the_machine_is_used(
     stage, unit, words, monkeypatch
@@ -276,6 +277,26 @@ def test_the_bar_shows_loss_throughput_and_how_much_of_the_machine_is_used(
     assert train(words(stage, trainer__max_steps=5, trainer__accumulate_grad_batches=2)) == 0
     assert len(texts) == 5
     assert all(re.fullmatch(rf"(loss \d+\.\d{{4}}, )?{unit}", text) for text in texts), texts
+
+
+@pytest.mark.parametrize(
+    ("speed", "words"), [(1234567, "1,234,567"), (33.4, "33"), (6.62, "6.6"), (0.1625, "0.16")]
+)
+def test_a_slow_machine_is_not_told_that_it_stands_still(speed, words):
+    assert progress.in_words(speed) == words
+
+
+@pytest.mark.parametrize(("cores", "told"), [(1, True), (2, False)])
+def test_more_processes_that_read_than_cores_are_told_once(cores, told, words, monkeypatch, caplog):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    settings = dict(trainer__max_steps=1, data__workers=2, trainer__val_check_interval=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        assert train(words("vqseg", **settings)) == 0
+    assert not any("DataLoader" in str(warning.message) for warning in caught)
+    said = [r.getMessage() for r in caplog.records if "data.workers" in r.getMessage()]
+    expected = "data.workers is 2, more than this machine has cores: give --data.workers 1 or less"
+    assert said == [expected] * told
 
 
 def final_weights(run):
