@@ -245,18 +245,17 @@ def _handed_on(config: ExecutorConfig) -> dict[str, Any]:
 
 def _count_workers(config: ExecutorConfig, resources: Mapping[str, float]) -> int:
     """How many workers to start: as asked for, or as many as the CPUs and GPUs there are hold."""
+    cluster = config.address not in (None, "local")
+    gpus, share = resources.get("GPU", 0.0), config.gpus_per_worker
+    if gpus < share and not (cluster and config.workers):
+        scaled = ", or give --workers where an autoscaler will bring them" if cluster else ""
+        raise ValueError(
+            f"--gpus-per-worker {share:g}, but Ray sees {gpus:g} GPUs; leave it out{scaled}"
+        )
     if config.workers:
         return config.workers
     cpus = max(1, int(resources.get("CPU", 1)))
-    if not config.gpus_per_worker:
-        return cpus
-    gpus = resources.get("GPU", 0.0)
-    if gpus < config.gpus_per_worker:
-        raise ValueError(
-            f"--gpus-per-worker {config.gpus_per_worker:g}, but Ray sees {gpus:g} GPUs; leave it "
-            "out, or give --workers where an autoscaler will bring them"
-        )
-    return min(cpus, int(gpus / config.gpus_per_worker))
+    return min(cpus, int(gpus / share)) if share else cpus
 
 
 def _warn_of_idle_gpus(config: ExecutorConfig, resources: Mapping[str, float]) -> None:

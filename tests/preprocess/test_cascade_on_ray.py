@@ -113,7 +113,8 @@ def test_one_actor_holds_all_networks_and_works_beside_them(
         ({"workers": 3}, {"CPU": 8.0}, 3),
         ({"gpus_per_worker": 0.5}, {"CPU": 64.0, "GPU": 4.0}, 8),
         ({"gpus_per_worker": 0.25}, {"CPU": 4.0, "GPU": 2.0}, 4),
-        ({"gpus_per_worker": 1.0, "workers": 6}, {"CPU": 2.0}, 6),
+        ({"gpus_per_worker": 1.0, "workers": 6, "address": "auto"}, {"CPU": 2.0}, 6),
+        ({"gpus_per_worker": 1.0, "workers": 6}, {"CPU": 6.0, "GPU": 1.0}, 6),
     ],
 )
 def test_as_many_workers_as_cpus_and_gpus_hold(options, resources, wanted):
@@ -134,9 +135,17 @@ def test_gpus_that_nobody_uses_are_told_of(caplog, options, resources, warned):
     assert ["--gpus-per-worker" in message for message in caplog.messages] == [True] * warned
 
 
-def test_gpus_that_are_not_there_are_named():
-    with pytest.raises(ValueError, match=r"Ray sees 0 GPUs; leave it\s+out"):
-        count_workers(ExecutorConfig(gpus_per_worker=0.5), {"CPU": 8.0})
+@pytest.mark.parametrize(
+    ("options", "mend"),
+    [
+        ({}, "leave it out"),
+        ({"workers": 1}, "leave it out"),  # nobody brings a GPU to a Ray of its own: it would wait
+        ({"address": "auto"}, "leave it out, or give --workers where an autoscaler will bring"),
+    ],
+)
+def test_gpus_that_are_not_there_are_named(options, mend):
+    with pytest.raises(ValueError, match=f"Ray sees 0 GPUs; {mend}"):
+        count_workers(ExecutorConfig(gpus_per_worker=0.5, **options), {"CPU": 8.0})
 
 
 def test_a_head_node_that_goes_is_told_of_once(caplog):
