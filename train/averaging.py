@@ -5,6 +5,7 @@ In: the running trainer. Out: the average in the trained weights' place while va
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 import torch
@@ -45,14 +46,14 @@ class Averaging(WeightAveraging):
             return
         network = self._average_model.module
         share = self._share(self._count) if self._count else 1.0
-        pairs = list(zip(network.parameters(), pl_module.parameters(), strict=True))
-        learned = [pair for pair in pairs if pair[1].requires_grad]
-        torch._foreach_lerp_([ours for ours, _ in learned], [new for _, new in learned], share)
         # Codebooks that follow their features are moving averages themselves, as buffers are, and
         # what is held must stay as it is: an average of -0.0 and -0.0 is 0.0.
-        fixed = [pair for pair in pairs if not pair[1].requires_grad]
-        for average, current in (*fixed, *zip(network.buffers(), pl_module.buffers(), strict=True)):
-            average.copy_(current)
+        learned = [parameter.requires_grad for parameter in pl_module.parameters()]
+        fixed = [not part for part in learned]
+        ours, theirs = list(network.parameters()), list(pl_module.parameters())
+        torch._foreach_lerp_(list(compress(ours, learned)), list(compress(theirs, learned)), share)
+        if copies := [*compress(ours, fixed), *network.buffers()]:
+            torch._foreach_copy_(copies, [*compress(theirs, fixed), *pl_module.buffers()])
         self._average_model.n_averaged += 1
         self._count += 1
         self._latest_update_step = trainer.global_step
