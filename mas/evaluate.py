@@ -318,7 +318,7 @@ def check_cases(examiner: Examiner, cases: Cases, others: Cases | None, *, sweep
 
     Raises:
         ValueError: there are too few pictures to compare, there is nothing to choose a guidance
-            by, or a scene is smaller than the model's.
+            by, or a photo is smaller than the model's.
     """
     if len(cases.cases) < 2:
         raise ValueError("--input holds one picture; an evaluation needs two or more")
@@ -326,11 +326,12 @@ def check_cases(examiner: Examiner, cases: Cases, others: Cases | None, *, sweep
         raise ValueError(
             "a sweep over --guidance needs shards with the park's facts, or a --reader"
         )
+    size = max(examiner.size, examiner.model.vqgan.config.size)
     for case in (*cases.cases, *(others.cases if others else ())):
-        if case.side < examiner.size:
+        if case.side < size:
             raise ValueError(
-                f"scene {case.key} has {case.side} pixels a side, the model's have "
-                f"{examiner.size}: preprocess with --photo.size {examiner.size}"
+                f"scene {case.key} has {case.side} pixels a side, the model's scenes or pictures "
+                f"have {size}: preprocess with --photo.size {size}"
             )
 
 

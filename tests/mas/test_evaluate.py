@@ -1,7 +1,7 @@
 """`mas evaluate` on a tiny model, a tiny reader and a few park pictures."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from mas.reader import Reader, ReaderConfig
 from mas.report import draw_sweep
 from mas.shards import ShardError, ShardWriter
 from mas.storage import save_network
+from mas.vqgan import VQGAN
 from mas.weights_file import WeightsError
 from preprocess.park_truth import picture
 
@@ -252,6 +253,17 @@ def test_scenes_smaller_than_the_models_are_refused(run, unpainted, monkeypatch)
     monkeypatch.setattr(Case, "side", 16)
     with pytest.raises(ValueError, match=r"has 16 pixels a side, .* preprocess with --photo\.size"):
         run("park")
+
+
+def test_photos_smaller_than_the_models_pictures_are_refused(run, unpainted, tiny_folder, tmp_path):
+    """Enlarged they would be measured as if the network had blurred them."""
+    model = MakeAScene.from_pretrained(tiny_folder)
+    before = model.vqgan.config
+    multipliers = (*before.multipliers, before.multipliers[-1])
+    model.vqgan = VQGAN(replace(before, size=2 * before.size, multipliers=multipliers))
+    model.save_pretrained(tmp_path / "large")
+    with pytest.raises(ValueError, match=r"has 32 pixels a side, .* preprocess with .* 64$"):
+        run("photos", reader=None, model=str(tmp_path / "large"))
 
 
 def test_a_network_that_gives_no_features_is_refused(run, unpainted, tmp_path):
