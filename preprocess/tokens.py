@@ -265,7 +265,8 @@ def tokenize(config: TokenizeConfig) -> int:
     """Makes the token shards that are not made yet, then the manifest; returns the exit status.
 
     Raises:
-        ValueError: settings that cannot work, or a tokenizer or the input is missing or broken.
+        ValueError: settings that cannot work; a tokenizer or the input is missing or broken, or
+            there is not one sample in the input.
         OSError: input or output cannot be reached.
     """
     require(lacking_filesystems(config.input))
@@ -301,6 +302,8 @@ def tokenize(config: TokenizeConfig) -> int:
         f"{summary.done} of {summary.shards} shards done, {summary.skipped} were done before; "
         f"{pictures} pictures, {captions} captions"
     )
+    if not pictures:
+        raise ValueError(f"{config.input}: there is not one sample in it")
     return 0
 
 
