@@ -54,9 +54,25 @@ class TarSource:
     """The samples of one tar."""
 
     name: str  # path or URL
+    size: int  # bytes, when it was listed
 
     def read(self, *, on_reject: OnReject) -> Iterator[Sample]:
-        return read_shard(self.name, on_reject=on_reject)
+        """The samples in order.
+
+        Raises:
+            ShardError: the tar is broken, or of another size by now: it is being written, and the
+                fingerprint of its job is not that of what was read.
+            OSError: it cannot be reached.
+        """
+        yield from read_shard(self.name, on_reject=on_reject)
+        filesystem, inner = fsspec.core.url_to_fs(self.name)
+        filesystem.invalidate_cache(inner)
+        size = filesystem.info(inner)["size"]
+        if size != self.size:
+            raise ShardError(
+                f"{self.name}: had {self.size} bytes when the run began and has {size} now; when "
+                "it is whole, give the command again with --retry-failed"
+            )
 
 
 Entry = tuple[str, dict[str, str], dict[str, bytes]]  # key; ending -> path; ending -> content
@@ -141,8 +157,8 @@ def find_jobs(input: str, *, captions: str = "", samples_per_shard: int = 1000) 
     for path in paths:
         details = fsspec.core.url_to_fs(path)[0].info(path)
         name, size = PurePosixPath(path).name.removesuffix(".tar"), details["size"]
-        job = Job(name, TarSource(path), fingerprint=f"{size} bytes", modified=_modified(details))
-        jobs.append(job)
+        source, when = TarSource(path, size), _modified(details)
+        jobs.append(Job(name, source, fingerprint=f"{size} bytes", modified=when))
     counts = Counter(job.name for job in jobs)
     twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:

@@ -7,6 +7,7 @@ import pytest
 from photo_world import photo_sample, preprocess_scenes, tar_bytes, write_photos
 
 from mas.shards import ShardError, read_shard
+from preprocess.inputs import find_jobs
 
 
 def remake(photos, output):
@@ -76,3 +77,28 @@ def test_an_input_of_another_size_is_refused_until_its_shard_may_be_made_again(t
         preprocess_scenes(photos, output)
     remake(photos, output)
     assert [sample.key for sample in read_shard(str(output / "00001.tar"))] == ["00001", "more"]
+
+
+def test_a_tar_that_grows_during_the_run_fails_and_is_made_when_it_is_whole(
+    tmp_path, monkeypatch, capsys
+):
+    """Its shard would bear the fingerprint of less than it holds, and the next run be refused."""
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for name in ("00000", "00001"):
+        write_photos(photos / f"{name}.tar", [photo_sample(name)])
+
+    def list_and_grow(*arguments, **options):
+        jobs = find_jobs(*arguments, **options)
+        write_photos(photos / "00001.tar", [photo_sample("00001"), photo_sample("more")])
+        return jobs
+
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocess.run.find_jobs", list_and_grow)
+        assert preprocess_scenes(photos, output) == 1
+    printed = capsys.readouterr().out
+    assert "failed: 00001:" in printed and "bytes when the run began" in printed
+    assert sorted(tar_bytes(output)) == ["00000.tar"]
+    assert preprocess_scenes(photos, output, retry_failed=True) == 0
+    assert [sample.key for sample in read_shard(str(output / "00001.tar"))] == ["00001", "more"]
+    assert preprocess_scenes(photos, output) == 0
