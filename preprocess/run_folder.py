@@ -36,6 +36,7 @@ READ_AHEAD = 256  # files
 KEPT = ("finished", "rejected")  # what a run wants to know of a shard that is done
 ALIVE_SECONDS = 60.0  # a run whose heartbeat is older has stopped
 FOREIGN_SECONDS = 20.0  # the same where its process cannot be looked up: on another machine
+LISTEN_SECONDS = 12.0  # in which a run at work gives another heartbeat, whatever its clock says
 
 
 class FolderError(ValueError):
@@ -130,6 +131,7 @@ class RunFolder:
             ReadOnlyError: it cannot be written to.
         """
         self._check_content(command, settings)
+        self._check_alone(self.read(PROGRESS), listening=True)
         filesystem, inner = fsspec.core.url_to_fs(self.path)
         with self._written_to():
             filesystem.makedirs(inner, exist_ok=True)
@@ -215,24 +217,35 @@ class RunFolder:
         except ValueError:
             return {"updated": os.stat(path).st_mtime, "host": "", "pid": None}
 
-    def _check_alone(self, sign: Mapping[str, Any] | None) -> None:
+    def _check_alone(self, sign: Mapping[str, Any] | None, *, listening: bool = False) -> None:
         """Two runs on one folder would remove each other's temporary files.
 
         Args:
             sign: of life of another run: its heartbeat or its lock.
+            listening: wait for another heartbeat before an old one is taken for the last.
         """
-        if sign is None:
+        if sign is None or (sign["host"], sign["pid"]) == (socket.gethostname(), os.getpid()):
             return
-        age, host, pid = time.time() - sign["updated"], sign["host"], sign["pid"]
-        if host == socket.gethostname():
-            at_work = abs(age) < ALIVE_SECONDS and exists(pid) and pid != os.getpid()
-        else:  # whose clock may be ahead of this one's
-            at_work = abs(age) < FOREIGN_SECONDS
-        if at_work:
+        if is_fresh(sign) or (listening and self.is_at_work(sign)):
+            age = abs(time.time() - sign["updated"])
             raise FolderError(
-                f"{self.path}: another run is at work on it ({host}, process {pid}, "
-                f"heard of {abs(age):.0f} s ago); stop that one, or wait for it"
+                f"{self.path}: another run is at work on it ({sign['host']}, process "
+                f"{sign['pid']}, heard of {age if age < ALIVE_SECONDS else 0:.0f} s ago); stop "
+                "that one, or wait for it"
             )
+
+    def is_at_work(self, beat: Mapping[str, Any]) -> bool:
+        """Whether the run that gave a heartbeat goes on.
+
+        The clock of another machine may be wrong. So a heartbeat from there that is not of this
+        moment, be it of the past or of the future, tells nothing: another one is waited for.
+        """
+        if is_fresh(beat) or beat["host"] == socket.gethostname():
+            return is_fresh(beat)
+        deadline = time.monotonic() + LISTEN_SECONDS
+        while (found := self.read(PROGRESS)) == beat and time.monotonic() < deadline:
+            time.sleep(LISTEN_SECONDS / 24)
+        return found not in (None, beat)
 
     def _compare(self, run: dict[str, Any], command: str, settings: dict[str, Any]) -> None:
         if run.get("command") != command:
@@ -287,6 +300,14 @@ class RunFolder:
         for name in self.list_names():
             if name.endswith(RUNNING) or TEMPORARY.fullmatch(name):
                 self.remove(name)
+
+
+def is_fresh(sign: Mapping[str, Any]) -> bool:
+    """Whether a sign of life is of this moment; if given on this machine, by a process there is."""
+    age = abs(time.time() - sign["updated"])
+    if sign["host"] == socket.gethostname():
+        return age < ALIVE_SECONDS and exists(sign["pid"])
+    return age < FOREIGN_SECONDS  # its clock may be ahead
 
 
 def exists(pid: int) -> bool:
