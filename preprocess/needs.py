@@ -53,14 +53,19 @@ def lacking_filesystems(*urls: str) -> list[str]:
     return list(lacks.values())
 
 
+def tell(lacks: Sequence[str]) -> str:
+    """All that is lacking in one line, numbered where there are several."""
+    if len(lacks) == 1:
+        return lacks[0]
+    told = "; ".join(f"({number}) {lack}" for number, lack in enumerate(lacks, start=1))
+    return f"{len(lacks)} things are missing: {told}"
+
+
 def require(lacks: Sequence[str]) -> None:
     """Raises what `lacks` tells of, if anything.
 
     Raises:
-        NeedsError: numbers them where there are several.
+        NeedsError: names all of it.
     """
-    if len(lacks) > 1:
-        told = "; ".join(f"({number}) {lack}" for number, lack in enumerate(lacks, start=1))
-        raise NeedsError(f"{len(lacks)} things are missing: {told}")
     if lacks:
-        raise NeedsError(lacks[0])
+        raise NeedsError(tell(lacks))

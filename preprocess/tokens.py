@@ -31,7 +31,7 @@ from mas.shards import (
     read_captions,
     write_token_shard,
 )
-from mas.storage import file_hash
+from mas.storage import WEIGHTS_FILE, file_hash
 from mas.text import Tokenizer, mirror_caption
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
@@ -53,17 +53,25 @@ class TokenizerPaths:
     vqseg: str  # folder
     vqgan: str  # folder
 
-    def hashes(self) -> dict[str, str]:
-        """sha256 of what decides the tokens, by stream."""
-        files = {
+    @property
+    def files(self) -> dict[str, Path]:
+        """What decides the tokens, by stream."""
+        return {
             "text": Path(self.tokenizer),
-            "scene": Path(self.vqseg) / "model.safetensors",
-            "image": Path(self.vqgan) / "model.safetensors",
+            "scene": Path(self.vqseg) / WEIGHTS_FILE,
+            "image": Path(self.vqgan) / WEIGHTS_FILE,
         }
-        absent = [f"{p} (makes the {s} tokens)" for s, p in files.items() if not p.is_file()]
-        if absent:
-            raise ValueError(f"no such file: {', '.join(absent)}")
-        return {stream: file_hash(path) for stream, path in files.items()}
+
+    def lacks(self) -> list[str]:
+        """What to say of those that are not there."""
+        absent = [f"{p} (makes the {s} tokens)" for s, p in self.files.items() if not p.is_file()]
+        return [f"no such file: {', '.join(absent)}"] if absent else []
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 of each, by stream."""
+        if lacks := self.lacks():
+            raise ValueError(lacks[0])
+        return {stream: file_hash(path) for stream, path in self.files.items()}
 
 
 class Tokenizers(NamedTuple):
@@ -290,7 +298,7 @@ def tokenize(config: TokenizeConfig) -> int:
         settings={**streams, **({"mirror": True} if config.mirror else {})},
         config=config.execution,
         unit="picture",
-        lacks=partial(lacking_device, config.device),
+        lacks=partial(_lacks, paths, config.device),
     )
     if summary.failed:
         return _tell_of_failures(summary)
@@ -305,6 +313,11 @@ def tokenize(config: TokenizeConfig) -> int:
     if not pictures:
         raise ValueError(f"{config.input}: there is not one sample in it")
     return 0
+
+
+def _lacks(paths: TokenizerPaths, device: str) -> list[str]:
+    """What a worker would miss on this machine."""
+    return [*paths.lacks(), *lacking_device(device)]
 
 
 def _tell_of_failures(summary: Summary) -> int:
