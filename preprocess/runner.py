@@ -94,13 +94,13 @@ class Runner:
         if self.worker is None and self.leave:
             self.leave()
         report(0)
-        if not job.again and (stats := self.folder.read(job.name + STATS)):
-            return Outcome(job.name, stats=stats)  # made, but the word of it was lost on its way
         try:
+            if not job.again and (stats := self.folder.read(job.name + STATS)):
+                return Outcome(job.name, stats=stats)  # made, but word of it was lost on its way
             return self._try(job, report)
         except StartError as error:
             return Outcome(job.name, error=str(error), fatal=True)
-        except OSError as error:  # not even the evidence can be written
+        except OSError as error:  # the evidence can be neither read nor written
             text = f"{self.folder.path} on {socket.gethostname()}: {error.strerror or error}"
             with contextlib.suppress(OSError):
                 self.folder.remove(job.name + RUNNING)

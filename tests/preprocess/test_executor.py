@@ -241,6 +241,20 @@ def test_a_run_gives_a_sign_of_life_before_it_reads_what_is_done(world, monkeypa
     assert world.run().status == 0 and seen == ["lock.json", "progress.json"]
 
 
+def test_a_worker_whose_output_is_gone_ends_the_run_and_names_its_machine(world, monkeypatch):
+    read = RunFolder.read
+
+    def unmounted(folder, name):
+        if name == "00003.stats.json":
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        return read(folder, name)
+
+    monkeypatch.setattr(RunFolder, "read", unmounted)
+    where = f"{world.output} on {socket.gethostname()}: Transport endpoint is not connected; "
+    with pytest.raises(OSError, match=f"^{where}finished shards are kept"):
+        world.run()
+
+
 def test_a_listing_of_an_older_state_is_not_believed(world, monkeypatch):
     list_names = RunFolder.list_names
     monkeypatch.setattr(
