@@ -1,12 +1,13 @@
 """What a run needs of a machine: what is missing there is named all at once, before work begins.
 
-In: names of packages, URLs. Out: one sentence per thing that is missing, with the mend. Nothing is
-imported that is heavy, nothing is loaded.
+In: names of packages, URLs. Out: one sentence per thing that is missing, with the mend; how many
+CPUs there are. Nothing is imported that is heavy, nothing is loaded.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 
 import fsspec
@@ -16,6 +17,13 @@ EXTRA = "pip install 'mini-make-a-scene[preprocess]'"
 
 class NeedsError(OSError):
     """What a machine lacks; the message names all of it, with the mends."""
+
+
+def usable_cores() -> int:
+    """CPUs that this process may run on, which a batch system or a container may have limited."""
+    if hasattr(os, "sched_getaffinity"):  # macOS does not say
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def has_module(name: str) -> bool:

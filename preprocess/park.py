@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from pathlib import Path
 import PIL
 
 from mas.shards import Sample, ShardError, ShardWriter, remove_temporary, write_file
+from preprocess.needs import usable_cores
 from preprocess.park_truth import picture
 from preprocess.park_world import HELD_OUT_MODES
 from preprocess.progress import counting
@@ -90,9 +90,7 @@ def park(
     _claim(folder, config)
     missing = {n: r for n, r in config.shards().items() if not (folder / n).exists()}
     indices = [index for span in missing.values() for index in span]
-    # macOS does not say which cores a process may use.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = min(workers or cores or 1, -(-len(indices) // _CHUNK))
+    processes = min(workers or usable_cores(), -(-len(indices) // _CHUNK))
     with counting(len(indices), name="park", unit=" pictures") as tell:
         samples = _paint_all(config, indices, processes)
         for name, span in missing.items():

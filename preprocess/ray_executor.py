@@ -25,7 +25,7 @@ import numpy as np
 
 from mas.errors import first_line
 from preprocess.executor import ExecutorConfig
-from preprocess.needs import EXTRA
+from preprocess.needs import EXTRA, usable_cores
 from preprocess.progress import ProgressBar
 from preprocess.ray_nodes import Nodes, find_fit_nodes, find_unlike
 from preprocess.run_folder import RunFolder
@@ -317,13 +317,22 @@ def _start(config: ExecutorConfig) -> None:
     try:
         ray.init(
             address="local",  # never one that `ray start` or RAY_ADDRESS offers unasked
-            num_cpus=config.workers or os.cpu_count(),
+            num_cpus=config.workers or _bound_cores(),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             **quiet,
         )
     except Exception as error:  # the same
         raise OSError(f"Ray cannot start: {first_line(error)}; {LOCAL_MEND}") from error
+
+
+def _bound_cores() -> int | None:
+    """CPUs this process is bound to, as by SLURM; None = Ray finds out, from a container's quota.
+
+    Of the former Ray knows nothing.
+    """
+    cores = usable_cores()
+    return cores if cores < (os.cpu_count() or 1) else None
 
 
 def _find_cluster(address: str) -> str:
