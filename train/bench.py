@@ -10,10 +10,10 @@ tokens in a temporary folder.
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,8 +34,6 @@ from train.flops import peak_flops, training_flops
 from train.gpt import StreamWeights
 from train.reference import ReferenceGPT
 from train.stage import Optimiser
-
-logger = logging.getLogger(__name__)
 
 SMALL = GPTConfig(layers=10, width=256, heads=4, dropout=0.1)  # configs/small/gpt.yaml
 WARM_UP = 2  # steps before the clock starts; compilation falls into the first
@@ -90,9 +88,7 @@ def bench_train(
         raise ValueError("--device cuda: there is no usable GPU here; use --device cpu")
     network = replace(read_network(config) if config else SMALL, dropout=dropout)
     place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    kinds: tuple[Precision, ...] = (
-        ("32-true", "bf16-mixed") if precision == "both" else (precision,)
-    )
+    kinds: tuple[Precision, ...] = PRECISIONS if precision == "both" else (precision,)
     ours = Setting(
         network=network,
         batch_size=batch_size,
@@ -100,12 +96,7 @@ def bench_train(
         device=place,
         checkpoint_blocks=checkpoint_blocks,
     )
-    results, references = [], []
-    for kind in kinds:
-        for compiled in (False, True) if compile else (False,):
-            results.append(run_apart(measure, replace(ours, precision=kind, compiled=compiled)))
-        if reference:
-            references.append(run_apart(measure, replace(ours, precision=kind, reference=True)))
+    results, references = measure_all(ours, kinds, compile=compile, reference=reference)
     best = max(results, key=lambda result: result["tokens_per_second"])
     loader = measure_loader(network, batch_size)
     figures = {
@@ -126,6 +117,19 @@ def bench_train(
     if references:
         figures |= {"reference": references, "over_reference": compare(results, references)}
     return figures
+
+
+def measure_all(
+    ours: Setting, kinds: Sequence[Precision], *, compile: bool, reference: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Figures of our network and of the reference in each precision, one after the other."""
+    results, references = [], []
+    for kind in kinds:
+        for compiled in (False, True) if compile else (False,):
+            results.append(run_apart(measure, replace(ours, precision=kind, compiled=compiled)))
+        if reference:
+            references.append(run_apart(measure, replace(ours, precision=kind, reference=True)))
+    return results, references
 
 
 def compare(results: list[dict[str, Any]], references: list[dict[str, Any]]) -> dict[str, float]:
