@@ -23,11 +23,13 @@ import numpy as np
 
 from mas.shard_files import (
     ShardError,
+    StoreError,
     expand_shards,
     local_path,
     remove_temporary,
     replacing,
     seekable,
+    store_errors,
     write_file,
 )
 from mas.token_shards import MANIFEST, TOKEN_FORMAT, TokenShards, write_token_shard
@@ -41,6 +43,7 @@ __all__ = [
     "ShardError",
     "ShardIndex",
     "ShardWriter",
+    "StoreError",
     "TokenShards",
     "expand_shards",
     "in_utf8",
@@ -50,6 +53,7 @@ __all__ = [
     "read_captions",
     "read_shard",
     "remove_temporary",
+    "store_errors",
     "write_file",
     "write_token_shard",
 ]

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import fsspec
 
+from mas.shards import StoreError, local_path, store_errors
+
 EXTRA = "pip install 'mini-make-a-scene[preprocess]'"
 
 
@@ -51,13 +53,20 @@ def lacking_modules(*names: str, user: str, mend: str = EXTRA) -> list[str]:
 
 
 def lacking_filesystems(*urls: str) -> list[str]:
-    """What to say of URLs whose file system needs a package that is not installed."""
+    """What to say of URLs whose file system needs a package that is missing, or does not answer."""
     lacks = {}
     for url in urls:
         try:
-            fsspec.core.url_to_fs(url)
+            with store_errors(url):
+                filesystem, inner = fsspec.core.url_to_fs(url)
+                if local_path(url) is None:
+                    filesystem.info(inner)
         except ImportError as error:
             lacks[str(error)] = f"{url}: {error}"
+        except StoreError as error:
+            lacks[str(error)] = str(error)
+        except OSError:  # it answers, if only that nothing is there yet
+            pass
     return list(lacks.values())
 
 

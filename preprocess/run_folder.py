@@ -23,7 +23,7 @@ from typing import Any
 
 import fsspec
 
-from mas.shards import ShardError, local_path, write_file
+from mas.shards import ShardError, local_path, store_errors, write_file
 
 RUN, PROGRESS, SUMMARY, LOCK = "run.json", "progress.json", "summary.json", "lock.json"
 HISTOGRAM = "classes.png"
@@ -58,11 +58,13 @@ class RunFolder:
 
     def list_names(self) -> list[str]:
         """Names of everything in the folder, sorted; empty where there is no folder."""
-        filesystem, inner = fsspec.core.url_to_fs(self.path)
-        filesystem.invalidate_cache(inner)
-        if not filesystem.isdir(inner):
-            return []
-        names = (entry.rstrip("/").rpartition("/")[2] for entry in filesystem.ls(inner, False))
+        with store_errors(self.path):
+            filesystem, inner = fsspec.core.url_to_fs(self.path)
+            filesystem.invalidate_cache(inner)
+            if not filesystem.isdir(inner):
+                return []
+            entries = filesystem.ls(inner, False)
+        names = (entry.rstrip("/").rpartition("/")[2] for entry in entries)
         return sorted(name for name in names if name)
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -72,8 +74,9 @@ class RunFolder:
             FolderError: it is there and is no JSON object.
         """
         try:
-            with fsspec.open(self.file(name), "rb") as file:
-                content = json.loads(file.read())
+            with store_errors(self.path), fsspec.open(self.file(name), "rb") as file:
+                text = file.read()
+            content = json.loads(text)
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -110,7 +113,7 @@ class RunFolder:
         """Removes files that may be there; half-written ones under other names are for `sweep`."""
         filesystem, inner = fsspec.core.url_to_fs(self.path)
         for name in names:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError), store_errors(self.path):
                 filesystem.rm_file(f"{inner}/{name}")
 
     @contextlib.contextmanager

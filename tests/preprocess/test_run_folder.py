@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from mas.shards import write_file
 from preprocess.run_folder import FolderError, RunFolder
 
 HERE = socket.gethostname()
@@ -63,7 +62,7 @@ def hold(folder, name="lock.json", **fields):
     sign = {"updated": time.time(), "host": HERE, "pid": os.getppid(), **fields}
     folder.mkdir(exist_ok=True)
     (folder / "run.json").write_text('{"command": "count", "settings": {}}')
-    write_file(str(folder / name), json.dumps(sign).encode())
+    (folder / name).write_text(json.dumps(sign))
 
 
 def pid_of_the_dead():
@@ -112,11 +111,11 @@ def test_a_heartbeat_of_another_clock_is_believed_as_long_as_others_follow(tmp_p
     folder, stop = RunFolder(str(tmp_path)), threading.Event()
 
     def beat():
-        while not stop.is_set():
-            hold(tmp_path, "progress.json", host="elsewhere", updated=time.time() + seconds)
-            stop.wait(0.05)
+        while not stop.wait(0.05):
+            folder.write("progress.json", {**sign, "updated": time.time() + seconds})
 
-    hold(tmp_path, "progress.json", host="elsewhere", updated=time.time() + seconds)
+    sign = {"host": "elsewhere", "pid": 1}
+    hold(tmp_path, "progress.json", **sign, updated=time.time() + seconds)
     thread = threading.Thread(target=beat)
     thread.start()
     try:
