@@ -264,7 +264,10 @@ class ShardIndex:
             for key, entry in entries.items():
                 missing = [e for e in self.extensions if e not in entry.spans]
                 if missing:
-                    raise ShardError(f"{path}: sample {key} has no {missing[0]}")
+                    raise ShardError(
+                        f"{path}: sample {key} has no {missing[0]}; name scene shards, which mas "
+                        "preprocess writes"
+                    )
                 self.keys.append(key)
                 spans.append([entry.spans[e] for e in self.extensions])
                 shard_ids.append(len(self.paths))

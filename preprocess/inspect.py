@@ -86,22 +86,13 @@ def choose(paths: Sequence[str], count: int) -> Iterator[Sample]:
     most = min(count, REMOTE_SHARDS) if remote else count
     chosen = [paths[i] for i in _evenly(len(paths), most)]
     with tempfile.TemporaryDirectory() as folder:
-        index = _index([_fetch(path, folder) for path in chosen])
+        index = ShardIndex([_fetch(path, folder) for path in chosen], extensions=MEMBERS)
         for path in (path for path in paths if path not in chosen):
             if len(index):
-                break
-            index = _index([_fetch(path, folder)])  # those that were chosen hold no samples
+                break  # else those that were chosen hold no samples
+            index = ShardIndex([_fetch(path, folder)], extensions=MEMBERS)
         for i in _evenly(len(index), count):
             yield index.read(i)
-
-
-def _index(paths: list[str]) -> ShardIndex:
-    try:
-        return ShardIndex(paths, extensions=MEMBERS)
-    except ShardError as error:
-        if " has no " not in str(error):  # broken, not of another kind
-            raise
-        raise ShardError(f"{error}; mas inspect shows what mas preprocess writes") from error
 
 
 def read_pair(sample: Sample) -> tuple[Image.Image, SceneMap]:
