@@ -125,7 +125,7 @@ def _running(folder: RunFolder, names: list[str]) -> dict[str, dict[str, Any]]:
     marks = {name.removesuffix(RUNNING): name for name in names if name.endswith(RUNNING)}
     found = {shard: folder.read(mark) for shard, mark in marks.items()}
     shards = {
-        shard: {**mark, "seconds": round(time.time() - mark["started"], 1)}
+        shard: {**mark, "seconds": round(max(0.0, time.time() - mark["started"]), 1)}
         for shard, mark in found.items()
         if mark is not None  # finished meanwhile
     }

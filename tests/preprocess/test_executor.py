@@ -397,6 +397,9 @@ def test_the_status_tells_rate_and_time_left_of_a_run_on_another_machine(
     assert "running: 3 of 6 shards done, 1 running, 1 failed, 2 left" in printed
     assert "3.0 photos/s, 03:20 left" in printed
     assert "00004, for 02:05, attempt 2, process 77 on node9" in printed
+    folder.write("00004.running.json", {**mark, "started": now + 125})  # by that node's clock
+    preprocess_status(str(world.output))
+    assert "00004, for 00:00, attempt 2" in capsys.readouterr().out
     for seconds in (-600, 600):  # the clock may have been ahead
         folder.write("progress.json", {**beat, "made": 3, "updated": now + seconds})
         preprocess_status(str(world.output))
