@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import socket
@@ -24,6 +25,8 @@ from typing import Any
 import fsspec
 
 from mas.shards import ShardError, local_path, store_errors, write_file
+
+logger = logging.getLogger(__name__)
 
 RUN, PROGRESS, SUMMARY, LOCK = "run.json", "progress.json", "summary.json", "lock.json"
 HISTOGRAM = "classes.png"
@@ -245,6 +248,10 @@ class RunFolder:
         """
         if is_fresh(beat) or beat["host"] == socket.gethostname():
             return is_fresh(beat)
+        logger.info(
+            "%s: the heartbeat of the run on %s is not of this moment; listening for another, %g s",
+            *(self.path, beat["host"], LISTEN_SECONDS),
+        )
         deadline = time.monotonic() + LISTEN_SECONDS
         while (found := self.read(PROGRESS)) == beat and time.monotonic() < deadline:
             time.sleep(LISTEN_SECONDS / 24)
