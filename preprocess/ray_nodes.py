@@ -2,7 +2,7 @@
 
 In: a function that tells what a worker would miss where it is called. Out: what the fit nodes have,
 and the option that keeps Ray's workers from the others, each of which is told of. A node without a
-package or weights would otherwise end the run; one that were left to fail would draw all jobs to
+package or weights would otherwise end the run; one that was left to fail would draw all jobs to
 itself.
 """
 

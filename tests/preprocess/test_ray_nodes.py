@@ -64,6 +64,11 @@ def test_a_node_that_gives_no_answer_is_not_left_out(ask, monkeypatch):
     assert ask(lambda: time.sleep(60)).options == OPTIONS
 
 
+def test_a_cluster_whose_nodes_are_yet_to_come_is_not_asked(monkeypatch, local_ray, ask):
+    monkeypatch.setattr(local_ray, "nodes", list)
+    assert ask().options == OPTIONS
+
+
 def test_workers_are_counted_and_started_on_the_fit_nodes_alone(
     monkeypatch, local_ray, output, caplog
 ):
