@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import fsspec
 
@@ -68,6 +68,19 @@ def lacking_filesystems(*urls: str) -> list[str]:
         except OSError:  # it answers, if only that nothing is there yet
             pass
     return list(lacks.values())
+
+
+def lacking_input(path: str) -> list[str]:
+    """What to say of an input that is not to be seen on this machine; URLs are not looked up."""
+    local = local_path(path)
+    if local is None or os.path.exists(local):
+        return []
+    return [f"the input {path} is not there: mount it"]
+
+
+def gather(*parts: Callable[[], list[str]]) -> list[str]:
+    """What each of them says that is lacking."""
+    return [lack for part in parts for lack in part()]
 
 
 def tell(lacks: Sequence[str]) -> str:

@@ -38,7 +38,7 @@ from mas.vqseg import VQSEG
 from preprocess.batching import lacking_device, pick_device
 from preprocess.executor import ExecutorConfig, Summary, check_numbers, execute
 from preprocess.inputs import absolute, find_jobs
-from preprocess.needs import lacking_filesystems, require
+from preprocess.needs import gather, lacking_filesystems, lacking_input, require
 from preprocess.run_folder import STATS, RunFolder
 from preprocess.runner import Job, Report
 
@@ -298,7 +298,12 @@ def tokenize(config: TokenizeConfig) -> int:
         settings={**streams, **({"mirror": True} if config.mirror else {})},
         config=config.execution,
         unit="picture",
-        lacks=partial(_lacks, paths, config.device),
+        lacks=partial(
+            gather,
+            paths.lacks,
+            partial(lacking_device, config.device),
+            partial(lacking_input, absolute(jobs[0].source.name)),
+        ),
     )
     if summary.failed:
         return _tell_of_failures(summary)
@@ -313,11 +318,6 @@ def tokenize(config: TokenizeConfig) -> int:
     if not pictures:
         raise ValueError(f"{config.input}: there is not one sample in it")
     return 0
-
-
-def _lacks(paths: TokenizerPaths, device: str) -> list[str]:
-    """What a worker would miss on this machine."""
-    return [*paths.lacks(), *lacking_device(device)]
 
 
 def _tell_of_failures(summary: Summary) -> int:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import pickle
 import re
 import socket
 import subprocess
@@ -160,6 +161,31 @@ def test_a_package_missing_within_a_shard_is_no_fault_of_the_shard(tmp_path):
             config=ExecutorConfig(kind="serial"),
         )
     assert not list((tmp_path / "out").glob("*.error.json"))
+
+
+@pytest.mark.parametrize("loose", [False, True])
+def test_a_machine_that_does_not_see_the_input_says_so(tmp_path, monkeypatch, loose):
+    """It would set aside one shard after the other."""
+    shards = make_shards(tmp_path / "in", shards=2, photos=1)
+    if loose:
+        for path in shards.iterdir():
+            path.unlink()
+        (shards / "a.jpg").write_bytes(b"")
+    seen = []
+
+    def keep(*_, lacks, **__):
+        seen.append(pickle.loads(pickle.dumps(lacks)))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("preprocess.run.execute", keep)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match="enough"):
+        preprocess(PreprocessConfig(input="in", output="out", executor="serial"))
+    monkeypatch.chdir("/")  # as a worker elsewhere
+    assert seen[0]() == []
+    shards.rename(tmp_path / "away")
+    missing = shards if loose else shards / "00000.tar"
+    assert seen[0]() == [f"the input {missing} is not there: mount it"]
 
 
 class Elsewhere:
