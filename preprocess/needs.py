@@ -1,7 +1,7 @@
 """What a run needs of a machine: what is missing there is named all at once, before work begins.
 
 In: names of packages, URLs. Out: one sentence per thing that is missing, with the mend; how many
-CPUs there are. Nothing is imported that is heavy, nothing is loaded.
+CPUs there are. Nothing is loaded, and nothing heavy imported but PyTorch where GPUs are asked for.
 """
 
 from __future__ import annotations
@@ -76,6 +76,23 @@ def lacking_input(path: str) -> list[str]:
     if local is None or os.path.exists(local):
         return []
     return [f"the input {path} is not there: mount it"]
+
+
+def lacking_gpu(share: float) -> list[str]:
+    """What to say where workers get shares of a GPU that PyTorch does not see.
+
+    Networks whose device is `auto` would take the CPU without a word, and a hundred times as long.
+    """
+    if not share:
+        return []
+    import torch  # takes a second
+
+    if torch.cuda.is_available():
+        return []
+    return [
+        f"--gpus-per-worker {share:g}, but PyTorch sees no GPU: install one that fits the driver, "
+        "or leave the option out"
+    ]
 
 
 def gather(*parts: Callable[[], list[str]]) -> list[str]:

@@ -38,7 +38,13 @@ from mas.vqseg import VQSEG
 from preprocess.batching import lacking_device, pick_device
 from preprocess.executor import ExecutorConfig, Summary, check_numbers, execute
 from preprocess.inputs import absolute, find_jobs
-from preprocess.needs import gather, lacking_filesystems, lacking_input, require
+from preprocess.needs import (
+    gather,
+    lacking_filesystems,
+    lacking_gpu,
+    lacking_input,
+    require,
+)
 from preprocess.run_folder import STATS, RunFolder
 from preprocess.runner import Job, Report
 
@@ -303,6 +309,7 @@ def tokenize(config: TokenizeConfig) -> int:
             paths.lacks,
             partial(lacking_device, config.device),
             partial(lacking_input, absolute(jobs[0].source.name)),
+            partial(lacking_gpu, config.gpus_per_worker),
         ),
     )
     if summary.failed:
