@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,6 @@ WARM_UP = 2  # steps before the clock starts; compilation falls into the first
 PICTURES = 512  # of the random token shard
 
 Precision = Literal["32-true", "bf16-mixed"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,9 @@ def bench_train(
         raise ValueError("--device cuda: there is no usable GPU here; use --device cpu")
     network = replace(read_network(config) if config else SMALL, dropout=dropout)
     place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    kinds: tuple[Precision, ...] = PRECISIONS if precision == "both" else (precision,)
+    kinds: tuple[Precision, ...] = (
+        ("32-true", "bf16-mixed") if precision == "both" else (precision,)
+    )
     ours = Setting(
         network=network,
         batch_size=batch_size,
