@@ -15,7 +15,7 @@ from preprocess.executor import ExecutorConfig, Summary, execute
 from preprocess.executor import _take_in as take_in
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import FolderError, RunFolder
-from preprocess.runner import Job, Outcome
+from preprocess.runner import Job, Outcome, Runner
 from preprocess.status import preprocess_status
 
 NAMES = [f"{i:05d}" for i in range(6)]
@@ -199,6 +199,37 @@ def test_a_worker_that_cannot_be_made_again_ends_the_run_and_spares_the_shards(w
     with pytest.raises(OSError, match=f"{socket.gethostname()}: no GPU here; .* run again"):
         execute(jobs, factory, str(world.output), command="count", settings={}, config=config)
     assert not world.names("*.error.json")
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [
+        (RuntimeError("CUDA out of memory"), 3),  # of the process before this one
+        (OSError(errno.ESTALE, "Stale file handle"), 3),
+        (OSError("weights missing: run mas fetch-weights"), 1),
+        (ValueError("no such device"), 1),
+        (ImportError("no such package"), 1),
+    ],
+)
+def test_what_may_pass_is_tried_again_before_a_worker_is_given_up(world, monkeypatch, error, tries):
+    monkeypatch.setattr("preprocess.runner.START_SECONDS", (0.0, 0.0))
+    made = []
+
+    def factory(fails):
+        made.append(1)
+        if len(made) <= fails:
+            raise error
+        return lambda job, report: {}
+
+    folder = RunFolder(str(world.output))
+    with pytest.raises(type(error)):
+        Runner(partial(factory, 9), folder, {}, leave=lambda: None)
+    assert len(made) == tries
+    made.clear()
+    if tries > 1:
+        assert Runner(partial(factory, 2), folder, {}, leave=lambda: None).worker
+    with pytest.raises(type(error)):  # this process has nothing that another one may free
+        Runner(partial(factory, 9), folder, {})
 
 
 def test_a_cluster_without_a_free_cpu_is_told_of(world, local_ray, caplog, monkeypatch):
