@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -116,7 +117,7 @@ def _fetch(path: str, folder: str) -> str:
     if local_path(path) is not None:
         return path
     filesystem, inner = fsspec.core.url_to_fs(path)
-    copy = f"{folder}/{Path(inner).name}"
+    copy = f"{folder}/{len(os.listdir(folder))}-{Path(inner).name}"  # two may have one name
     filesystem.get_file(inner, copy)
     return copy
 
