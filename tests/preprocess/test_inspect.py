@@ -54,7 +54,6 @@ def test_samples_are_spread_over_the_shards(scenes):
 
 
 def test_remote_shards_give_the_same_sheet_and_only_a_few_are_copied(scenes, tmp_path, monkeypatch):
-
     memory = fsspec.filesystem("memory")
     for path in scenes.glob("*.tar"):
         memory.pipe(f"/inspected/{path.name}", path.read_bytes())
