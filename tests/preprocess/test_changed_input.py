@@ -102,3 +102,29 @@ def test_a_tar_that_grows_during_the_run_fails_and_is_made_when_it_is_whole(
     assert preprocess_scenes(photos, output, retry_failed=True) == 0
     assert [sample.key for sample in read_shard(str(output / "00001.tar"))] == ["00001", "more"]
     assert preprocess_scenes(photos, output) == 0
+
+
+def test_a_caption_that_is_edited_during_the_run_fails_its_shard_alone(
+    tmp_path, monkeypatch, capsys
+):
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for key in "abc":
+        for ending, content in photo_sample(key).files.items():
+            (photos / f"{key}.{ending}").write_bytes(content)
+
+    def list_and_edit(*arguments, **options):
+        jobs = find_jobs(*arguments, **options)
+        (photos / "b.txt").write_bytes(b"a caption of another length")
+        return jobs
+
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocess.run.find_jobs", list_and_edit)
+        assert preprocess_scenes(photos, output, samples_per_shard=1) == 1
+    assert "photos: b to b: had " in capsys.readouterr().out
+    assert sorted(tar_bytes(output)) == ["00000.tar", "00002.tar"]
+    options = {"samples_per_shard": 1, "retry_failed": True}
+    assert preprocess_scenes(photos, output, **options) == 0
+    (sample,) = read_shard(str(output / "00001.tar"))
+    assert sample.files["txt"] == b"a caption of another length"
+    assert preprocess_scenes(photos, output, samples_per_shard=1) == 0
