@@ -1,5 +1,7 @@
 """Mask2Former, tiny and random: colour order, aspect, padding, instances, labels."""
 
+import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -160,3 +162,26 @@ def test_missing_mask2former_weights_name_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("MAS_WEIGHTS", str(tmp_path))
     with pytest.raises(WeightsError, match="--name mask2former-swin-base-coco-panoptic"):
         Mask2FormerPanoptic(weights="mask2former-swin-base-coco-panoptic")
+
+
+def cut(folder):
+    os.truncate(folder / "model.safetensors", 5000)
+
+
+def exchange(folder):
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+
+
+def remove(folder):
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("damage", [cut, exchange, remove])
+def test_damaged_mask2former_weights_are_named_in_one_line(tiny, tmp_path, damage):
+    """As a download leaves them that was cut."""
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny, folder)
+    damage(folder)
+    with pytest.raises(WeightsError, match=f"^{folder}: not a readable Mask2Former .* again$") as e:
+        load_mask2former(str(folder))
+    assert "\n" not in str(e.value)
