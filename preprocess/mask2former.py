@@ -150,7 +150,9 @@ def load_mask2former(weights: str) -> tuple[Any, Any]:
     folder = find_weights(weights)
     described = (folder / "preprocessor_config.json").is_file()
     try:
-        network = Mask2FormerForUniversalSegmentation.from_pretrained(folder, local_files_only=True)
+        network, loaded = Mask2FormerForUniversalSegmentation.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
         processor = (
             Mask2FormerImageProcessorPil.from_pretrained(folder, local_files_only=True)
             if described
@@ -161,6 +163,13 @@ def load_mask2former(weights: str) -> tuple[Any, Any]:
             f"{folder}: not a readable Mask2Former of transformers ({first_line(error)}); remove "
             "the folder and fetch it again"
         ) from error
+    # transformers fills what a file lacks at random, and only warns.
+    absent = sorted(set(loaded["missing_keys"]) & {name for name, _ in network.named_parameters()})
+    if absent:
+        raise WeightsError(
+            f"{folder}: lacks {len(absent)} of the network's tensors, such as {absent[0]}; remove "
+            "the folder and fetch it again"
+        )
     if network.config.num_labels != len(PANOPTIC_CLASSES):
         raise WeightsError(
             f"{folder}: has {network.config.num_labels} labels, not COCO panoptic's "

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mas.scene import PANOPTIC_CLASSES, VOID
 from mas.shards import Sample
@@ -185,3 +186,13 @@ def test_damaged_mask2former_weights_are_named_in_one_line(tiny, tmp_path, damag
     with pytest.raises(WeightsError, match=f"^{folder}: not a readable Mask2Former .* again$") as e:
         load_mask2former(str(folder))
     assert "\n" not in str(e.value)
+
+
+def test_what_is_missing_in_mask2former_weights_is_not_made_up(tiny, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["class_predictor.bias"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"lacks 1 of .* such as class_predictor\.bias; remove"):
+        load_mask2former(str(folder))
