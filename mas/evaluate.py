@@ -91,6 +91,7 @@ def evaluate(
     unseen: str | None = None,
     reader: Path | None = None,
     extractor: Path | None = None,
+    trust_program: bool = False,
     clip: str | None = None,
     count: int = 200,
     guidance: list[float] | None = None,
@@ -115,6 +116,8 @@ def evaluate(
             that ships with the model.
         extractor: file of a feature extractor, such as Inception's weights, for FID and KID as they
             are published.
+        trust_program: also load an extractor that was saved with its graph (TorchScript, .pt2),
+            which runs code from the file.
         clip: which CLIP gives the CLIP score: a folder, or a hub id that was downloaded before
             (default: not measured).
         count: pictures, spread evenly over the shards.
@@ -137,7 +140,7 @@ def evaluate(
     cases = read_cases(input, count)
     others = read_cases(unseen, count) if unseen else None
     eye = find_reader(reader, find_folder(model))
-    features = Extractor(extractor) if extractor else None
+    features = Extractor(extractor, trust_program=trust_program) if extractor else None
     matcher = None if clip is None else Clip.from_pretrained(clip, device=device)
     network = MakeAScene.from_pretrained(model, device=device, precision=precision)
     if scene_candidates is not None:

@@ -217,7 +217,7 @@ class Means(nn.Module):
 def test_distances_on_features_of_a_file_say_what_they_were_measured_with(run, tmp_path):
     path = tmp_path / "means.pt"
     torch.jit.trace(Means(), torch.zeros(2, 3, 32, 32)).save(str(path))
-    output, figures = run(extractor=path)
+    output, figures = run(extractor=path, trust_program=True)
     distance = figures["published_distance"]
     assert distance["count"] == distance["true_count"] == 6
     assert distance["extractor"] == "means.pt" and distance["fid"] > 0
@@ -257,7 +257,7 @@ def test_scenes_smaller_than_the_models_are_refused(run, unpainted, monkeypatch)
 def test_a_network_that_gives_no_features_is_refused(run, unpainted, tmp_path):
     torch.jit.script(nn.Identity()).save(tmp_path / "pictures.pt")
     with pytest.raises(WeightsError, match="one row of features each"):
-        run(extractor=tmp_path / "pictures.pt")
+        run(extractor=tmp_path / "pictures.pt", trust_program=True)
 
 
 def test_one_picture_is_too_few(unpainted, run, shards, tmp_path):
