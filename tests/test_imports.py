@@ -18,7 +18,7 @@ MAS_ORDER = """
     sequence heap cache gpt filter quantize decoder fast_decoder generate candidates cuda_kernels
     cuda_blocks cuda_step cuda_decoder precision progress model_folder bench_sample codec request
     model rerank metrics weights_file sample drawing painter studio_canvas studio_page studio_guard
-    studio obedience cases distances inception features examiner figures report evaluate bench
+    studio obedience cases distances inception features examiner figures report evaluate
     doctor
 """.split()
 FOREIGN_TO_MAS = {"ray", "detectron2", "face_alignment", "pytorch_lightning"}
@@ -78,6 +78,12 @@ def test_mas_imports_only_to_its_left(path):
     allowed = set(MAS_ORDER[: MAS_ORDER.index(path.stem)])
     assert own_modules(path, "mas") <= allowed
     assert not top_level(path) & (FOREIGN_TO_MAS | {"preprocess", "train"})
+
+
+def test_the_order_names_what_there_is_and_stands_in_the_documentation():
+    assert sorted(MAS_ORDER) == sorted(path.stem for path in files("mas") if path.stem[:2] != "__")
+    _, told = (ROOT / "docs/architecture.md").read_text("utf-8").split("```\nmas ", 1)
+    assert told.partition("each module imports")[0].split() == MAS_ORDER
 
 
 @pytest.mark.parametrize("path", files("preprocess"), ids=lambda p: p.stem)
