@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mas.errors import asked_for
+from mas.errors import asked_for, why_unread
 from mas.storage import UNREADABLE, StorageError, check_tensors
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN, QuantizerName, VQGANConfig
@@ -230,9 +230,9 @@ def _load(path: Path, source: Path | io.BytesIO, *, trust_pickle: bool) -> Any:
             f"{path}: pickles objects of a package that is not installed here ({error})"
         ) from error
     except UNREADABLE as error:
-        reason = str(error).split(". ")[0] or type(error).__name__
         raise CheckpointError(
-            f"{path}: no PyTorch checkpoint, or a truncated one; download it again ({reason})"
+            f"{path}: no PyTorch checkpoint, or a truncated one; download it again "
+            f"({why_unread(error)})"
         ) from error
 
 
