@@ -24,7 +24,7 @@ from mas.model import MakeAScene
 from mas.obedience import CLAIMS
 from mas.reader import Reader, ReaderConfig
 from mas.report import draw_sweep
-from mas.shards import ShardError, ShardWriter
+from mas.shards import Sample, ShardError, ShardWriter
 from mas.storage import save_network
 from mas.weights_file import WeightsError
 from preprocess.park_truth import picture
@@ -367,6 +367,45 @@ def test_pictures_without_a_caption_are_refused(tmp_path):
         writer.write(sample)
     with pytest.raises(ShardError, match="00000: has no caption"):
         read_cases(str(tmp_path), 2)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Writes one picture of which some files are others."""
+
+    def write(**files):
+        sample = to_sample(picture(3, 0, size=32), "00000")
+        named = {name.replace("_", "."): content for name, content in files.items()}
+        with ShardWriter(str(tmp_path / "00000.tar")) as writer:
+            writer.write(Sample(sample.key, sample.files | named))
+        return str(tmp_path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[1]", r"00000\.json: not a JSON object"),
+        (b"{", "00000: caption or JSON cannot be read"),
+        (b"[" * 10**5, "00000: caption or JSON cannot be read"),
+        (b'{"park": {"format": 1, "facts": []}}', r"00000\.json: its park entry has no held_out"),
+    ],
+)
+def test_what_is_wrong_with_the_json_of_a_picture_is_said(content, message, broken):
+    with pytest.raises(ShardError, match=message):
+        read_cases(broken(json=content), 2)
+
+
+def test_files_of_a_picture_that_cannot_be_read_are_named(broken):
+    (case,) = read_cases(broken(jpg=b"no picture", scene_png=b"no scene"), 2).cases
+    for look, name in (
+        (lambda: case.side, r"00000\.scene\.png"),
+        (lambda: case.scene(32), r"00000\.scene\.png"),
+        (lambda: case.pixels(32), r"00000\.jpg"),
+    ):
+        with pytest.raises(ShardError, match=f"{name}: cannot be read"):
+            look()
 
 
 def test_distances_of_known_sets():
