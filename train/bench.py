@@ -17,7 +17,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,7 +42,6 @@ WARM_UP = 2  # steps before the clock starts; compilation falls into the first
 PICTURES = 512  # of the random token shard
 
 Precision = Literal["32-true", "bf16-mixed"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True, kw_only=True)
