@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,13 +37,14 @@ from mas.figures import (
     plain,
     share_claims,
 )
+from mas.filter import Sampling
 from mas.model import MakeAScene
 from mas.model_folder import SHIPPED, find_folder
 from mas.obedience import CLAIMS, Obedience
 from mas.precision import Precision
 from mas.reader import Reader
 from mas.report import Row, doubt_reader, name_guidance, write_report
-from mas.request import check_candidates
+from mas.request import check_candidates, check_memory
 from mas.rerank import Clip, Judge
 from mas.storage import CONFIG_FILE
 
@@ -65,6 +67,8 @@ class Plan:
             _check_least(name, value, 2)
         if len(set(self.guidances)) != len(self.guidances):
             raise ValueError(f"--guidance names one twice: {[*self.guidances]}")
+        for guidance in self.guidances:
+            Sampling(guidance=guidance)  # refuses one that cannot be
 
     @property
     def sweeps(self) -> bool:
@@ -302,13 +306,17 @@ def check_place(output: Path) -> None:
 
     Raises:
         ValueError: not called .json, or a folder.
-        OSError: its folder cannot be made.
+        OSError: its folder cannot be made, or takes no files.
     """
     if output.suffix != ".json":
         raise ValueError(f"--output must end in .json, got {output}")
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder; name a file in it")
     output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(output)) from error
 
 
 def _check_least(name: str, value: int, least: int) -> None:
@@ -321,7 +329,7 @@ def check_cases(examiner: Examiner, cases: Cases, others: Cases | None, *, sweep
 
     Raises:
         ValueError: there are too few pictures to compare, there is nothing to choose a guidance
-            by, or a scene is smaller than the model's.
+            by, a scene is smaller than the model's, or a batch larger than the memory.
     """
     if len(cases.cases) < 2:
         raise ValueError("--input holds one picture; an evaluation needs two or more")
@@ -335,6 +343,9 @@ def check_cases(examiner: Examiner, cases: Cases, others: Cases | None, *, sweep
                 f"scene {case.key} has {case.side} pixels a side, the model's have "
                 f"{examiner.size}: preprocess with --photo.size {examiner.size}"
             )
+    most = max(len(cases.cases), len(others.cases) if others else 0)
+    at_a_time = examiner.at_a_time(most)
+    check_memory(at_a_time, fitting=examiner.model.pictures_that_fit())
 
 
 def spread_out(cases: Sequence[Case], count: int) -> list[Case]:

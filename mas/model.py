@@ -315,7 +315,7 @@ class MakeAScene(Codec):
             on_progress=on_progress,
         )
         at_a_time = min(request.batch, len(request.seeds) * request.draws)
-        check_memory(self.decoder, self._gpt.config, at_a_time)
+        check_memory(at_a_time, fitting=self.pictures_that_fit())
         with torch.inference_mode(), undisturbed(self.device):
             return self._paint(request)
 

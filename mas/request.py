@@ -21,11 +21,8 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from mas.filter import StreamSampling
-from mas.generate import Decoder
-from mas.gpt import GPTConfig
 from mas.judge import SceneJudge
 from mas.model_folder import ModelError
-from mas.precision import pictures_that_fit
 from mas.progress import Progress
 from mas.scene import VOID, SceneMap, find_edges
 from mas.sequence import FREE
@@ -215,13 +212,12 @@ def check_candidates(candidates: int, judge: SceneJudge | None) -> int:
     return candidates
 
 
-def check_memory(decoder: Decoder, config: GPTConfig, pictures: int) -> None:
-    """Refuses more pictures at a time than the free memory holds.
+def check_memory(pictures: int, *, fitting: int) -> None:
+    """Refuses more pictures at a time than fit into the free memory.
 
     Raises:
         ModelError: names the number that fits.
     """
-    fitting = pictures_that_fit(decoder, config)
     if pictures > fitting:
         raise ModelError(
             f"{pictures} pictures at a time do not fit into the memory, {fitting} do: "

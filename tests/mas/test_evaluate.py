@@ -1,6 +1,9 @@
 """`mas evaluate` on a tiny model, a tiny reader and a few park pictures."""
 
+import errno
 import json
+import os
+import tempfile
 from dataclasses import asdict
 
 import numpy as np
@@ -21,6 +24,7 @@ from mas.filter import Sampling, StreamSampling
 from mas.generate import generate
 from mas.metrics import SceneMetrics
 from mas.model import MakeAScene
+from mas.model_folder import ModelError
 from mas.obedience import CLAIMS
 from mas.reader import Reader, ReaderConfig
 from mas.report import draw_sweep
@@ -281,10 +285,43 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(tmp_p
         command.evaluate(input="nowhere", output=tmp_path / "file" / "report.json")
 
 
+def test_a_folder_that_takes_no_files_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "a name that nobody knows")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OSError, match=r"Read-only file system: '.*report\.json'"):
+        command.evaluate(input="nowhere", output=tmp_path / "report.json")
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_anything_is_painted(
+    run, unpainted, monkeypatch
+):
+    monkeypatch.setattr(MakeAScene, "pictures_that_fit", lambda _: 3)
+    with pytest.raises(ModelError, match=r"4 pictures at a time .* use batch 3"):
+        run("park", batch=4)
+    with pytest.raises(pytest.fail.Exception, match="painted"):
+        run("park", batch=3)
+
+
+def test_a_memory_that_runs_out_all_the_same_is_said(run, monkeypatch):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("mas.examiner.generate", run_out)
+    with pytest.raises(ModelError, match="ran out with 4 pictures at a time: try batch 2"):
+        run("park", batch=4)
+
+
 @pytest.mark.parametrize("wrong", [{"count": 1}, {"seeds": 1}, {"sweep_count": 1}, {"batch": 0}])
 def test_counts_that_cannot_be_are_refused_before_anything_is_read(wrong, tmp_path):
     with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')} is"):
         command.evaluate(input="nowhere", output=tmp_path / "r.json", **wrong)
+
+
+def test_a_guidance_that_cannot_be_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ValueError, match=r"guidance is 2000\.0, use a number from 0 to 1000"):
+        command.evaluate(input="nowhere", output=tmp_path / "r.json", guidance=[2.0, 2000.0])
 
 
 @pytest.mark.parametrize("miou", [0.0, 0.002, 0.09, 0.1, 0.7])

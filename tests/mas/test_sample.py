@@ -336,7 +336,7 @@ def test_parts_that_do_not_fit_are_one_line(run, tmp_path, parts):
 
 
 def test_too_little_memory_names_the_batch_that_fits(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(mas.request, "pictures_that_fit", lambda decoder, config: 5)
+    monkeypatch.setattr(MakeAScene, "pictures_that_fit", lambda _: 5)
     status, _, err = run(CAPTION, "--count=8", "--output", "out")
     assert status == 1 and not (tmp_path / "out").exists()
     assert err == (
