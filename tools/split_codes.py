@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 
 import torch
+from plain_errors import run
 from tqdm import tqdm
 
 from mas.scene import HUMAN_IDS
@@ -77,4 +78,4 @@ def read_features(network: VQSEG, shards: str, count: int) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
