@@ -23,6 +23,7 @@ gr = pytest.importorskip("gradio", reason="needs the extra studio")
 from studio_visitor import Studio, Visitor, scene_of  # noqa: E402
 
 from mas.painter import Painter  # noqa: E402
+from mas.studio import check_address  # noqa: E402
 from mas.studio_canvas import MOST_OPENING, NOTHING, build_canvas, colour_of  # noqa: E402
 from mas.studio_page import Page, address_of, legend, tell  # noqa: E402
 
@@ -137,6 +138,19 @@ def test_a_port_that_cannot_be_had_is_said_in_one_line(tiny_folder, capsys):
     assert "--port is 70000, use a number from 1 to 65535" in capsys.readouterr().err
     assert main(["studio", "--model", "nowhere"]) == 1
     assert "nowhere: no such model folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.1", "127.0.0.1"])
+def test_the_address_is_told_in_numbers_whatever_it_is_called(host):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert check_address(host, port) == "127.0.0.1"
+
+
+def test_an_empty_host_could_be_any():
+    with pytest.raises(ValueError, match=r"--host is empty, use 127\.0\.0\.1"):
+        check_address("", 7860)
 
 
 def test_the_server_shows_files_of_its_own_only(address, tmp_path):
