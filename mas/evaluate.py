@@ -44,7 +44,7 @@ from mas.obedience import CLAIMS, Obedience
 from mas.precision import Precision
 from mas.reader import Reader
 from mas.report import Row, doubt_reader, name_guidance, write_report
-from mas.request import check_candidates, check_memory
+from mas.request import check_candidates, check_memory, check_seed
 from mas.rerank import Clip, Judge
 from mas.storage import CONFIG_FILE
 
@@ -139,6 +139,7 @@ def evaluate(
     """
     for name, value, least in (("count", count, 2), ("batch", batch, 1)):
         _check_least(name, value, least)
+    check_seed(seed, pictures=max(count, seeds))
     plan = Plan(guidances=guidance or (), sweep_count=sweep_count, seeds=seeds)
     check_place(output)
     cases = read_cases(input, count)

@@ -84,9 +84,7 @@ class Request:
         given = self.scene is not None or self.image is not None
         if not given and not all(text.strip() for text in self.captions):
             raise ModelError("the caption is empty: say what to paint, or give a scene")
-        if not 0 <= self.seed <= LARGEST_SEED - self.count:
-            many = f" for {self.count} pictures" if 0 <= self.seed <= LARGEST_SEED else ""
-            raise ModelError(f"seed is {self.seed}{many}, use a number from 0 to 2^63 - 1")
+        check_seed(self.seed, pictures=self.count)
         if self.on_progress is not None and not callable(self.on_progress):
             raise ModelError(f"on_progress is {self.on_progress!r}, use a function")
 
@@ -133,6 +131,17 @@ def whole_number(name: str, value: int, *, least: int | None = None) -> int:
     if least is not None and number < least:
         raise ModelError(f"{name} is {number}, use {least} or more")
     return number
+
+
+def check_seed(seed: int, *, pictures: int) -> None:
+    """Refuses a seed that is no seed, or has none for the last of so many pictures.
+
+    Raises:
+        ModelError: names the seeds that can be.
+    """
+    if not 0 <= seed <= LARGEST_SEED - pictures + 1:
+        many = f" for {pictures} pictures" if 0 <= seed <= LARGEST_SEED else ""
+        raise ModelError(f"seed is {seed}{many}, use a number from 0 to 2^63 - {pictures}")
 
 
 def give_scene(

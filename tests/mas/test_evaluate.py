@@ -319,6 +319,12 @@ def test_counts_that_cannot_be_are_refused_before_anything_is_read(wrong, tmp_pa
         command.evaluate(input="nowhere", output=tmp_path / "r.json", **wrong)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63 - 5])
+def test_a_seed_that_cannot_be_is_refused_before_anything_is_read(seed, tmp_path):
+    with pytest.raises(ValueError, match=rf"seed is {seed}.*, use a number from 0 to 2\^63 - 6"):
+        command.evaluate(input="nowhere", output=tmp_path / "r.json", seed=seed, count=6)
+
+
 def test_a_guidance_that_cannot_be_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"guidance is 2000\.0, use a number from 0 to 1000"):
         command.evaluate(input="nowhere", output=tmp_path / "r.json", guidance=[2.0, 2000.0])
