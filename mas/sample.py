@@ -252,11 +252,13 @@ def read_picture(path: Path) -> tuple[Image.Image, np.ndarray]:
     try:
         image = Image.open(path, formats=["PNG", "WEBP"])
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{path}: {image.width}x{image.height} is too large")
+            raise ModelError(f"{path}: {image.width}x{image.height} is too large")
         bands_HWC = np.asarray(image.convert("RGBA"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except ModelError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable PNG or WebP ({error})") from error
     if image.width != image.height:
         raise ValueError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import mas.request
 import mas.sample
@@ -253,6 +253,9 @@ def prepare_bad_input():
     Image.new("RGBA", (32, 48)).save("wide-picture.png")
     Image.new("RGB", (32, 32)).save("whole.png")
     Image.new("RGBA", (2, 2)).save("tiny.png")
+    words = PngImagePlugin.PngInfo()
+    words.add_text("said", "x" * 2**21, zip=True)  # more than Pillow unpacks
+    drawn().save("words.png", pnginfo=words)
     with open("empty.txt", "w") as file:
         file.write("\n \n")
     with open("binary.txt", "wb") as file:
@@ -284,6 +287,7 @@ def prepare_bad_input():
         ([CAPTION, "--image", "tiny.png"], "tiny.png: 2x2 pixels are too few, use 4x4 or more"),
         ([CAPTION, "--scene", "tiny.png", "--fill-void"], "tiny.png: 2x2 pixels are too few"),
         ([CAPTION, "--image", "file"], "not a readable PNG or WebP"),
+        ([CAPTION, "--image", "words.png"], "words.png: not a readable PNG or WebP"),
         ([CAPTION, "--keep", "2"], "--keep keeps the best by --rerank"),
         ([CAPTION, "--rerank", "clip", "--keep", "5"], "keep is 5, use 1 to 4"),
         ([CAPTION, "--rerank", "clip", "--keep", "0"], "keep is 0, use 1 to 4"),
