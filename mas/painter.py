@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 
 from mas.drawing import free_cells, widen
-from mas.model import Generation, MakeAScene, Progress
+from mas.model import Generation, MakeAScene
 from mas.model_folder import ModelError
+from mas.progress import Progress
 from mas.scene import VOID, SceneMap
 
 ROWS_A_PREVIEW = 4  # rows of image tokens between two looks at unfinished pictures

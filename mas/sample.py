@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 import mas
 from mas.filter import StreamSampling, by_stream
-from mas.model import Generation, MakeAScene, Progress
+from mas.model import Generation, MakeAScene
 from mas.model_folder import ModelError, find_folder
 from mas.precision import Precision
+from mas.progress import Progress
 from mas.rerank import CLIP, Clip, check_rerank
 from mas.rerank import rerank as rerank_pictures
 from mas.scene import MAX_PIXELS, VOID, SceneMap, read_scene
