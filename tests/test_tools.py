@@ -33,8 +33,15 @@ def test_what_is_not_there_is_named_without_a_traceback(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, name, *words.split())
-    assert f"error: {message}" in stopped.value.code or message in stopped.value.code
+    assert stopped.value.code.startswith("error: ") and message in stopped.value.code
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["demo", "demo_train"])
+def test_a_file_in_the_place_of_an_output_is_named(name, monkeypatch, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(SystemExit, match=r"File exists: .*out"):
+        run(monkeypatch, name, "--output", str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
