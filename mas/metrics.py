@@ -126,7 +126,7 @@ class PictureMetrics:
         values_3B = torch.stack(
             [psnr(image, truth), ssim(image, truth), image.new_ones(len(image))]
         )
-        self.sums += values_3B.double().sum(1).cpu()
+        self.sums += values_3B.cpu().double().sum(1)
 
     @property
     def totals(self) -> tuple[Tensor, ...]:

@@ -65,7 +65,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device, dtype=torch.float64).item()  # the draw of tokens needs it
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(
             f"device {name!r} cannot be used here ({first_line(error)}); use auto or cpu"

@@ -387,9 +387,9 @@ def draw_pixels(labels_P: Tensor, share: float, *, balance: float) -> Tensor:
         balance: 0 = all pixels alike, 1 = all classes alike.
     """
     labels_P = labels_P.int()
-    counts_K = torch.bincount(labels_P, minlength=VOID + 1).double()
+    counts_K = torch.bincount(labels_P, minlength=VOID + 1).float()
     odds_K = counts_K.clamp(min=1) ** -balance
-    chances_K = (odds_K * (share * len(labels_P) / (odds_K * counts_K).sum())).float()
+    chances_K = odds_K * (share * len(labels_P) / (odds_K * counts_K).sum())
     drawn_P = torch.rand(len(labels_P), device=labels_P.device) < chances_K[labels_P]
     return drawn_P.nonzero()[:, 0]
 
