@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mas.peak import peak_rss_mb
+from mas.memory import peak_rss_mb
 from mas.scene import CLASSES, VOID, find_edges
 from mas.vqgan import VQGAN, VQGANConfig
 from mas.vqseg import VQSEG, VQSEGConfig

@@ -19,6 +19,7 @@ import braceexpand
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+CAN_SYNC = os.name != "nt"  # Windows syncs no folder, nor a file that is only read
 FULL = {errno.ENOSPC, errno.EDQUOT}  # what is read never meets these
 
 
@@ -84,6 +85,8 @@ def replacing_path(path: str) -> Iterator[str]:
 
 
 def _sync(path: str) -> None:
+    if not CAN_SYNC:
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
