@@ -405,9 +405,12 @@ def summary(figures: Mapping[str, Any]) -> str:
     """One line for the shell."""
     caption = figures.get("caption", {})
     parts = [f"{name} {caption[name]:.0%}" for name in CLAIMS if caption.get(name) is not None]
-    if "scene" in figures:
-        parts.append(f"scene mIoU {figures['scene']['miou']:.2f}")
-    if "clip" in figures:
-        parts.append(f"CLIP score {figures['clip']['clip_score']:.1f}")
-    parts.append(f"VQ-SEG mIoU {figures['vqseg']['miou']:.2f}")
+    for title, part, name, form in (
+        ("scene mIoU", "scene", "miou", ".2f"),
+        ("CLIP score", "clip", "clip_score", ".1f"),
+        ("VQ-SEG mIoU", "vqseg", "miou", ".2f"),
+    ):
+        if part in figures:
+            value = figures[part][name]
+            parts.append(f"{title} {'-' if value is None else format(value, form)}")
     return f"{', '.join(parts)} ({name_guidance(figures['sampling'])})"

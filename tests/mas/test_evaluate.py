@@ -1,6 +1,7 @@
 """`mas evaluate` on a tiny model, a tiny reader and a few park pictures."""
 
 import errno
+import io
 import json
 import os
 import tempfile
@@ -28,6 +29,7 @@ from mas.model_folder import ModelError
 from mas.obedience import CLAIMS
 from mas.reader import Reader, ReaderConfig
 from mas.report import draw_sweep
+from mas.scene import VOID, SceneMap
 from mas.shards import Sample, ShardError, ShardWriter
 from mas.storage import save_network
 from mas.weights_file import WeightsError
@@ -239,6 +241,20 @@ def test_the_reader_beside_a_shipped_model_is_taken(reader_folder, tmp_path, mon
     image_BCHW = torch.rand(2, 3, 32, 32)
     agree = found.read(image_BCHW).labels_BHW == reader.read(image_BCHW).labels_BHW
     assert agree.float().mean() > 0.95  # float16 rounds
+
+
+def test_scenes_without_any_label_are_measured_as_far_as_they_can_be(run, tmp_path, capsys):
+    nothing = io.BytesIO()
+    SceneMap.from_labels(np.full((32, 32), VOID, np.uint8)).to_png(nothing)
+    with ShardWriter(str(tmp_path / "00000.tar")) as writer:
+        for i in range(3):
+            sample = to_sample(picture(3, i, size=32), f"{i:05}", park=False)
+            scene = {"scene.png": nothing.getvalue()}
+            writer.write(Sample(sample.key, sample.files | scene))
+    output, figures = run(input=str(tmp_path), count=3)
+    assert figures["vqseg"]["miou"] is None and figures["scene"]["miou_real"] is None
+    assert "says nothing" in output.with_suffix(".md").read_text()
+    assert "VQ-SEG mIoU -" in capsys.readouterr().out
 
 
 @pytest.fixture
