@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 TOOLS = Path(__file__).parents[1] / "tools"
+CURVES = TOOLS.parent / "docs/curves/tiny-gpt.csv"
 NOWHERE = "nowhere: no such model folder"
 
 
@@ -21,6 +22,7 @@ def run(monkeypatch, name, *words):
     [
         ("choice", "--model nowhere --input nowhere", NOWHERE),
         ("choice", "--input nowhere", "nowhere: no such shard or folder"),
+        ("curves", f"{CURVES} --output nowhere/curves.png", "nowhere/curves.png"),
         ("move_gpt", "--gpt nowhere --before x --after x --input x --output x", "no such file"),
         ("round_trip", "--input nowhere", "nowhere: no such shard or folder"),
         ("sampling_pictures", "--model nowhere --output figures", NOWHERE),

@@ -13,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from plain_errors import run_tool
 
 PARTS = ("train/", "validation/")
 PANEL = (380, 230)  # pixels, width and height
@@ -161,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

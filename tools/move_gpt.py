@@ -11,7 +11,7 @@ Cost: seven minutes of a core (8,000 scenes at 128 px).
 
 import argparse
 
-from plain_errors import run
+from plain_errors import run_tool
 
 from mas.gpt import GPT
 from mas.storage import save_network
@@ -44,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

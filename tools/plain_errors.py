@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 
-def run(main: Callable[[], None]) -> None:
+def run_tool(main: Callable[[], None]) -> None:
     """Calls a tool; an error of its input or files ends it with status 1 and no traceback."""
     try:
         main()

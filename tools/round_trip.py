@@ -10,7 +10,7 @@ two cores.
 import argparse
 import json
 
-from plain_errors import run
+from plain_errors import run_tool
 from tqdm import tqdm
 
 from mas import MakeAScene
@@ -37,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

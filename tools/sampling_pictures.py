@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from plain_errors import run
+from plain_errors import run_tool
 from tqdm import tqdm
 
 from mas import MakeAScene, SceneMap
@@ -320,4 +320,4 @@ FIGURES: dict[str, Callable[[MakeAScene, Given], Image.Image]] = {
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)

@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 
 import torch
-from plain_errors import run
+from plain_errors import run_tool
 from tqdm import tqdm
 
 from mas.scene import HUMAN_IDS
@@ -78,4 +78,4 @@ def read_features(network: VQSEG, shards: str, count: int) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_tool(main)
