@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ class Request:
         if self.on_progress is not None and not callable(self.on_progress):
             raise ModelError(f"on_progress is {self.on_progress!r}, use a function")
 
-    @property
+    @cached_property
     def seeds(self) -> list[int]:
         """One a picture, caption by caption."""
         return [self.seed + i for _ in self.captions for i in range(self.count)]

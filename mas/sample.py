@@ -47,6 +47,7 @@ WRITING = ".writing."  # prefix of the hidden folder that a run fills first
 LOCK = f"{WRITING}lock"  # file in the output folder that a run holds as long as it lasts
 OWN_FILE = re.compile(r"\d{4,}(\.scene)?\.png|grid\.png|samples\.json")
 SMALLEST_CELL, LARGEST_CELL = 128, 256  # pixels of a picture in the contact sheet
+MOST_ROWS = 400  # of it; larger ones are more than Pillow opens without a warning
 
 
 def sample(
@@ -410,10 +411,11 @@ def describe(result: Generation, i: int) -> dict[str, Any]:
 
 
 def draw_sheet(result: Generation) -> Image.Image:
-    """One row a picture: caption, scene in palette colours with edges, picture."""
+    """A row a picture, of the first: caption, scene in palette colours with edges, picture."""
     cell = min(max(result.images[0].width, SMALLEST_CELL), LARGEST_CELL)
     rows = []
-    for i, (image, scene) in enumerate(zip(result.images, result.scenes, strict=True)):
+    shown = zip(result.images[:MOST_ROWS], result.scenes[:MOST_ROWS], strict=True)
+    for i, (image, scene) in enumerate(shown):
         text = f"{result.captions[i] or '(no caption)'}\n\nseed {result.seeds[i]}"
         if result.scores is not None:
             text += f"\nscore {result.scores[i]:.3f}"
