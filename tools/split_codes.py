@@ -72,7 +72,7 @@ def read_features(network: VQSEG, shards: str, count: int) -> torch.Tensor:
     chosen = [which.nonzero()[:, 0][: count // 2] for which in (people_B, ~people_B)]
     features = []
     for part in tqdm(torch.cat(chosen).split(AT_ONCE), desc="features"):
-        z_BCHW = network._features(labels_BHW[part], edges_BHW[part])
+        z_BCHW = network.encode_features(labels_BHW[part], edges_BHW[part])
         features.append(z_BCHW.permute(0, 2, 3, 1).flatten(0, 2))
     return torch.cat(features)
 
