@@ -161,8 +161,8 @@ def _has_graph(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:  # tensors alone have no constants
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, NotImplementedError):  # whoever reads tensors tells what is wrong
-        return False
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return False  # whoever reads tensors tells what is wrong
 
 
 def _returns_features_on_request(network: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -163,6 +164,27 @@ def test_a_program_is_run_only_for_those_who_trust_it(tmp_path):
     (tmp_path / "network.pt2").write_bytes(b"")
     with pytest.raises(WeightsError, match=r"network\.pt2: is a program"):
         Extractor(tmp_path / "network.pt2")
+
+
+def test_a_broken_program_is_named(tmp_path):
+    program = torch.export.export(Colours(), (torch.rand(2, 3, 6, 6),))
+    torch.export.save(program, tmp_path / "whole.pt2")
+    whole = (tmp_path / "whole.pt2").read_bytes()
+    members = zipfile.ZipFile(tmp_path / "whole.pt2")
+    for number, left_out in enumerate([None, *members.namelist()]):
+        path = tmp_path / f"{number}.pt2"
+        path.write_bytes(whole[: len(whole) // 2])  # as a download that was cut
+        if left_out is not None:
+            with zipfile.ZipFile(path, "w") as archive:
+                for name in members.namelist():
+                    if name != left_out:
+                        archive.writestr(name, members.read(name))
+        try:
+            trusted(path)
+        except WeightsError as error:
+            assert str(error).startswith(f"{path}: neither TorchScript nor")
+        else:
+            assert left_out is not None  # which it can do without
 
 
 class Detector(nn.Module):
