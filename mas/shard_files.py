@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mas.errors import first_line
 
+CAN_SYNC = os.name != "nt"  # Windows syncs no folder, nor a file that is only read
 FULL = {errno.ENOSPC, errno.EDQUOT}  # what is read never meets these
 
 
@@ -106,6 +107,8 @@ def replacing_path(path: str) -> Iterator[str]:
 
 
 def _sync(path: str) -> None:
+    if not CAN_SYNC:
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import socket
 import time
 import traceback
@@ -17,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from mas.memory import peak_rss_mb
 from preprocess.run_folder import ERROR, RUNNING, STATS, RunFolder
 
 Report = Callable[[int], None]  # a worker tells how many more items it has seen
@@ -184,7 +184,7 @@ class Runner:
             "started": round(start, 3),
             "finished": round(time.time(), 3),
             "host": socket.gethostname(),
-            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "peak_mb": round(peak_rss_mb(), 1),
         }
         self.folder.write(job.name + STATS, stats)
         self.folder.remove(job.name + RUNNING, job.name + ERROR)
