@@ -150,9 +150,10 @@ def load_mask2former(weights: str) -> tuple[Any, Any]:
     folder = find_weights(weights)
     described = (folder / "preprocessor_config.json").is_file()
     try:
-        network, loaded = Mask2FormerForUniversalSegmentation.from_pretrained(
+        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
             folder, local_files_only=True, output_loading_info=True
         )
+        network, report = loaded
         processor = (
             Mask2FormerImageProcessorPil.from_pretrained(folder, local_files_only=True)
             if described
@@ -164,7 +165,7 @@ def load_mask2former(weights: str) -> tuple[Any, Any]:
             "the folder and fetch it again"
         ) from error
     # transformers fills what a file lacks at random, and only warns.
-    absent = sorted(set(loaded["missing_keys"]) & {name for name, _ in network.named_parameters()})
+    absent = sorted(set(report["missing_keys"]) & {name for name, _ in network.named_parameters()})
     if absent:
         raise WeightsError(
             f"{folder}: lacks {len(absent)} of the network's tensors, such as {absent[0]}; remove "
