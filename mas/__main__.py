@@ -129,7 +129,9 @@ def dispatch(words: list[str]) -> int:
     length = 2 if " ".join(words[:2]) in COMMANDS else 1
     name, rest = " ".join(words[:length]), words[length:]
     if name not in COMMANDS:
-        print(f"mas: error: no command {name!r}; see mas --help", file=sys.stderr)
+        longer = ", ".join(known for known in COMMANDS if known.startswith(f"{name} "))
+        mend = f"there are {longer}" if longer else "see mas --help"
+        print(f"mas: error: no command {name!r}; {mend}", file=sys.stderr)
         return 2
     try:
         return run(name, rest)

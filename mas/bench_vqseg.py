@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mas.memory import peak_rss_mb
 from mas.scene import CLASSES, VOID, find_edges
 from mas.vqgan import VQGAN, VQGANConfig
 from mas.vqseg import VQSEG, VQSEGConfig
@@ -43,7 +42,6 @@ LAYOUTS = {  # 256 px, 16×16 tokens, 1024 codes each
 REGIONS = 12  # segments a drawn scene, as many as COCO's have
 MOST = 50  # measured calls
 MATRIX = 4096  # rows and columns of the product that measures a GPU
-STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,16 +256,10 @@ def count_flops(function: Callable[[], Any]) -> int:
 
 
 def peak_mb(device: torch.device) -> float:
-    """Most memory held at once so far: of the card's allocator, or of this process.
-
-    `getrusage` in a fresh process still shows the peak of the one that started it.
-    """
+    """Most memory held at once so far: of the card's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if not STATUS.is_file():  # not a Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    found = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(found.split()[1]) / 1024
+    return peak_rss_mb()
 
 
 def _fastest(function: Callable[[], Any], seconds: float, device: torch.device) -> float:

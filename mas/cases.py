@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,16 @@ from mas.obedience import FORMAT
 from mas.scene import SceneMap
 from mas.shards import Sample, ShardError, ShardIndex, expand_shards, read_captions
 
-logger = logging.getLogger(__name__)
+PARK = ("facts", "held_out", "time", "light", "place")  # of a park entry, what is read here
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One caption with the picture it was written for."""
+    """One caption with the picture it was written for.
+
+    Raises:
+        ShardError: a file that cannot be read, when it is asked for; by name.
+    """
 
     key: str
     caption: str
@@ -38,16 +42,23 @@ class Case:
     @property
     def side(self) -> int:
         """Pixels of the scene's shorter side."""
-        with Image.open(io.BytesIO(self.scene_png), formats=["PNG"]) as png:
+        with (
+            _naming(f"{self.key}.scene.png"),
+            Image.open(io.BytesIO(self.scene_png), formats=["PNG"]) as png,
+        ):
             return min(png.size)
 
     def scene(self, size: int) -> SceneMap:
         """The true scene, `size` pixels a side."""
-        return SceneMap.from_png(io.BytesIO(self.scene_png)).resized(size)
+        with _naming(f"{self.key}.scene.png"):
+            return SceneMap.from_png(io.BytesIO(self.scene_png)).resized(size)
 
     def pixels(self, size: int) -> np.ndarray:
         """The real picture, uint8 H W C, `size` pixels a side."""
-        with Image.open(io.BytesIO(self.jpg), formats=["JPEG", "PNG", "WEBP"]) as photo:
+        with (
+            _naming(f"{self.key}.jpg"),
+            Image.open(io.BytesIO(self.jpg), formats=["JPEG", "PNG", "WEBP"]) as photo,
+        ):
             return resize(np.asarray(photo.convert("RGB")), size)
 
 
@@ -71,7 +82,8 @@ def read_cases(shards: str, count: int) -> Cases:
     of the training by the first caption that says so.
 
     Raises:
-        ShardError: no shards, no pictures, a picture without scene or caption.
+        ShardError: no shards, no pictures, a picture without scene or caption, or with a JSON that
+            is broken.
     """
     index = ShardIndex(expand_shards(shards), extensions=("jpg", "scene.png", "txt", "json"))
     if not len(index):
@@ -80,10 +92,11 @@ def read_cases(shards: str, count: int) -> Cases:
     lights: dict[str, Sequence[float]] = {}
     for number, place in enumerate(np.linspace(0, len(index) - 1, min(count, len(index)))):
         sample = index.read(round(place))
+        captions = read_captions(sample)  # first: tells of a JSON that cannot be read
         park = _read_park(sample)
         if park:
             lights[park["time"]] = park["light"]
-        cases.append(_read_case(sample, park, number))
+        cases.append(_read_case(sample, captions, park, number))
     return Cases(cases=cases, lights=lights)
 
 
@@ -95,8 +108,9 @@ def resize(pixels_HWC: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(resized)
 
 
-def _read_case(sample: Sample, park: Mapping[str, Any] | None, number: int) -> Case:
-    captions = read_captions(sample)
+def _read_case(
+    sample: Sample, captions: Sequence[str], park: Mapping[str, Any] | None, number: int
+) -> Case:
     if not captions:
         raise ShardError(f"{sample.key}: has no caption")
     chosen, facts = number % len(captions), None
@@ -137,6 +151,20 @@ def _states(claims: Mapping[str, Any], combination: Mapping[str, str]) -> bool:
 def _read_park(sample: Sample) -> dict[str, Any] | None:
     """The park's truth about a picture, None where there is none of the format known here."""
     park = json.loads(sample.files["json"]).get("park")
-    if isinstance(park, dict) and park.get("format") == FORMAT:
-        return park
-    return None
+    if not isinstance(park, dict) or park.get("format") != FORMAT:
+        return None
+    missing = [name for name in PARK if name not in park]
+    if missing:
+        raise ShardError(
+            f"{sample.key}.json: its park entry has no {missing[0]}; draw and preprocess it again"
+        )
+    return park
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Puts the file's name before why it cannot be read."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ShardError(f"{name}: cannot be read ({error}); preprocess its photo again") from error

@@ -36,6 +36,7 @@ from mas.cuda_blocks import (
 )
 from mas.cuda_step import Step, make_step
 from mas.decoder import read_positions
+from mas.errors import first_line
 from mas.filter import Sampling, count_kept
 from mas.generate import Choice
 from mas.gpt import GPT, Rotation, make_cache, rotation_table
@@ -336,7 +337,7 @@ class CUDASteps:
             if failed == "torch":
                 raise
             instead: Kernels = "triton" if failed == "persistent" else "torch"
-            logger.warning("%s kernels failed, %s is used: %s", failed, instead, _first_line(error))
+            logger.warning("%s kernels failed, %s is used: %s", failed, instead, first_line(error))
             self.decoder.kernels = instead
             self._run_safely(choice, keys)
 
@@ -356,7 +357,7 @@ class CUDASteps:
                 self._run(choice, keys)
         except RuntimeError as error:
             torch.cuda.set_stream(current)
-            logger.warning("CUDA graphs failed, steps run without: %s", _first_line(error))
+            logger.warning("CUDA graphs failed, steps run without: %s", first_line(error))
             self.decoder.graphs = False
             return
         if len(self.graphs) == MOST_GRAPHS:
@@ -369,7 +370,3 @@ def can_choose(sampling: Sampling, vocabulary: int) -> bool:
     all_kept = count_kept(sampling.top_k, vocabulary) == vocabulary and sampling.top_p is None
     plain = sampling.temperature == 0 or COLDEST <= sampling.temperature <= 1 / COLDEST
     return all_kept and plain and vocabulary <= MOST_CODES
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

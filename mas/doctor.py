@@ -15,6 +15,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 import mas
+from mas.memory import total_memory
 
 DISTRIBUTION = "mini-make-a-scene"
 WEIGHTS_GROUP = "mini_make_a_scene.weights"  # of entry points: functions that list weights
@@ -32,7 +33,8 @@ def doctor(*, as_json: bool = False) -> None:
         return
     machine = report["machine"]
     print(f"mini-make-a-scene {report['version']}, Python {machine['python']}")
-    print(f"{machine['platform']}, {machine['cores']} cores, {machine['memory_gb']} GB memory")
+    memory = "?" if machine["memory_gb"] is None else machine["memory_gb"]
+    print(f"{machine['platform']}, {machine['cores']} cores, {memory} GB memory")
     print(f"accelerator: {machine['accelerator']}")
     print(f"fast step of int8 sampling: {machine['fast_step']}")
     for extra, packages in report["extras"].items():
@@ -94,12 +96,12 @@ def _machine() -> dict[str, Any]:
         accelerator = torch.cuda.get_device_name()
     elif torch.backends.mps.is_available():
         accelerator = "Apple MPS"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = total_memory()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        "memory_gb": round(memory / 2**30),
+        "memory_gb": None if memory is None else round(memory / 2**30),
         "accelerator": accelerator,
         "fast_step": step,
     }

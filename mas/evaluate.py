@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,13 +37,14 @@ from mas.figures import (
     plain,
     share_claims,
 )
+from mas.filter import Sampling
 from mas.model import MakeAScene
 from mas.model_folder import SHIPPED, find_folder
 from mas.obedience import CLAIMS, Obedience
 from mas.precision import Precision
 from mas.reader import Reader
 from mas.report import Row, doubt_reader, name_guidance, write_report
-from mas.request import check_candidates
+from mas.request import check_candidates, check_memory, check_seed
 from mas.rerank import Clip, Judge
 from mas.storage import CONFIG_FILE
 
@@ -65,6 +67,8 @@ class Plan:
             _check_least(name, value, 2)
         if len(set(self.guidances)) != len(self.guidances):
             raise ValueError(f"--guidance names one twice: {[*self.guidances]}")
+        for guidance in self.guidances:
+            Sampling(guidance=guidance)  # refuses one that cannot be
 
     @property
     def sweeps(self) -> bool:
@@ -91,6 +95,7 @@ def evaluate(
     unseen: str | None = None,
     reader: Path | None = None,
     extractor: Path | None = None,
+    trust_program: bool = False,
     clip: str | None = None,
     count: int = 200,
     guidance: list[float] | None = None,
@@ -115,6 +120,8 @@ def evaluate(
             that ships with the model.
         extractor: file of a feature extractor, such as Inception's weights, for FID and KID as they
             are published.
+        trust_program: also load an extractor that was saved with its graph (TorchScript, .pt2),
+            which runs code from the file.
         clip: which CLIP gives the CLIP score: a folder, or a hub id that was downloaded before
             (default: not measured).
         count: pictures, spread evenly over the shards.
@@ -132,12 +139,13 @@ def evaluate(
     """
     for name, value, least in (("count", count, 2), ("batch", batch, 1)):
         _check_least(name, value, least)
+    check_seed(seed, pictures=max(count, seeds))
     plan = Plan(guidances=guidance or (), sweep_count=sweep_count, seeds=seeds)
     check_place(output)
     cases = read_cases(input, count)
     others = read_cases(unseen, count) if unseen else None
     eye = find_reader(reader, find_folder(model))
-    features = Extractor(extractor) if extractor else None
+    features = Extractor(extractor, trust_program=trust_program) if extractor else None
     matcher = None if clip is None else Clip.from_pretrained(clip, device=device)
     network = MakeAScene.from_pretrained(model, device=device, precision=precision)
     if scene_candidates is not None:
@@ -299,13 +307,17 @@ def check_place(output: Path) -> None:
 
     Raises:
         ValueError: not called .json, or a folder.
-        OSError: its folder cannot be made.
+        OSError: its folder cannot be made, or takes no files.
     """
     if output.suffix != ".json":
         raise ValueError(f"--output must end in .json, got {output}")
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder; name a file in it")
     output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(output)) from error
 
 
 def _check_least(name: str, value: int, least: int) -> None:
@@ -318,7 +330,7 @@ def check_cases(examiner: Examiner, cases: Cases, others: Cases | None, *, sweep
 
     Raises:
         ValueError: there are too few pictures to compare, there is nothing to choose a guidance
-            by, or a photo is smaller than the model's.
+            by, a photo is smaller than the model's, or a batch larger than the memory.
     """
     if len(cases.cases) < 2:
         raise ValueError("--input holds one picture; an evaluation needs two or more")
@@ -333,6 +345,9 @@ def check_cases(examiner: Examiner, cases: Cases, others: Cases | None, *, sweep
                 f"scene {case.key} has {case.side} pixels a side, the model's scenes or pictures "
                 f"have {size}: preprocess with --photo.size {size}"
             )
+    most = max(len(cases.cases), len(others.cases) if others else 0)
+    at_a_time = examiner.at_a_time(most)
+    check_memory(at_a_time, fitting=examiner.model.pictures_that_fit())
 
 
 def spread_out(cases: Sequence[Case], count: int) -> list[Case]:
@@ -391,9 +406,12 @@ def summary(figures: Mapping[str, Any]) -> str:
     """One line for the shell."""
     caption = figures.get("caption", {})
     parts = [f"{name} {caption[name]:.0%}" for name in CLAIMS if caption.get(name) is not None]
-    if "scene" in figures:
-        parts.append(f"scene mIoU {figures['scene']['miou']:.2f}")
-    if "clip" in figures:
-        parts.append(f"CLIP score {figures['clip']['clip_score']:.1f}")
-    parts.append(f"VQ-SEG mIoU {figures['vqseg']['miou']:.2f}")
+    for title, part, name, form in (
+        ("scene mIoU", "scene", "miou", ".2f"),
+        ("CLIP score", "clip", "clip_score", ".1f"),
+        ("VQ-SEG mIoU", "vqseg", "miou", ".2f"),
+    ):
+        if part in figures:
+            value = figures[part][name]
+            parts.append(f"{title} {'-' if value is None else format(value, form)}")
     return f"{', '.join(parts)} ({name_guidance(figures['sampling'])})"

@@ -20,6 +20,7 @@ from mas.filter import StreamSampling, by_stream
 from mas.generate import generate
 from mas.model import MakeAScene
 from mas.reader import Reader
+from mas.request import room_for
 from mas.scene import SceneMap
 from mas.sequence import Streams
 
@@ -50,6 +51,10 @@ class Examiner:
     def size(self) -> int:
         """Pixels a side of the model's scenes, in which everything is judged."""
         return self.model.vqseg.config.size
+
+    def at_a_time(self, captions: int) -> int:
+        """How many scenes or pictures of so many captions are sampled together at most."""
+        return min(self.batch, captions * self.model.scene_candidates)
 
     def sampling(self, guidance: float | None) -> StreamSampling:
         """What `paint` draws with: the model's own settings, but this guidance of both streams."""
@@ -88,14 +93,15 @@ class Examiner:
         for part in self.batches(cases):
             now = slice(done, done + len(part))
             given = None if follow is None else [case.scene(self.size) for case in follow[now]]
-            tokens = generate(
-                self.model.decoder,
-                text_BT[now],
-                seeds=seeds[now],
-                scene_BT=self._choose(text_BT[now], given, seeds[now], sampling),
-                scene=sampling.scene,
-                image=sampling.image,
-            )
+            with room_for(self.at_a_time(len(part))):
+                tokens = generate(
+                    self.model.decoder,
+                    text_BT[now],
+                    seeds=seeds[now],
+                    scene_BT=self._choose(text_BT[now], given, seeds[now], sampling),
+                    scene=sampling.scene,
+                    image=sampling.image,
+                )
             scenes = given or self.model.decode_scenes(tokens.scene)
             images = self.model.decode_images(tokens.image, scenes=scenes)
             made.tokens.append(Streams(*(stream.cpu() for stream in tokens)))

@@ -40,15 +40,19 @@ class Extractor:
             (TorchScript, .pt2) that maps RGB pictures B 3 H W in [0, 1] to features B D. NVIDIA's
             inception-2015-12-05.pt, known by its argument `return_features`, gets what it takes:
             pictures of bytes.
+        trust_program: also load a network saved with its graph, which runs code from the file.
         resize: how pictures are brought to Inception's 299 pixels: bilinear without smoothing, as
             pytorch-fid does, or bicubic with it, as clean-fid does. Other networks resize
             themselves.
 
     Raises:
-        WeightsError: a missing or damaged file, tensors missing or misshaped; by name.
+        WeightsError: a missing or damaged file, tensors missing or misshaped, by name; a program
+            that nobody trusts.
     """
 
-    def __init__(self, path: str | Path, *, resize: Filter = "bilinear") -> None:
+    def __init__(
+        self, path: str | Path, *, trust_program: bool = False, resize: Filter = "bilinear"
+    ) -> None:
         if resize not in get_args(Filter):
             raise ValueError(f"resize {resize!r}: use one of {', '.join(get_args(Filter))}")
         check_file(path, source=SOURCE)
@@ -57,6 +61,12 @@ class Extractor:
         self.resize: Filter | None = None
         self.takes_bytes = False
         if _has_graph(self.path):
+            if not trust_program:
+                raise WeightsError(
+                    f"{path}: is a program (a network saved with its graph, sha256 {self.sha256}); "
+                    "loading it runs code from the file. If you trust where it comes from, add "
+                    "--trust-program"
+                )
             self.network = load_graph(
                 path, source="a network saved by torch.export or as TorchScript"
             )
@@ -148,10 +158,11 @@ class DistanceMetrics:
 def _has_graph(path: Path) -> bool:
     if path.suffix == ".pt2":
         return True
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:  # tensors alone have no constants
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:  # tensors alone have no constants
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return False  # whoever reads tensors tells what is wrong
 
 
 def _returns_features_on_request(network: nn.Module) -> bool:

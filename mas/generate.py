@@ -20,6 +20,7 @@ from torch import Tensor
 from mas.cache import Cache
 from mas.filter import Sampling, draw, guide, probabilities, uniforms
 from mas.heap import trim_heap
+from mas.rounding import has_float64
 from mas.sequence import FREE, Layout, Stream, Streams
 from mas.text import PAD
 
@@ -53,9 +54,10 @@ class Choice:
     branches: tuple[str, ...]  # guidance streams of the rows: conditional, unconditional or both
 
     def tokens(self, logits_RV: Tensor, *, uniform_B: Tensor, given_B: Tensor) -> Tensor:
-        """Given tokens stay, `FREE` ones are drawn; long B."""
-        drawn_B = draw(probabilities(self._guided(logits_RV.float()), self.sampling), uniform_B)
-        return torch.where(given_B == FREE, drawn_B, given_B)
+        """Given tokens stay, `FREE` ones are drawn on the device of the numbers; long B."""
+        guided_BV = self._guided(logits_RV.float()).to(uniform_B.device)
+        drawn_B = draw(probabilities(guided_BV, self.sampling), uniform_B)
+        return torch.where(given_B == FREE, drawn_B.to(given_B.device), given_B)
 
     @property
     def taken(self) -> Literal["first", "second", "both"]:
@@ -170,7 +172,8 @@ class _Loop:
         self.samplings = samplings
         self.given_T = (given_BT != FREE).all(0).tolist()
         uniforms_BT = torch.stack([uniforms(seed, self.layout.length) for seed in seeds])
-        self.uniforms_BT = uniforms_BT.to(decoder.device)
+        exact = has_float64(decoder.device)  # else tokens are drawn on the CPU
+        self.uniforms_BT = uniforms_BT.to(decoder.device) if exact else uniforms_BT
         self.tokens_BT = given_BT.to(decoder.device, copy=True)
         self.branches = self._choose_branches()
         self.steps: Steps | None = None

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mas.cache import Cache, causal_attention
+from mas.rounding import has_float64
 from mas.sequence import Layout, Stream, Streams
 from mas.storage import build_unfilled, load_network, save_network
 from mas.text import PAD
@@ -411,10 +412,11 @@ def rotation_table(config: GPTConfig, like: Tensor) -> Rotation:
         else:
             cells = torch.stack([index // stream.grid, index % stream.grid], -1).float()
             places.append((cells + 0.5) * (finest / stream.grid))
-    place_T2 = torch.cat(places).double()
+    exact = torch.float64 if has_float64(like.device) else torch.float32
+    place_T2 = torch.cat(places).to(exact)
     quarter = config.width // config.heads // 4
     steps = torch.arange(quarter, dtype=torch.float32, device=like.device)  # whatever the default
-    frequencies = 100.0 ** -(steps / quarter).double()
+    frequencies = 100.0 ** -(steps / quarter).to(exact)
     angles = rearrange(place_T2[:, :, None] * frequencies, "t two f -> t (two f)")
     return Rotation(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mas.scene import CLASS_NAMES, CLASSES, FACE_IDS, VOID
 
+EDGE_TOLERANCE = 1  # pixels an edge may be off and still count
 SSIM_WINDOW = 11  # pixels a side of the Gaussian window (Wang et al. 2004)
 
 
@@ -23,8 +24,7 @@ class SceneMetrics:
     PASCAL do. Pixels whose truth is void count for nothing.
     """
 
-    def __init__(self, *, edge_tolerance: int = 1) -> None:
-        self.edge_tolerance = edge_tolerance  # pixels an edge may be off and still count
+    def __init__(self) -> None:
         self.confusion_KK = torch.zeros(CLASSES, CLASSES + 1, dtype=torch.long)  # truth, guess
         self.edge_counts = torch.zeros(4, dtype=torch.long)  # right guesses, guesses, found, truth
 
@@ -42,8 +42,8 @@ class SceneMetrics:
         guess = labels_BHW[known].long().clamp(max=CLASSES)  # a guessed void is a miss
         pairs = torch.bincount(truth * (CLASSES + 1) + guess, minlength=self.confusion_KK.numel())
         self.confusion_KK += pairs.view_as(self.confusion_KK).cpu()
-        near_truth = _dilate(true_edges_BHW, self.edge_tolerance)
-        near_guess = _dilate(edges_BHW, self.edge_tolerance)
+        near_truth = _dilate(true_edges_BHW)
+        near_guess = _dilate(edges_BHW)
         counts = (
             (edges_BHW & near_truth).sum(),
             edges_BHW.sum(),
@@ -126,7 +126,7 @@ class PictureMetrics:
         values_3B = torch.stack(
             [psnr(image, truth), ssim(image, truth), image.new_ones(len(image))]
         )
-        self.sums += values_3B.double().sum(1).cpu()
+        self.sums += values_3B.cpu().double().sum(1)
 
     @property
     def totals(self) -> tuple[Tensor, ...]:
@@ -163,8 +163,9 @@ def ssim(image_BCHW: Tensor, true_image_BCHW: Tensor) -> Tensor:
     return places_BCHW[..., border:-border, border:-border].mean(dim=(1, 2, 3))
 
 
-def _dilate(edges_BHW: Tensor, radius: int) -> Tensor:
-    grown = F.max_pool2d(edges_BHW[:, None].float(), 2 * radius + 1, stride=1, padding=radius)
+def _dilate(edges_BHW: Tensor) -> Tensor:
+    side = 2 * EDGE_TOLERANCE + 1
+    grown = F.max_pool2d(edges_BHW[:, None].float(), side, stride=1, padding=EDGE_TOLERANCE)
     return grown[:, 0] > 0
 
 

@@ -27,8 +27,10 @@ from mas.generate import Decoder, generate
 from mas.gpt import GPT
 from mas.judge import SceneJudge
 from mas.model_folder import (
+    CARD,
     JUDGE,
     REFINER,
+    TOKENIZER,
     Index,
     ModelError,
     check_classes,
@@ -167,7 +169,7 @@ class MakeAScene(Codec):
         with undisturbed(place):
             model = cls._load(folder, index, place, precision)
         model.sha256 = index.sha256
-        model.card = (folder / "README.md").read_text("utf-8")
+        model.card = (folder / CARD).read_text("utf-8", "replace")  # people write it
         return model
 
     @classmethod
@@ -175,7 +177,7 @@ class MakeAScene(Codec):
         cls, folder: Path, index: Index, device: torch.device, precision: Precision
     ) -> MakeAScene:
         return cls(
-            tokenizer=Tokenizer.from_file(folder / "tokenizer.json"),
+            tokenizer=Tokenizer.from_file(folder / TOKENIZER),
             vqseg=VQSEG.from_pretrained(folder / "vqseg"),
             vqgan=VQGAN.from_pretrained(folder / "vqgan"),
             gpt=StoredGPT(folder / "gpt", device),
@@ -313,7 +315,7 @@ class MakeAScene(Codec):
             on_progress=on_progress,
         )
         at_a_time = min(request.batch, len(request.seeds) * request.draws)
-        check_memory(self.decoder, self._gpt.config, at_a_time)
+        check_memory(at_a_time, fitting=self.pictures_that_fit())
         with torch.inference_mode(), undisturbed(self.device):
             return self._paint(request)
 

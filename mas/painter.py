@@ -18,13 +18,15 @@ import numpy as np
 from PIL import Image
 
 from mas.drawing import free_cells, widen
-from mas.model import Generation, MakeAScene, Progress
+from mas.model import Generation, MakeAScene
 from mas.model_folder import ModelError
+from mas.progress import Progress
 from mas.scene import VOID, SceneMap
 
 ROWS_A_PREVIEW = 4  # rows of image tokens between two looks at unfinished pictures
 MOST_PICTURES = 16
 MOST_WAITING = 16  # wishes, besides the one that is served
+MOST_EACH = 8  # of these from one address: whoever opens many tabs leaves room for others
 TELL_EVERY = 0.5  # seconds between two reports of the share alone
 
 
@@ -66,6 +68,14 @@ class Crowded(Exception):
     """Too many wishes wait already."""
 
 
+class Place(threading.Event):
+    """A wish's place in the line; set when its visitor wants no more of it."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self.address = address
+
+
 class Warnings(logging.Handler):
     """What mas warns of in this thread meanwhile, for those who do not see the terminal."""
 
@@ -94,24 +104,25 @@ class Painter:
 
     def __init__(self, model: MakeAScene) -> None:
         self.model = model
-        self._line: list[threading.Event] = []  # who is served, and who waits; each may be set
+        self._line: list[Place] = []  # who is served, and who waits
         self._moved = threading.Condition()  # guards the line and the stops
-        self._stops: dict[str, threading.Event] = {}  # by visitor
+        self._stops: dict[str, Place] = {}  # by visitor
         self._workers: set[threading.Thread] = set()
 
-    def paint(self, wish: Wish, visitor: str = "") -> Iterator[Shown]:
+    def paint(self, wish: Wish, visitor: str = "", address: str = "") -> Iterator[Shown]:
         """Yields what there is to see, the finished pictures last; nothing more when stopped.
 
-        A visitor has one wish at a time: a new one stops the one before.
+        A visitor has one wish at a time: a new one stops the one before. Visitors of one address
+        share its room in the line; of an unknown one, which is empty, they do not.
 
         Raises:
             ValueError: as `MakeAScene.generate`; or a drawing too thin to hold a single cell.
             Crowded: as `check_room`.
         """
         with self._moved:
-            self.check_room(visitor)
+            self.check_room(visitor, address)
             self.stop(visitor)
-            stop = self._stops[visitor] = threading.Event()
+            stop = self._stops[visitor] = Place(address)
             self._line.append(stop)
         news: News = queue.SimpleQueue()
         worker = threading.Thread(target=self._work, args=(wish, stop, news), daemon=True)
@@ -130,7 +141,7 @@ class Painter:
                 if self._stops.get(visitor) is stop:
                     del self._stops[visitor]
 
-    def check_room(self, visitor: str = "") -> None:
+    def check_room(self, visitor: str = "", address: str = "") -> None:
         """Asks whether one more wish may wait; one of the same visitor would make room.
 
         Raises:
@@ -138,9 +149,12 @@ class Painter:
         """
         with self._moved:
             mine = self._stops.get(visitor)
-            waiting = sum(x is not mine and not x.is_set() for x in self._line[1:])
-        if waiting >= MOST_WAITING:
-            raise Crowded(f"{waiting} wishes wait already: try again later.")
+            waiting = [x for x in self._line[1:] if x is not mine and not x.is_set()]
+        if len(waiting) >= MOST_WAITING:
+            raise Crowded(f"{len(waiting)} wishes wait already: try again later.")
+        beside = sum(x.address == address for x in waiting)
+        if address and beside >= MOST_EACH:
+            raise Crowded(f"{beside} wishes from your address wait already: try again later.")
 
     def stop(self, visitor: str = "") -> None:
         """Ends what this visitor is waiting for, after the step at hand."""
@@ -157,7 +171,7 @@ class Painter:
         for worker in list(self._workers):
             worker.join()
 
-    def _work(self, wish: Wish, stop: threading.Event, news: News) -> None:
+    def _work(self, wish: Wish, stop: Place, news: News) -> None:
         try:
             with self._turn(stop, news), Warnings() as said:
                 shown = self._generate(wish, stop, news)
@@ -168,7 +182,7 @@ class Painter:
         self._workers.discard(threading.current_thread())
 
     @contextmanager
-    def _turn(self, stop: threading.Event, news: News) -> Iterator[None]:
+    def _turn(self, stop: Place, news: News) -> Iterator[None]:
         """Waits until those who came before are served, and lets the next one in afterwards."""
         try:
             with self._moved:

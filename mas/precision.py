@@ -6,7 +6,7 @@ In: the float32 GPT, or the folder it lies in. Out: a decoder for the loop in ma
 from __future__ import annotations
 
 import copy
-import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from mas.errors import first_line
 from mas.fast_decoder import FastDecoder, can_step
 from mas.generate import Decoder
 from mas.gpt import GPT, GPTConfig
+from mas.memory import total_memory
 from mas.quantize import FloatLinear, make_int8
 from mas.storage import CONFIG_FILE, StoredTensors, parse_config, read_json
 
@@ -65,7 +66,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device, dtype=torch.float64).item()  # the draw of tokens needs it
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(
             f"device {name!r} cannot be used here ({first_line(error)}); use auto or cpu"
@@ -155,7 +156,7 @@ def pictures_that_fit(decoder: Decoder, config: GPTConfig) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on `device`."""
+    """Bytes that can be allocated on `device`; as many as can be counted where nobody knows."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -163,4 +164,4 @@ def free_memory(device: torch.device) -> int:
         for line in MEMORY_INFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total_memory() or sys.maxsize

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mas.errors import asked_for
+from mas.errors import asked_for, why_unread
 from mas.storage import UNREADABLE, StorageError, check_tensors
 from mas.text import Tokenizer
 from mas.vqgan import VQGAN, QuantizerName, VQGANConfig
@@ -212,7 +212,7 @@ def _convert(
         check_tensors({names[ours]: expected[ours] for ours in names}, tensors, path)
     except StorageError as error:
         raise CheckpointError(str(error)) from error
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    broken = [name for name, x in tensors.items() if not x.float().isfinite().all()]
     if broken:
         raise CheckpointError(f"{path}: NaN or infinite values in {_some(broken)}")
     weights = {ours: tensors[name].float() for ours, name in names.items()}
@@ -246,9 +246,9 @@ def _load(path: Path, source: Path | io.BytesIO, *, trust_pickle: bool) -> Any:
             f"{path}: pickles objects of a package that is not installed here ({error})"
         ) from error
     except UNREADABLE as error:
-        reason = str(error).split(". ")[0] or type(error).__name__
         raise CheckpointError(
-            f"{path}: no PyTorch checkpoint, or a truncated one; download it again ({reason})"
+            f"{path}: no PyTorch checkpoint, or a truncated one; download it again "
+            f"({why_unread(error)})"
         ) from error
 
 
@@ -347,6 +347,9 @@ def _select(content: Any, path: Path, format: FormatName) -> tuple[dict[str, Ten
         else:
             tensors[bare] = tensor
     _check_format(tensors, path, format)
+    empty = [name for name, x in tensors.items() if x.layout != torch.strided or x.is_meta]
+    if empty:
+        raise CheckpointError(f"{path}: no numbers in {_some(empty)}, or not all of them")
     return tensors, ignored
 
 
@@ -372,7 +375,10 @@ def _read_config(
         name = _published_name(ours, format)
         if name not in tensors:
             raise CheckpointError(f"missing tensor {name}")
-        return tuple(tensors[name].shape)
+        found = tuple(tensors[name].shape)
+        if len(found) != (2 if ours == "quantizer.codebook" else 4) or 0 in found:
+            raise CheckpointError(f"tensor {name} has the shape {found}")
+        return found
 
     def count(pattern: str) -> int:
         number = 0

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,11 +22,8 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from mas.filter import StreamSampling
-from mas.generate import Decoder
-from mas.gpt import GPTConfig
 from mas.judge import SceneJudge
 from mas.model_folder import ModelError
-from mas.precision import pictures_that_fit
 from mas.progress import Progress
 from mas.scene import VOID, SceneMap, find_edges
 from mas.sequence import FREE
@@ -87,13 +85,11 @@ class Request:
         given = self.scene is not None or self.image is not None
         if not given and not all(text.strip() for text in self.captions):
             raise ModelError("the caption is empty: say what to paint, or give a scene")
-        if not 0 <= self.seed <= LARGEST_SEED - self.count:
-            many = f" for {self.count} pictures" if 0 <= self.seed <= LARGEST_SEED else ""
-            raise ModelError(f"seed is {self.seed}{many}, use a number from 0 to 2^63 - 1")
+        check_seed(self.seed, pictures=self.count)
         if self.on_progress is not None and not callable(self.on_progress):
             raise ModelError(f"on_progress is {self.on_progress!r}, use a function")
 
-    @property
+    @cached_property
     def seeds(self) -> list[int]:
         """One a picture, caption by caption."""
         return [self.seed + i for _ in self.captions for i in range(self.count)]
@@ -136,6 +132,17 @@ def whole_number(name: str, value: int, *, least: int | None = None) -> int:
     if least is not None and number < least:
         raise ModelError(f"{name} is {number}, use {least} or more")
     return number
+
+
+def check_seed(seed: int, *, pictures: int) -> None:
+    """Refuses a seed that is no seed, or has none for the last of so many pictures.
+
+    Raises:
+        ModelError: names the seeds that can be.
+    """
+    if not 0 <= seed <= LARGEST_SEED - pictures + 1:
+        many = f" for {pictures} pictures" if 0 <= seed <= LARGEST_SEED else ""
+        raise ModelError(f"seed is {seed}{many}, use a number from 0 to 2^63 - {pictures}")
 
 
 def give_scene(
@@ -215,13 +222,12 @@ def check_candidates(candidates: int, judge: SceneJudge | None) -> int:
     return candidates
 
 
-def check_memory(decoder: Decoder, config: GPTConfig, pictures: int) -> None:
-    """Refuses more pictures at a time than the free memory holds.
+def check_memory(pictures: int, *, fitting: int) -> None:
+    """Refuses more pictures at a time than fit into the free memory.
 
     Raises:
         ModelError: names the number that fits.
     """
-    fitting = pictures_that_fit(decoder, config)
     if pictures > fitting:
         raise ModelError(
             f"{pictures} pictures at a time do not fit into the memory, {fitting} do: "

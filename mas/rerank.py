@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from mas.errors import first_line
 from mas.model import Generation
 from mas.model_folder import HUB_ID, ModelError
 from mas.precision import choose_device
@@ -77,9 +78,8 @@ class Clip:
                 tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
                 processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # each of the three readers has errors of its own
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(
-                f"{folder}: not a CLIP that transformers can read ({reason})"
+                f"{folder}: not a CLIP that transformers can read ({first_line(error)})"
             ) from error
         network, report = loaded
         if report["missing_keys"]:

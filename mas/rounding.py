@@ -1,4 +1,4 @@
-"""Weights in fewer bits: how they are rounded for the disk.
+"""Weights in fewer bits: how they are rounded for the disk; and how long floats may be.
 
 In: the tensors of a network. Out: the same in float16 or int8, a half or a quarter of the bytes;
 and back to float32. Only tensors of two or more axes are rounded: vectors (norms, biases, running
@@ -17,6 +17,7 @@ from torch import Tensor
 Weights = Literal["float32", "float16", "int8"]
 LARGEST_INT8 = 127
 ROWS_AT_ONCE = 1024  # that are rounded together; bounds the memory it takes
+NO_FLOAT64 = ("mps",)  # kinds of devices: Apple's GPUs
 SCALE = ":scale"  # behind the name of an int8 tensor: the name of its scales
 
 
@@ -25,6 +26,11 @@ class Int8(NamedTuple):
 
     integers_VK: Tensor  # int8, -127 … 127, of the shape of the weight
     scale_V: Tensor  # bfloat16, one a row
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64."""
+    return device.type not in NO_FLOAT64
 
 
 def to_int8(weight_VK: Tensor) -> Int8:

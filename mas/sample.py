@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 import mas
 from mas.filter import StreamSampling, by_stream
-from mas.model import Generation, MakeAScene, Progress
+from mas.model import Generation, MakeAScene
 from mas.model_folder import ModelError, find_folder
 from mas.precision import Precision
+from mas.progress import Progress
 from mas.rerank import CLIP, Clip, check_rerank
 from mas.rerank import rerank as rerank_pictures
 from mas.scene import MAX_PIXELS, VOID, SceneMap, read_scene
@@ -46,6 +47,7 @@ WRITING = ".writing."  # prefix of the hidden folder that a run fills first
 LOCK = f"{WRITING}lock"  # file in the output folder that a run holds as long as it lasts
 OWN_FILE = re.compile(r"\d{4,}(\.scene)?\.png|grid\.png|samples\.json")
 SMALLEST_CELL, LARGEST_CELL = 128, 256  # pixels of a picture in the contact sheet
+MOST_ROWS = 400  # of it; larger ones are more than Pillow opens without a warning
 
 
 def sample(
@@ -252,11 +254,13 @@ def read_picture(path: Path) -> tuple[Image.Image, np.ndarray]:
     try:
         image = Image.open(path, formats=["PNG", "WEBP"])
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{path}: {image.width}x{image.height} is too large")
+            raise ModelError(f"{path}: {image.width}x{image.height} is too large")
         bands_HWC = np.asarray(image.convert("RGBA"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except ModelError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable PNG or WebP ({error})") from error
     if image.width != image.height:
         raise ValueError(
@@ -407,10 +411,11 @@ def describe(result: Generation, i: int) -> dict[str, Any]:
 
 
 def draw_sheet(result: Generation) -> Image.Image:
-    """One row a picture: caption, scene in palette colours with edges, picture."""
+    """A row a picture, of the first: caption, scene in palette colours with edges, picture."""
     cell = min(max(result.images[0].width, SMALLEST_CELL), LARGEST_CELL)
     rows = []
-    for i, (image, scene) in enumerate(zip(result.images, result.scenes, strict=True)):
+    shown = zip(result.images[:MOST_ROWS], result.scenes[:MOST_ROWS], strict=True)
+    for i, (image, scene) in enumerate(shown):
         text = f"{result.captions[i] or '(no caption)'}\n\nseed {result.seeds[i]}"
         if result.scores is not None:
             text += f"\nscore {result.scores[i]:.3f}"

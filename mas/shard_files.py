@@ -19,6 +19,9 @@ import braceexpand
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from mas.errors import first_line
+
+CAN_SYNC = os.name != "nt"  # Windows syncs no folder, nor a file that is only read
 FULL = {errno.ENOSPC, errno.EDQUOT}  # what is read never meets these
 
 
@@ -26,10 +29,30 @@ class ShardError(ValueError):
     """A shard or folder that cannot be used as a whole; the message names it and the mend."""
 
 
+class StoreError(OSError):
+    """A store that cannot be reached; the message names the URL."""
+
+
 def local_path(path: str) -> str | None:
     """The path in the local file system, None for a URL that lies elsewhere."""
     filesystem, inner = fsspec.core.url_to_fs(path)
     return inner if isinstance(filesystem, LocalFileSystem) else None
+
+
+@contextlib.contextmanager
+def store_errors(url: str) -> Iterator[None]:
+    """Makes a `StoreError` of what a store raises without a connection or an account.
+
+    s3fs hands on botocore's errors, gcsfs those of aiohttp and google.auth.
+    """
+    try:
+        yield
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # of whatever package
+        if local_path(url) is not None:
+            raise
+        raise StoreError(f"{url}: cannot be reached: {first_line(error)}") from error
 
 
 def write_file(path: str, content: bytes) -> None:
@@ -56,7 +79,7 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
         with tempfile.TemporaryFile() as spool:
             yield spool
             spool.seek(0)
-            with fsspec.open(path, "wb") as target:
+            with store_errors(path), fsspec.open(path, "wb") as target:
                 shutil.copyfileobj(spool, target, 2**20)
         return
     with replacing_path(local) as temporary, open(temporary, "xb") as file:
@@ -84,6 +107,8 @@ def replacing_path(path: str) -> Iterator[str]:
 
 
 def _sync(path: str) -> None:
+    if not CAN_SYNC:
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -100,7 +125,7 @@ def seekable(path: str) -> Iterator[IO[bytes]]:
             yield file
         return
     with tempfile.TemporaryFile() as spool:
-        with fsspec.open(path, "rb") as source:
+        with store_errors(path), fsspec.open(path, "rb") as source:
             shutil.copyfileobj(source, spool, 2**20)
         spool.seek(0)
         yield spool
@@ -125,6 +150,11 @@ def expand_shards(pattern: str) -> list[str]:
     Raises:
         ShardError: nothing is there, or some shards of a brace pattern are missing.
     """
+    with store_errors(pattern):
+        return _expand(pattern)
+
+
+def _expand(pattern: str) -> list[str]:
     filesystem, inner = fsspec.core.url_to_fs(pattern)
 
     def full(path: str) -> str:

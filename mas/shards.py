@@ -23,11 +23,13 @@ import numpy as np
 
 from mas.shard_files import (
     ShardError,
+    StoreError,
     expand_shards,
     local_path,
     remove_temporary,
     replacing,
     seekable,
+    store_errors,
     write_file,
 )
 from mas.token_shards import MANIFEST, TOKEN_FORMAT, TokenShards, write_token_shard
@@ -41,6 +43,7 @@ __all__ = [
     "ShardError",
     "ShardIndex",
     "ShardWriter",
+    "StoreError",
     "TokenShards",
     "expand_shards",
     "in_utf8",
@@ -50,6 +53,7 @@ __all__ = [
     "read_captions",
     "read_shard",
     "remove_temporary",
+    "store_errors",
     "write_file",
     "write_token_shard",
 ]
@@ -260,7 +264,10 @@ class ShardIndex:
             for key, entry in entries.items():
                 missing = [e for e in self.extensions if e not in entry.spans]
                 if missing:
-                    raise ShardError(f"{path}: sample {key} has no {missing[0]}")
+                    raise ShardError(
+                        f"{path}: sample {key} has no {missing[0]}; name scene shards, which mas "
+                        "preprocess writes"
+                    )
                 self.keys.append(key)
                 spans.append([entry.spans[e] for e in self.extensions])
                 shard_ids.append(len(self.paths))

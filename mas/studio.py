@@ -49,7 +49,7 @@ def studio(
         ModelError: no such model, or not all of it.
         ValueError: as `check_address`.
     """
-    check_address(host, port)
+    address = check_address(host, port)
     network = MakeAScene.from_pretrained(model, device=device, precision=precision)
     # Both leave as by Ctrl-C, with nothing left behind. A shell that starts a command in the
     # background has it ignore SIGINT.
@@ -72,7 +72,7 @@ def studio(
                 run_history=False,
                 max_file_size="1kb",  # nothing is uploaded: the canvas sends its files itself
                 enable_monitoring=False,
-                app_kwargs={"lifespan": guarded(host)},
+                app_kwargs={"lifespan": guarded(host, address)},
                 css=CSS,
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             )
@@ -86,30 +86,36 @@ def studio(
             page.close(verbose=False)
 
 
-def guarded(host: str) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+def guarded(host: str, address: str) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
     """Puts a guard in front of an application, all its middleware included, before it serves."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         assert app.middleware_stack is not None  # it has called this
-        app.middleware_stack = Guard(app.middleware_stack, host=host)
+        app.middleware_stack = Guard(app.middleware_stack, host=host, address=address)
         yield
 
     return lifespan
 
 
-def check_address(host: str, port: int) -> None:
+def check_address(host: str, port: int) -> str:
     """Tries whether the page can be served there, before a model is loaded for it.
+
+    Returns:
+        The address that `host` is, in numbers.
 
     Raises:
         ValueError: no port, one that is taken, or no address of this machine.
     """
+    if not host:
+        raise ValueError("--host is empty, use 127.0.0.1 for this machine alone, 0.0.0.0 for all")
     if not 0 < port < 2**16:
         raise ValueError(f"--port is {port}, use a number from 1 to {2**16 - 1}")
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
+            return probe.getsockname()[0]
     except OSError as error:
         raise ValueError(
             f"{host}:{port} cannot be served at ({error.strerror}): use another --port, or as "

@@ -36,10 +36,10 @@ class Guard:
     For that allows foreign pages whatever they ask, where the studio is no localhost.
     """
 
-    def __init__(self, app: App, *, host: str) -> None:
-        """`host` is the address that the studio listens at."""
+    def __init__(self, app: App, *, host: str, address: str) -> None:
+        """`host` is where the studio was told to listen, `address` what that is in numbers."""
         self.app = app
-        self.local = is_local(host)
+        self.name, self.local = host.lower(), is_local(address)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Hands a request on, or answers why not."""
@@ -77,7 +77,8 @@ class Guard:
 
     def _find_refusal(self, scope: Message, headers: dict[str, str]) -> str | None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self.local and not is_local(_name_of(host)):
+        name = _name_of(host)
+        if self.local and name != self.name and not is_local(name):
             # A page elsewhere may have its own name lead to this machine, and then read answers.
             return FOR_ITSELF
         if scope["method"] in READING and origin is None:  # a link; a script would name its page

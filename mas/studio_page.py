@@ -25,6 +25,7 @@ from mas.painter import MOST_PICTURES, Crowded, Painter, Shown, Wish
 from mas.sample import describe_model, write_result
 from mas.scene import CLASS_NAMES, SceneMap
 from mas.studio_canvas import build_canvas, colour_of
+from mas.studio_guard import is_local
 
 SHOWN = 256  # pixels a side that pictures are shown with at least
 READY = "Write a caption, or draw a scene, or both. Then paint."
@@ -179,10 +180,10 @@ class Page:
             asked: by component, what it holds.
             request: tells visitors apart.
         """
-        shown, visitor = None, request.session_hash or ""
+        shown, visitor = None, (request.session_hash or "", address_of(request))
         try:
             wish = self._read_wish(asked)
-            self.painter.check_room(visitor)  # before what was painted last is taken away
+            self.painter.check_room(*visitor)  # before what was painted last is taken away
             yield {
                 **{part: None for part in (self.pictures, self.scenes, self.finished)},
                 self.colours: "",
@@ -190,7 +191,7 @@ class Page:
                 self.status: tell("Painting …", share=0),
                 self.files: gr.DownloadButton(interactive=False),
             }
-            for shown in self.painter.paint(wish, visitor):
+            for shown in self.painter.paint(wish, *visitor):
                 yield self._show(shown, wish)
         except Crowded as error:
             yield {self.status: tell(str(error))}
@@ -328,6 +329,12 @@ def tell(*lines: str, share: float | None = None) -> str:
     if share is not None:
         bar = f"<progress value={share:.3f} aria-label=Painted></progress> {share:.0%}"
     return f"<div role=status>{said}</div><div class=telling>{bar}</div>"
+
+
+def address_of(request: gr.Request) -> str:
+    """Where a visitor asks from; empty where it may be many, behind a proxy of this machine."""
+    host = request.client.host if request.client else ""
+    return "" if is_local(host) else host
 
 
 def choose(event: gr.SelectData) -> int:

@@ -62,8 +62,6 @@ class TokenizerError(ValueError):
 class Tokenizer:
     """A fixed-length BPE tokenizer around a Hugging Face one."""
 
-    PAD = PAD
-
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         if tokenizer.token_to_id(PAD_TOKEN) != PAD:
             raise TokenizerError(f"the vocabulary must hold {PAD_TOKEN} with id {PAD}")

@@ -269,6 +269,6 @@ def perplexity(tokens: Tensor, codes: int) -> tuple[float, float]:
 
     Perplexity equals the number of codes when all are used equally often.
     """
-    shares_K = torch.bincount(tokens.flatten(), minlength=codes).double() / tokens.numel()
+    shares_K = torch.bincount(tokens.flatten(), minlength=codes).cpu().double() / tokens.numel()
     entropy = -(shares_K * shares_K.clamp(min=1e-12).log()).sum()
     return float((shares_K > 0).double().mean()), float(entropy.exp())

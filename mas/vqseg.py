@@ -249,7 +249,7 @@ class VQSEG(nn.Module):
             ValueError: another shape or dtype, an unknown id.
         """
         self._check_scene(labels_BHW, edges_BHW)
-        tokens_BHW = self.quantizer.encode(self._features(labels_BHW, edges_BHW))
+        tokens_BHW = self.quantizer.encode(self.encode_features(labels_BHW, edges_BHW))
         return rearrange(tokens_BHW, "b h w -> b (h w)")
 
     def decode(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,7 +289,7 @@ class VQSEG(nn.Module):
     def loss(self, labels_BHW: Tensor, edges_BHW: Tensor) -> VQSEGLosses:
         """Loss of one batch; arguments and errors as `encode`."""
         self._check_scene(labels_BHW, edges_BHW)
-        quantized = self.quantizer(self._features(labels_BHW, edges_BHW))
+        quantized = self.quantizer(self.encode_features(labels_BHW, edges_BHW))
         hidden = self.decoder(self.post_quant(quantized.z_BCHW))
         if self.head is None:
             reconstruction = self._dense_loss(hidden, labels_BHW, edges_BHW)
@@ -319,6 +319,10 @@ class VQSEG(nn.Module):
         """The training step, for wrappers that call the module (DDP, compile)."""
         return self.loss(labels_BHW, edges_BHW)
 
+    def encode_features(self, labels_BHW: Tensor, edges_BHW: Tensor) -> Tensor:
+        """Features before the quantizer, B C H W, of scene maps."""
+        return self.pre_quant(self.encoder(self.stem(labels_BHW, edges_BHW)))
+
     def _decode_grid(self, tokens_BT: Tensor) -> Tensor:
         """The decoder's output: a cell a patch, or (published) a cell a pixel; B D H W."""
         check_tokens(tokens_BT, grid=self.config.grid, codes=self.config.codes)
@@ -341,9 +345,6 @@ class VQSEG(nn.Module):
             p=self.config.patch,
             q=self.config.patch,
         )
-
-    def _features(self, labels_BHW: Tensor, edges_BHW: Tensor) -> Tensor:
-        return self.pre_quant(self.encoder(self.stem(labels_BHW, edges_BHW)))
 
     def _dense_loss(self, logits_BCHW: Tensor, labels_BHW: Tensor, edges_BHW: Tensor) -> Tensor:
         """What `scene_loss` computes, from the one-hot target, as published."""
@@ -387,9 +388,9 @@ def draw_pixels(labels_P: Tensor, share: float, *, balance: float) -> Tensor:
         balance: 0 = all pixels alike, 1 = all classes alike.
     """
     labels_P = labels_P.int()
-    counts_K = torch.bincount(labels_P, minlength=VOID + 1).double()
+    counts_K = torch.bincount(labels_P, minlength=VOID + 1).float()
     odds_K = counts_K.clamp(min=1) ** -balance
-    chances_K = (odds_K * (share * len(labels_P) / (odds_K * counts_K).sum())).float()
+    chances_K = odds_K * (share * len(labels_P) / (odds_K * counts_K).sum())
     drawn_P = torch.rand(len(labels_P), device=labels_P.device) < chances_K[labels_P]
     return drawn_P.nonzero()[:, 0]
 

@@ -89,7 +89,7 @@ def load_graph(path: str | Path, *, source: str) -> nn.Module:
             network = torch.export.load(path).module()
         else:
             network = torch.jit.load(str(path), map_location="cpu").eval()
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # of damaged files both readers raise whatever they stumble over
         raise WeightsError(
             f"{path}: neither TorchScript nor, by the name .pt2, a network of torch.export "
             f"({why_unread(error)}); give {source}"

@@ -11,10 +11,10 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def bench_preprocess(
     config = SceneConfig(photo=photo, panoptic=panoptic, human=human, face=face)
     with tempfile.TemporaryDirectory() as folder:
         shards = f"{folder}/in"
-        samples = list(_read(input)) if input else make_samples(min(photos, SHARD_PHOTOS))
+        samples = _read(input, photos) if input else make_samples(min(photos, SHARD_PHOTOS))
         write_shards(shards, samples, photos=photos)
         serial = _run(config, shards, f"{folder}/serial", ExecutorConfig(kind="serial"))
         on_ray = {
@@ -220,9 +220,17 @@ def _run(config: SceneConfig, shards: str, output: str, executor: ExecutorConfig
     }
 
 
-def _read(input: str) -> Iterator[Sample]:
-    for job in find_jobs(input):
-        yield from job.source.read(on_reject=lambda *_: None)
+def _read(input: str, most: int) -> list[Sample]:
+    """The first samples of the input.
+
+    Raises:
+        ValueError: there is none.
+    """
+    shards = (job.source.read(on_reject=lambda *_: None) for job in find_jobs(input))
+    samples = list(islice(chain.from_iterable(shards), most))
+    if not samples:
+        raise ValueError(f"{input}: there is not one sample in it")
+    return samples
 
 
 def _clouds(random: np.random.Generator, *, steep: float) -> np.ndarray:

@@ -1,15 +1,16 @@
 """Captions and the JSON beside a photo: checked before the photo is decoded.
 
 In: KEY.txt and KEY.json as they came. Out: the caption for KEY.txt and the fields for KEY.json, or
-the reason why there is none.
+the reason why there is none; at the end KEY.json itself.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mas.shards import Sample, ShardError, read_captions
+from mas.shards import Sample, ShardError, is_too_large, read_captions
 from preprocess.rejects import Reject, RejectError
 
 
@@ -43,6 +44,22 @@ def read_texts(sample: Sample, *, max_bytes: int) -> Texts:
     if not captions:
         raise RejectError(Reject.NO_CAPTION, "neither a txt nor `captions` in the JSON has text")
     return Texts(line or captions[0], fields)
+
+
+def dump_fields(fields: Mapping[str, Any]) -> bytes:
+    """KEY.json, no larger than every reader takes it.
+
+    In ASCII where that fits; in UTF-8 scripts other than Latin take half of it or less.
+
+    Raises:
+        RejectError: too large in both.
+    """
+    for in_ascii in (True, False):
+        # Half a surrogate pair cannot be UTF-8; the escape for it is JSON's as well as Python's.
+        content = json.dumps(fields, ensure_ascii=in_ascii).encode("utf-8", "backslashreplace")
+        if not is_too_large("KEY.json", len(content)):
+            return content
+    raise RejectError(Reject.MEMBER_TOO_LARGE, f"the JSON to be written has {len(content)} bytes")
 
 
 def _read_fields(sample: Sample) -> dict[str, Any]:

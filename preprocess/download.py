@@ -49,7 +49,7 @@ def fetch(weights: Weights, folder: Path, *, urls: tuple[str, ...]) -> str:
         _check(weights, part, downloaded=True)
     except WeightsError as error:
         part.unlink()
-        raise WeightsError(f"{weights.name}: {error}; the download was removed") from None
+        raise WeightsError(f"{weights.name}: {error}") from None
     verdict = _verdict(weights, part)
     if weights.member:
         _take_member(part, weights.member, path)
@@ -176,10 +176,13 @@ def _take_member(archive: Path, member: str, path: Path) -> None:
 def _check(weights: Weights, path: Path, *, downloaded: bool = False) -> None:
     if weights.member and not downloaded:
         return  # the checksum is the archive's
+    options = (
+        {"mend": "the download was removed; try again, or another --url"} if downloaded else {}
+    )
     if weights.sha256:
-        check_hash(path, weights.sha256)
+        check_hash(path, weights.sha256, **options)
     elif weights.md5:
-        check_hash(path, weights.md5, algorithm="md5")
+        check_hash(path, weights.md5, algorithm="md5", **options)
 
 
 def _verdict(weights: Weights, path: Path) -> str:

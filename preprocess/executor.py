@@ -11,8 +11,9 @@ import contextlib
 import logging
 import platform
 import socket
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -117,22 +118,28 @@ def execute(
             _check_nothing_left(_find_pending(jobs, folder, summary, config, passing), jobs, error)
             return summary
         stack.enter_context(terminated_in_order())
-        folder.sweep()
+        stack.enter_context(_swept(folder))
+        bar = stack.enter_context(ProgressBar(folder, len(jobs), unit=unit))
+        stack.enter_context(logging_redirect_tqdm())
+        pending = _find_pending(jobs, folder, summary, config, passing)
+        bar.skip(summary.skipped, failed=len(summary.failed))
+        _check_machine(pending, config, lacks)
         common = {"settings": settings_hash(settings), "python": platform.python_version()}
-        try:
-            with ProgressBar(folder, len(jobs), unit=unit) as bar, logging_redirect_tqdm():
-                pending = _find_pending(jobs, folder, summary, config, passing)
-                bar.skip(summary.skipped, failed=len(summary.failed))
-                _check_machine(pending, config, lacks)
-                with contextlib.closing(
-                    _outcomes(pending, factory, folder, common, config, bar)
-                ) as outcomes:
-                    made = _take_in(outcomes, summary, bar)
-        finally:
-            with contextlib.suppress(OSError):  # the output may be what broke
-                folder.sweep()  # what workers left behind that were killed for good, or stopped
+        outcomes = _outcomes(pending, partial(Runner, factory, folder, common), config, bar, lacks)
+        made = _take_in(stack.enter_context(contextlib.closing(outcomes)), summary, bar)
     _check_visible(made, folder)
     return summary
+
+
+@contextlib.contextmanager
+def _swept(folder: RunFolder) -> Iterator[None]:
+    """Removes what workers left behind that were killed for good: an earlier run's, then ours."""
+    folder.sweep()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the output may be what broke
+            folder.sweep()
 
 
 def _check_nothing_left(pending: Sequence[Job], jobs: Sequence[Job], error: ReadOnlyError) -> None:
@@ -266,19 +273,18 @@ def _find_pending(
 
 def _outcomes(
     jobs: Sequence[Job],
-    factory: Callable[[], Worker],
-    folder: RunFolder,
-    common: Mapping[str, Any],
+    make_runner: Callable[..., Runner],
     config: ExecutorConfig,
     bar: ProgressBar,
+    lacks: Callable[[], list[str]],
 ) -> Generator[Outcome, None, None]:
     if not jobs:
         return
     if config.serial:
-        runner = Runner(factory, folder, common)
+        runner = make_runner()
         for job in jobs:
             yield runner.run(job, bar.add)
         return
     from preprocess.ray_executor import run_on_ray  # a serial run needs no Ray
 
-    yield from run_on_ray(jobs, factory, folder, common, config, bar)
+    yield from run_on_ray(jobs, make_runner, config, bar, lacks=lacks)

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from mas.errors import first_line
 from mas.scene import PERSON, VOID, Segments
 from preprocess.batching import fitted_size, lacking_device, pick_device, plan_batches, resize
+from preprocess.checkpoint import UNREADABLE
 from preprocess.landmarks import LANDMARKS
 from preprocess.needs import EXTRA, lacking_modules
 from preprocess.weights import (
@@ -146,20 +148,27 @@ def load_face_alignment(config: FaceLandmarksConfig) -> Any:
     """The library's two networks, from files on this machine.
 
     Raises:
-        WeightsError: the package or a file is missing.
+        WeightsError: the package or a file is missing, or a file is damaged.
     """
+    device = str(pick_device(config.device))
     try:
         import face_alignment
 
-        with _hub_folder(config.weights), _cudnn_benchmark_restored():
-            return face_alignment.FaceAlignment(
-                face_alignment.LandmarksType.TWO_D,
-                device=str(pick_device(config.device)),
-                flip_input=False,
-                compile=False,
-                face_detector=config.detector,
-                max_batch_size=config.batch,
-            )
+        with _hub_folder(config.weights) as folder, _cudnn_benchmark_restored():
+            try:
+                return face_alignment.FaceAlignment(
+                    face_alignment.LandmarksType.TWO_D,
+                    device=device,
+                    flip_input=False,
+                    compile=False,
+                    face_detector=config.detector,
+                    max_batch_size=config.batch,
+                )
+            except UNREADABLE as error:
+                raise WeightsError(
+                    f"{folder}: {' or '.join(config.weights)} cannot be loaded "
+                    f"({first_line(error)}); if the file is damaged, remove it and fetch it again"
+                ) from error
     except ImportError as error:
         raise WeightsError(
             f"faces by {config.detector} need face-alignment >= 1.5 (retinaface torchvision too): "
@@ -168,20 +177,20 @@ def load_face_alignment(config: FaceLandmarksConfig) -> Any:
 
 
 @contextmanager
-def _hub_folder(names: Sequence[str]) -> Iterator[None]:
+def _hub_folder(names: Sequence[str]) -> Iterator[Path]:
     """Lets the library find its files: below the weights folder, else in torch's own cache.
 
     It would download what it misses; that every file is there is checked first.
     """
     if _in_cache_of_torch(names):
-        yield
+        yield Path(torch.hub.get_dir())
         return
     before = torch.hub.get_dir()
     for name in names:
         find_weights(name)
     torch.hub.set_dir(str(weights_folder() / "face"))
     try:
-        yield
+        yield Path(torch.hub.get_dir())
     finally:
         torch.hub.set_dir(before)
 

@@ -54,9 +54,20 @@ class TarSource:
     """The samples of one tar."""
 
     name: str  # path or URL
+    size: int  # bytes, when it was listed
 
     def read(self, *, on_reject: OnReject) -> Iterator[Sample]:
-        return read_shard(self.name, on_reject=on_reject)
+        """The samples in order.
+
+        Raises:
+            ShardError: the tar is broken, or of another size by now: it is being written, and the
+                fingerprint of its job is not that of what was read.
+            OSError: it cannot be reached.
+        """
+        yield from read_shard(self.name, on_reject=on_reject)
+        filesystem, inner = fsspec.core.url_to_fs(self.name)
+        filesystem.invalidate_cache(inner)
+        _check_size(self.name, before=self.size, now=filesystem.info(inner)["size"])
 
 
 Entry = tuple[str, dict[str, str], dict[str, bytes]]  # key; ending -> path; ending -> content
@@ -70,22 +81,40 @@ class FilesSource:
     name: str  # folder or URL
     entries: tuple[Entry, ...]
     refused: tuple[Refusal, ...] = ()  # what lay among them and is no sample
+    size: int | None = None  # bytes of all files, when they were listed; None = not known
 
     def read(self, *, on_reject: OnReject) -> Iterator[Sample]:
         """The samples in order; told are those that cannot be read, and what lay among them.
 
         Raises:
+            ShardError: the files together are of another size by now, as for a tar.
             OSError: trouble that is not one file's alone.
         """
+        size = self.size
+        read = 0
         for key, paths, contents in self.entries:
             try:
                 files = {ending: _read_member(path) for ending, path in paths.items()}
             except RejectError as error:
                 on_reject(key, error.reason.value, error.detail)
+                size = None  # of what could not be read nothing is known
                 continue
+            read += sum(map(len, files.values()))
             yield Sample(key, {**contents, **files})
         for refusal in self.refused:
             on_reject(*refusal)
+        if size is not None:
+            first, last = self.entries[0][0], self.entries[-1][0]
+            _check_size(f"{self.name}: {first} to {last}", before=size, now=read)
+
+
+def _check_size(name: str, *, before: int, now: int) -> None:
+    """Raises ShardError for an input that is being written."""
+    if now != before:
+        raise ShardError(
+            f"{name}: had {before} bytes when the run began and has {now} now; when nobody writes "
+            "to it any more, give the command again with --retry-failed"
+        )
 
 
 class _State(NamedTuple):
@@ -141,8 +170,8 @@ def find_jobs(input: str, *, captions: str = "", samples_per_shard: int = 1000) 
     for path in paths:
         details = fsspec.core.url_to_fs(path)[0].info(path)
         name, size = PurePosixPath(path).name.removesuffix(".tar"), details["size"]
-        job = Job(name, TarSource(path), fingerprint=f"{size} bytes", modified=_modified(details))
-        jobs.append(job)
+        source, when = TarSource(path, size), _modified(details)
+        jobs.append(Job(name, source, fingerprint=f"{size} bytes", modified=when))
     counts = Counter(job.name for job in jobs)
     twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
@@ -213,7 +242,10 @@ def _cut(name: str, listing: _Listing, samples_per_shard: int) -> list[Job]:
             for key, paths, contents in part
         ]
         digest = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
-        source = FilesSource(name, part, tuple(refused[len(jobs)]))
+        sizes = [size for _, files, _ in told for _, size in files]
+        known = [size for size in sizes if size is not None]
+        size = sum(known) if len(known) == len(sizes) else None
+        source = FilesSource(name, part, tuple(refused[len(jobs)]), size)
         times = (
             states.get(path, _State()).modified for _, paths, _ in part for path in paths.values()
         )

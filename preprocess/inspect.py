@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -86,22 +87,13 @@ def choose(paths: Sequence[str], count: int) -> Iterator[Sample]:
     most = min(count, REMOTE_SHARDS) if remote else count
     chosen = [paths[i] for i in _evenly(len(paths), most)]
     with tempfile.TemporaryDirectory() as folder:
-        index = _index([_fetch(path, folder) for path in chosen])
+        index = ShardIndex([_fetch(path, folder) for path in chosen], extensions=MEMBERS)
         for path in (path for path in paths if path not in chosen):
             if len(index):
-                break
-            index = _index([_fetch(path, folder)])  # those that were chosen hold no samples
+                break  # else those that were chosen hold no samples
+            index = ShardIndex([_fetch(path, folder)], extensions=MEMBERS)
         for i in _evenly(len(index), count):
             yield index.read(i)
-
-
-def _index(paths: list[str]) -> ShardIndex:
-    try:
-        return ShardIndex(paths, extensions=MEMBERS)
-    except ShardError as error:
-        if " has no " not in str(error):  # broken, not of another kind
-            raise
-        raise ShardError(f"{error}; mas inspect shows what mas preprocess writes") from error
 
 
 def read_pair(sample: Sample) -> tuple[Image.Image, SceneMap]:
@@ -125,7 +117,7 @@ def _fetch(path: str, folder: str) -> str:
     if local_path(path) is not None:
         return path
     filesystem, inner = fsspec.core.url_to_fs(path)
-    copy = f"{folder}/{Path(inner).name}"
+    copy = f"{folder}/{len(os.listdir(folder))}-{Path(inner).name}"  # two may have one name
     filesystem.get_file(inner, copy)
     return copy
 

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
+from mas.errors import first_line
 from mas.scene import PANOPTIC_CLASSES, THINGS, VOID, Segments
 from preprocess.batching import fitted_size, lacking_device, pick_device, plan_batches, resize
+from preprocess.checkpoint import UNREADABLE
 from preprocess.needs import EXTRA, lacking_modules
 from preprocess.weights import WeightsError, find_weights, lacking_weights
 
@@ -132,7 +135,8 @@ def load_mask2former(weights: str) -> tuple[Any, Any]:
     """The frozen network and its processor, from a folder on this machine.
 
     Raises:
-        WeightsError: transformers or the weights are missing, or the labels are not COCO's.
+        WeightsError: transformers or the weights are missing, the weights are damaged or of another
+            network, or the labels are not COCO's.
     """
     try:
         from transformers import Mask2FormerForUniversalSegmentation
@@ -144,18 +148,34 @@ def load_mask2former(weights: str) -> tuple[Any, Any]:
             f"panoptic mask2former needs transformers >= 5.4 ({error}): {EXTRA}"
         ) from error
     folder = find_weights(weights)
-    network = Mask2FormerForUniversalSegmentation.from_pretrained(folder, local_files_only=True)
+    described = (folder / "preprocessor_config.json").is_file()
+    try:
+        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
+        network, report = loaded
+        processor = (
+            Mask2FormerImageProcessorPil.from_pretrained(folder, local_files_only=True)
+            if described
+            else Mask2FormerImageProcessorPil()
+        )
+    except (*UNREADABLE, SafetensorError) as error:
+        raise WeightsError(
+            f"{folder}: not a readable Mask2Former of transformers ({first_line(error)}); remove "
+            "the folder and fetch it again"
+        ) from error
+    # transformers fills what a file lacks at random, and only warns.
+    absent = sorted(set(report["missing_keys"]) & {name for name, _ in network.named_parameters()})
+    if absent:
+        raise WeightsError(
+            f"{folder}: lacks {len(absent)} of the network's tensors, such as {absent[0]}; remove "
+            "the folder and fetch it again"
+        )
     if network.config.num_labels != len(PANOPTIC_CLASSES):
         raise WeightsError(
             f"{folder}: has {network.config.num_labels} labels, not COCO panoptic's "
             f"{len(PANOPTIC_CLASSES)}"
         )
-    described = (folder / "preprocessor_config.json").is_file()
-    processor = (
-        Mask2FormerImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        if described
-        else Mask2FormerImageProcessorPil()
-    )
     return network.eval().requires_grad_(False), processor
 
 

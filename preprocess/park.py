@@ -12,7 +12,10 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +23,11 @@ from pathlib import Path
 import PIL
 
 from mas.shards import Sample, ShardError, ShardWriter, remove_temporary, write_file
+from preprocess.needs import usable_cores
 from preprocess.park_truth import picture
 from preprocess.park_world import HELD_OUT_MODES
 from preprocess.progress import counting
+from preprocess.termination import terminated_in_order
 
 SETTINGS_FILE = "park.json"
 SMALLEST, LARGEST = 32, 1024  # sides in pixels
@@ -90,10 +95,8 @@ def park(
     _claim(folder, config)
     missing = {n: r for n, r in config.shards().items() if not (folder / n).exists()}
     indices = [index for span in missing.values() for index in span]
-    # macOS does not say which cores a process may use.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = min(workers or cores or 1, -(-len(indices) // _CHUNK))
-    with counting(len(indices), name="park", unit=" pictures") as tell:
+    processes = min(workers or usable_cores(), -(-len(indices) // _CHUNK))
+    with terminated_in_order(), counting(len(indices), name="park", unit=" pictures") as tell:
         samples = _paint_all(config, indices, processes)
         for name, span in missing.items():
             remove_temporary(str(folder / name))  # of a run that was killed
@@ -114,9 +117,30 @@ def _paint_all(config: ParkConfig, indices: list[int], processes: int) -> Iterat
         for chunk in chunks:
             yield from make(chunk)
         return
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for samples in pool.imap(make, chunks):
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_end_with_parent)
+    try:
+        for samples in pool.map(make, chunks):
             yield from samples
+    except BrokenProcessPool:
+        raise OSError(
+            "a process that draws has been killed, perhaps for the memory: give the command again, "
+            "with fewer --workers; shards that are there stay"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """For a process that draws: it would wait for ever for work if the run is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _paint_chunk(seed: int, size: int, held_out: str, indices: list[int]) -> list[Sample]:

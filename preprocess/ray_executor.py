@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ import numpy as np
 
 from mas.errors import first_line
 from preprocess.executor import ExecutorConfig
-from preprocess.needs import EXTRA
+from preprocess.needs import EXTRA, usable_cores
 from preprocess.progress import ProgressBar
+from preprocess.ray_nodes import Nodes, find_fit_nodes, find_unlike
 from preprocess.run_folder import RunFolder
-from preprocess.runner import Job, Outcome, Runner, Worker
+from preprocess.runner import Job, Outcome, Runner
 from preprocess.termination import catch_sigterm
 from preprocess.weights import FOLDER_VARIABLE
 
@@ -123,14 +125,8 @@ class _RayRunner:
     traces, an outcome one line.
     """
 
-    def __init__(
-        self,
-        factory: Callable[[], Worker],
-        folder: RunFolder,
-        common: Mapping[str, Any],
-        counter: Any,
-    ) -> None:
-        self.make_runner = lambda: Runner(factory, folder, common, leave=_leave)
+    def __init__(self, make_runner: Callable[..., Runner], counter: Any) -> None:
+        self.make_runner = partial(make_runner, leave=_leave)
         self.runner: Runner | None = None
         self.counter = counter
         counter.start.remote()
@@ -157,15 +153,23 @@ def _leave() -> None:
 
 def run_on_ray(
     jobs: Sequence[Job],
-    factory: Callable[[], Worker],
-    folder: RunFolder,
-    common: Mapping[str, Any],
+    make_runner: Callable[..., Runner],
     config: ExecutorConfig,
     bar: ProgressBar,
+    *,
+    lacks: Callable[[], list[str]],
 ) -> Iterator[Outcome]:
     """Yields outcomes as they come, in no order. Starts a local Ray unless there is one.
 
+    Args:
+        jobs: to be made.
+        make_runner: called where a worker shall work, with `leave` for the runner.
+        config: where to run.
+        bar: shows how far the run is.
+        lacks: tells what a worker would miss; nodes of a cluster that lack something are left out.
+
     Raises:
+        NeedsError: all nodes lack something.
         OSError: no cluster can be joined, or Ray cannot start workers or has lost them for good.
         ValueError: GPUs are asked for that Ray does not see.
     """
@@ -180,14 +184,14 @@ def run_on_ray(
         if started:
             _start(config)
             catch_sigterm()
+        nodes = _choose_nodes(config, bar.folder, lacks)
         counter = _start_counter()
         watch = _Watch(counter, config)
         bar.pull = watch.pull
-        resources = ray.cluster_resources()
-        _warn_of_idle_gpus(config, resources)
-        bar.workers = min(_count_workers(config, resources), len(jobs))
-        arguments = factory, folder, common, counter
-        for row in _dataset(jobs, arguments, bar.workers, config).iter_rows():
+        _warn_of_idle_gpus(config, nodes.resources)
+        bar.workers = min(_count_workers(config, nodes.resources), len(jobs))
+        arguments = make_runner, counter
+        for row in _dataset(jobs, arguments, bar.workers, nodes.options).iter_rows():
             yield pickle.loads(row["outcome"])
         bar.add(watch.pull())
     except ray.exceptions.RayError as error:
@@ -198,10 +202,29 @@ def run_on_ray(
             ray.shutdown()
 
 
+def _choose_nodes(
+    config: ExecutorConfig, folder: RunFolder, lacks: Callable[[], list[str]]
+) -> Nodes:
+    """Where workers may be started, and with which options."""
+    import ray
+
+    options = {
+        "num_cpus": 1,
+        "num_gpus": config.gpus_per_worker or None,
+        **_handed_on(config),
+    }
+    if config.here:  # the driver has looked
+        return Nodes(ray.cluster_resources(), options)
+    return find_fit_nodes(lacks, folder, options)
+
+
 def _dataset(
-    jobs: Sequence[Job], arguments: tuple[Any, ...], workers: int, config: ExecutorConfig
+    jobs: Sequence[Job], arguments: tuple[Any, ...], workers: int, options: dict[str, Any]
 ) -> Any:
-    """One row a job, made by a pool of so many `_RayRunner`, each with these arguments."""
+    """One row a job, made by a pool of so many `_RayRunner`, each with these arguments.
+
+    `options` are Ray's, of each of them.
+    """
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -212,22 +235,19 @@ def _dataset(
         _RayRunner,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-        num_cpus=1,
-        num_gpus=config.gpus_per_worker or None,
         fn_constructor_args=arguments,
-        **_handed_on(config),
+        **options,
     )
 
 
 def _explain(error: Exception) -> str:
     """One line of the pages that Ray gives when its workers do not come up or do not come back."""
     lines = [line.strip() for line in str(error).splitlines()] or [first_line(error)]
-    unlike = ("ModuleNotFoundError: ", "ImportError: ", "AttributeError: ")  # in unpickling
-    if found := [line for line in lines if line.startswith(unlike)]:
+    if found := find_unlike(error):
         node = re.search(r"\bip=([^,)\s]+)", str(error))
         return (
             f"a worker{f' on {node[1]}' if node else ''} cannot start, its machine lacks a package "
-            f"or has another version of it ({found[-1]}): {EXTRA} on each node, as on this one"
+            f"or has another version of it ({found}): {EXTRA} on each node, as on this one"
         )
     if "never ran" in lines[-1]:
         return f"the cluster does not start workers ({lines[-1]}); {TOKEN_MEND}"
@@ -296,13 +316,22 @@ def _start(config: ExecutorConfig) -> None:
     try:
         ray.init(
             address="local",  # never one that `ray start` or RAY_ADDRESS offers unasked
-            num_cpus=config.workers or os.cpu_count(),
+            num_cpus=config.workers or _bound_cores(),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             **quiet,
         )
     except Exception as error:  # the same
         raise OSError(f"Ray cannot start: {first_line(error)}; {LOCAL_MEND}") from error
+
+
+def _bound_cores() -> int | None:
+    """CPUs this process is bound to, as by SLURM; None = Ray finds out, from a container's quota.
+
+    Of the former Ray knows nothing.
+    """
+    cores = usable_cores()
+    return cores if cores < (os.cpu_count() or 1) else None
 
 
 def _find_cluster(address: str) -> str:

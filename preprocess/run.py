@@ -16,7 +16,13 @@ from mas.shards import write_file
 from preprocess.executor import ExecutorConfig, Summary, check_numbers, execute
 from preprocess.histogram import draw_histogram
 from preprocess.inputs import FilesSource, absolute, find_jobs
-from preprocess.needs import lacking_filesystems, require
+from preprocess.needs import (
+    gather,
+    lacking_filesystems,
+    lacking_gpu,
+    lacking_input,
+    require,
+)
 from preprocess.photo import PhotoConfig
 from preprocess.rejects import PASSING, Reject
 from preprocess.run_folder import HISTOGRAM, SUMMARY, RunFolder
@@ -154,6 +160,7 @@ def _label(config: PreprocessConfig, output: str) -> Summary:
             f"{config.output}: lies in --input, whose pictures are taken from any depth; choose an "
             "--output beside it"
         )
+    gpus = config.gpus_per_worker if config.execution.networks else 0.0
     return execute(
         jobs,
         partial(
@@ -168,7 +175,12 @@ def _label(config: PreprocessConfig, output: str) -> Summary:
         settings=settings_of(config.scene),
         config=config.execution,
         passing=[reason.value for reason in PASSING],
-        lacks=partial(lacks_of_sources, *config.sources),
+        lacks=partial(
+            gather,
+            partial(lacks_of_sources, *config.sources),
+            partial(lacking_input, absolute(jobs[0].source.name)),
+            partial(lacking_gpu, gpus),
+        ),
     )
 
 

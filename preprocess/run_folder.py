@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import socket
@@ -23,7 +24,9 @@ from typing import Any
 
 import fsspec
 
-from mas.shards import ShardError, local_path, write_file
+from mas.shards import ShardError, local_path, store_errors, write_file
+
+logger = logging.getLogger(__name__)
 
 RUN, PROGRESS, SUMMARY, LOCK = "run.json", "progress.json", "summary.json", "lock.json"
 HISTOGRAM = "classes.png"
@@ -36,6 +39,7 @@ READ_AHEAD = 256  # files
 KEPT = ("finished", "rejected")  # what a run wants to know of a shard that is done
 ALIVE_SECONDS = 60.0  # a run whose heartbeat is older has stopped
 FOREIGN_SECONDS = 20.0  # the same where its process cannot be looked up: on another machine
+LISTEN_SECONDS = 12.0  # in which a run at work gives another heartbeat, whatever its clock says
 
 
 class FolderError(ValueError):
@@ -57,11 +61,13 @@ class RunFolder:
 
     def list_names(self) -> list[str]:
         """Names of everything in the folder, sorted; empty where there is no folder."""
-        filesystem, inner = fsspec.core.url_to_fs(self.path)
-        filesystem.invalidate_cache(inner)
-        if not filesystem.isdir(inner):
-            return []
-        names = (entry.rstrip("/").rpartition("/")[2] for entry in filesystem.ls(inner, False))
+        with store_errors(self.path):
+            filesystem, inner = fsspec.core.url_to_fs(self.path)
+            filesystem.invalidate_cache(inner)
+            if not filesystem.isdir(inner):
+                return []
+            entries = filesystem.ls(inner, False)
+        names = (entry.rstrip("/").rpartition("/")[2] for entry in entries)
         return sorted(name for name in names if name)
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -71,8 +77,9 @@ class RunFolder:
             FolderError: it is there and is no JSON object.
         """
         try:
-            with fsspec.open(self.file(name), "rb") as file:
-                content = json.loads(file.read())
+            with store_errors(self.path), fsspec.open(self.file(name), "rb") as file:
+                text = file.read()
+            content = json.loads(text)
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -109,7 +116,7 @@ class RunFolder:
         """Removes files that may be there; half-written ones under other names are for `sweep`."""
         filesystem, inner = fsspec.core.url_to_fs(self.path)
         for name in names:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError), store_errors(self.path):
                 filesystem.rm_file(f"{inner}/{name}")
 
     @contextlib.contextmanager
@@ -130,6 +137,7 @@ class RunFolder:
             ReadOnlyError: it cannot be written to.
         """
         self._check_content(command, settings)
+        self._check_alone(self.read(PROGRESS), listening=True)
         filesystem, inner = fsspec.core.url_to_fs(self.path)
         with self._written_to():
             filesystem.makedirs(inner, exist_ok=True)
@@ -215,24 +223,39 @@ class RunFolder:
         except ValueError:
             return {"updated": os.stat(path).st_mtime, "host": "", "pid": None}
 
-    def _check_alone(self, sign: Mapping[str, Any] | None) -> None:
+    def _check_alone(self, sign: Mapping[str, Any] | None, *, listening: bool = False) -> None:
         """Two runs on one folder would remove each other's temporary files.
 
         Args:
             sign: of life of another run: its heartbeat or its lock.
+            listening: wait for another heartbeat before an old one is taken for the last.
         """
-        if sign is None:
+        if sign is None or (sign["host"], sign["pid"]) == (socket.gethostname(), os.getpid()):
             return
-        age, host, pid = time.time() - sign["updated"], sign["host"], sign["pid"]
-        if host == socket.gethostname():
-            at_work = abs(age) < ALIVE_SECONDS and exists(pid) and pid != os.getpid()
-        else:  # whose clock may be ahead of this one's
-            at_work = abs(age) < FOREIGN_SECONDS
-        if at_work:
+        if is_fresh(sign) or (listening and self.is_at_work(sign)):
+            age = abs(time.time() - sign["updated"])
             raise FolderError(
-                f"{self.path}: another run is at work on it ({host}, process {pid}, "
-                f"heard of {abs(age):.0f} s ago); stop that one, or wait for it"
+                f"{self.path}: another run is at work on it ({sign['host']}, process "
+                f"{sign['pid']}, heard of {age if age < ALIVE_SECONDS else 0:.0f} s ago); stop "
+                "that one, or wait for it"
             )
+
+    def is_at_work(self, beat: Mapping[str, Any]) -> bool:
+        """Whether the run that gave a heartbeat goes on.
+
+        The clock of another machine may be wrong. So a heartbeat from there that is not of this
+        moment, be it of the past or of the future, tells nothing: another one is waited for.
+        """
+        if is_fresh(beat) or beat["host"] == socket.gethostname():
+            return is_fresh(beat)
+        logger.info(
+            "%s: the heartbeat of the run on %s is not of this moment; listening for another, %g s",
+            *(self.path, beat["host"], LISTEN_SECONDS),
+        )
+        deadline = time.monotonic() + LISTEN_SECONDS
+        while (found := self.read(PROGRESS)) == beat and time.monotonic() < deadline:
+            time.sleep(LISTEN_SECONDS / 24)
+        return found not in (None, beat)
 
     def _compare(self, run: dict[str, Any], command: str, settings: dict[str, Any]) -> None:
         if run.get("command") != command:
@@ -287,6 +310,14 @@ class RunFolder:
         for name in self.list_names():
             if name.endswith(RUNNING) or TEMPORARY.fullmatch(name):
                 self.remove(name)
+
+
+def is_fresh(sign: Mapping[str, Any]) -> bool:
+    """Whether a sign of life is of this moment; if given on this machine, by a process there is."""
+    age = abs(time.time() - sign["updated"])
+    if sign["host"] == socket.gethostname():
+        return age < ALIVE_SECONDS and exists(sign["pid"])
+    return age < FOREIGN_SECONDS  # its clock may be ahead
 
 
 def exists(pid: int) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import socket
 import time
 import traceback
@@ -17,12 +16,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from mas.memory import peak_rss_mb
 from preprocess.run_folder import ERROR, RUNNING, STATS, RunFolder
 
 Report = Callable[[int], None]  # a worker tells how many more items it has seen
 
 ATTEMPTS = 3  # a shard that failed so often is set aside
 WAIT_SECONDS = (1.0, 5.0)  # before the second and the third attempt
+START_SECONDS = (5.0, 30.0)  # before the second and the third try to make a worker
 OUTPUT_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no shard could be written: stop
 
 
@@ -84,23 +85,23 @@ class Runner:
                 attempts are made here.
         """
         self.factory = factory
-        self.worker: Worker | None = factory()
         self.folder = folder
         self.common = common
         self.leave = leave
+        self.worker: Worker | None = self._make_worker()
 
     def run(self, job: Job, report: Report) -> Outcome:
         """Never raises for what one shard may be the cause of."""
         if self.worker is None and self.leave:
             self.leave()
         report(0)
-        if not job.again and (stats := self.folder.read(job.name + STATS)):
-            return Outcome(job.name, stats=stats)  # made, but the word of it was lost on its way
         try:
+            if not job.again and (stats := self.folder.read(job.name + STATS)):
+                return Outcome(job.name, stats=stats)  # made, but word of it was lost on its way
             return self._try(job, report)
         except StartError as error:
             return Outcome(job.name, error=str(error), fatal=True)
-        except OSError as error:  # not even the evidence can be written
+        except OSError as error:  # the evidence can be neither read nor written
             text = f"{self.folder.path} on {socket.gethostname()}: {error.strerror or error}"
             with contextlib.suppress(OSError):
                 self.folder.remove(job.name + RUNNING)
@@ -138,9 +139,26 @@ class Runner:
                 self._wait_for(attempt, name, mark)
         return self._set_aside(job, text, {**mark, "traceback": trace}, host=mark["host"])
 
+    def _make_worker(self) -> Worker:
+        """In a process of its own tried again after what may pass.
+
+        The GPU's memory may not be free yet of the process before, or a mount not answer; what is
+        missing or wrong by our own words (errors without a number) stays so.
+        """
+        for wait in START_SECONDS if self.leave else ():
+            try:
+                return self.factory()
+            except (ValueError, ImportError):
+                raise
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno is None:
+                    raise
+                time.sleep(wait)
+        return self.factory()
+
     def _renew_worker(self) -> None:
         try:
-            self.worker = self.worker or self.factory()
+            self.worker = self.worker or self._make_worker()
         except Exception as error:  # what the worker has lost, no shard is the cause of
             raise StartError(f"{socket.gethostname()}: {error}") from error
 
@@ -166,7 +184,7 @@ class Runner:
             "started": round(start, 3),
             "finished": round(time.time(), 3),
             "host": socket.gethostname(),
-            "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "peak_mb": round(peak_rss_mb(), 1),
         }
         self.folder.write(job.name + STATS, stats)
         self.folder.remove(job.name + RUNNING, job.name + ERROR)

@@ -316,12 +316,18 @@ def check_sources(panoptic: PanopticConfig, human: HumanConfig, face: FaceConfig
 
 
 def lacks_of_sources(panoptic: PanopticConfig, human: HumanConfig, face: FaceConfig) -> list[str]:
-    """What this machine lacks for the networks: packages, weights, a device; each with its mend.
+    """What this machine lacks: packages, weights, a device, annotations; each with its mend.
 
-    The networks run where the workers are, so it is their machine that must be asked.
+    The segmenters are where the workers are, so it is their machine that must be asked.
     """
     networks = [config for config in (panoptic, human, face) if config.source in NETWORKS]
-    return list(dict.fromkeys(lack for c in networks for lack in _network_options(c).lacks()))
+    lacks = [lack for config in networks for lack in _network_options(config).lacks()]
+    if panoptic.source == "coco-annotations":
+        try:
+            _check_coco(panoptic.json, panoptic.folder)
+        except ValueError as error:
+            lacks.append(str(error))
+    return list(dict.fromkeys(lacks))
 
 
 def _network_options(config: PanopticConfig | HumanConfig | FaceConfig) -> Any:

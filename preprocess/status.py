@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 from collections import Counter
 from typing import Any
@@ -12,14 +11,12 @@ from tqdm import tqdm
 
 from mas.scene import CLASS_NAMES
 from preprocess.run_folder import (
-    ALIVE_SECONDS,
     ERROR,
     PROGRESS,
     RUN,
     RUNNING,
     STATS,
     RunFolder,
-    exists,
 )
 
 LONGEST_SHOWN = 3  # of the shards at work
@@ -42,9 +39,9 @@ def preprocess_status(folder: str, *, as_json: bool = False) -> int:
     failed = [name for name in failed if name not in made]
     errors = {name: (run_folder.read(name + ERROR) or {}).get("error", "") for name in failed}
     progress = run_folder.read(PROGRESS) or {}
-    alive = _is_alive(progress)
+    alive = bool(progress) and run_folder.is_at_work(progress)
     totals = collect(run_folder)
-    shards = max(run.get("shards", 0), len(made))
+    shards = max(run.get("shards", 0), len(made) + len(failed))
     left = shards - len(made) - len(failed)
     running = _running(run_folder, names) if alive else {}
     status = {
@@ -104,13 +101,6 @@ def describe_rejects(rejected: dict[str, int]) -> str:
     return f", {sum(rejected.values())} rejected: {reasons}"
 
 
-def _is_alive(progress: dict[str, Any]) -> bool:
-    """Whether the run is at work: a fresh heartbeat, of a process that is there if it is here."""
-    fresh = time.time() - progress.get("updated", 0.0) < ALIVE_SECONDS
-    here = progress.get("host") == socket.gethostname()
-    return fresh and (not here or exists(progress["pid"]))
-
-
 def _covered(spans: list[tuple[float, float]]) -> float:
     """Seconds in which at least one shard was worked on; pauses between runs do not count."""
     total, until = 0.0, 0.0
@@ -135,7 +125,7 @@ def _running(folder: RunFolder, names: list[str]) -> dict[str, dict[str, Any]]:
     marks = {name.removesuffix(RUNNING): name for name in names if name.endswith(RUNNING)}
     found = {shard: folder.read(mark) for shard, mark in marks.items()}
     shards = {
-        shard: {**mark, "seconds": round(time.time() - mark["started"], 1)}
+        shard: {**mark, "seconds": round(max(0.0, time.time() - mark["started"]), 1)}
         for shard, mark in found.items()
         if mark is not None  # finished meanwhile
     }

@@ -31,14 +31,20 @@ from mas.shards import (
     read_captions,
     write_token_shard,
 )
-from mas.storage import file_hash
+from mas.storage import WEIGHTS_FILE, file_hash
 from mas.text import Tokenizer, mirror_caption
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 from preprocess.batching import lacking_device, pick_device
 from preprocess.executor import ExecutorConfig, Summary, check_numbers, execute
 from preprocess.inputs import absolute, find_jobs
-from preprocess.needs import lacking_filesystems, require
+from preprocess.needs import (
+    gather,
+    lacking_filesystems,
+    lacking_gpu,
+    lacking_input,
+    require,
+)
 from preprocess.run_folder import STATS, RunFolder
 from preprocess.runner import Job, Report
 
@@ -53,17 +59,25 @@ class TokenizerPaths:
     vqseg: str  # folder
     vqgan: str  # folder
 
-    def hashes(self) -> dict[str, str]:
-        """sha256 of what decides the tokens, by stream."""
-        files = {
+    @property
+    def files(self) -> dict[str, Path]:
+        """What decides the tokens, by stream."""
+        return {
             "text": Path(self.tokenizer),
-            "scene": Path(self.vqseg) / "model.safetensors",
-            "image": Path(self.vqgan) / "model.safetensors",
+            "scene": Path(self.vqseg) / WEIGHTS_FILE,
+            "image": Path(self.vqgan) / WEIGHTS_FILE,
         }
-        absent = [f"{p} (makes the {s} tokens)" for s, p in files.items() if not p.is_file()]
-        if absent:
-            raise ValueError(f"no such file: {', '.join(absent)}")
-        return {stream: file_hash(path) for stream, path in files.items()}
+
+    def lacks(self) -> list[str]:
+        """What to say of those that are not there."""
+        absent = [f"{p} (makes the {s} tokens)" for s, p in self.files.items() if not p.is_file()]
+        return [f"no such file: {', '.join(absent)}"] if absent else []
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 of each, by stream."""
+        if lacks := self.lacks():
+            raise ValueError(lacks[0])
+        return {stream: file_hash(path) for stream, path in self.files.items()}
 
 
 class Tokenizers(NamedTuple):
@@ -265,7 +279,8 @@ def tokenize(config: TokenizeConfig) -> int:
     """Makes the token shards that are not made yet, then the manifest; returns the exit status.
 
     Raises:
-        ValueError: settings that cannot work, or a tokenizer or the input is missing or broken.
+        ValueError: settings that cannot work; a tokenizer or the input is missing or broken, or
+            there is not one sample in the input.
         OSError: input or output cannot be reached.
     """
     require(lacking_filesystems(config.input))
@@ -289,7 +304,13 @@ def tokenize(config: TokenizeConfig) -> int:
         settings={**streams, **({"mirror": True} if config.mirror else {})},
         config=config.execution,
         unit="picture",
-        lacks=partial(lacking_device, config.device),
+        lacks=partial(
+            gather,
+            paths.lacks,
+            partial(lacking_device, config.device),
+            partial(lacking_input, absolute(jobs[0].source.name)),
+            partial(lacking_gpu, config.gpus_per_worker),
+        ),
     )
     if summary.failed:
         return _tell_of_failures(summary)
@@ -301,6 +322,8 @@ def tokenize(config: TokenizeConfig) -> int:
         f"{summary.done} of {summary.shards} shards done, {summary.skipped} were done before; "
         f"{pictures} pictures, {captions} captions"
     )
+    if not pictures:
+        raise ValueError(f"{config.input}: there is not one sample in it")
     return 0
 
 

@@ -261,8 +261,14 @@ def missing(weights: Weights, folder: Path) -> str:
     )
 
 
-def check_hash(path: Path, expected: str, *, algorithm: str = "sha256") -> None:
-    """Compares a file's checksum with the published one.
+def check_hash(
+    path: Path,
+    expected: str,
+    *,
+    algorithm: str = "sha256",
+    mend: str = "remove the file and fetch it again",
+) -> None:
+    """Compares a file's checksum with the published one; `mend` says what to do about it.
 
     Raises:
         WeightsError: they differ, with both in the message.
@@ -270,8 +276,7 @@ def check_hash(path: Path, expected: str, *, algorithm: str = "sha256") -> None:
     found = file_hash(path, algorithm=algorithm)
     if found != expected.lower():
         raise WeightsError(
-            f"{path}: {algorithm} is {found}, but {expected} is the published one; "
-            "remove the file and fetch it again"
+            f"{path}: {algorithm} is {found}, but {expected} is the published one; {mend}"
         )
 
 

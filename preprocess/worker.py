@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mas.scene import PERSON, SceneError, Segments, merge
+from mas.scene import PERSON, SceneError, SceneMap, Segments, merge
 from mas.shards import (
     Sample,
     ShardError,
@@ -29,7 +29,7 @@ from mas.shards import (
     remove_temporary,
     write_file,
 )
-from preprocess.captions import Texts, read_texts
+from preprocess.captions import Texts, dump_fields, read_texts
 from preprocess.landmarks import draw_faces
 from preprocess.needs import require
 from preprocess.photo import (
@@ -155,7 +155,8 @@ class SceneWorker:
             window = self.batch_size + 2 * self.threads  # photos decoded ahead of the segmenters
             opened = map_ordered(pool, partial(self._open, tally), enumerate(samples), window)
             segmented = self._segment_all(filter(None, opened), tally)
-            yield from map_ordered(pool, partial(self._finish, tally), segmented, window)
+            finished = map_ordered(pool, partial(self._finish, tally), segmented, window)
+            yield from filter(None, finished)
 
     def _open(
         self, tally: Tally, numbered: tuple[int, tuple[Sample, Sample | None]]
@@ -230,44 +231,44 @@ class SceneWorker:
             tally.reject(pictures[0].photo.key, reason, detail, index=pictures[0].index)
             return []
 
-    def _finish(self, tally: Tally, picture: _Picture | _Kept) -> Sample:
-        """Merges the three segmentations and encodes what is written."""
+    def _finish(self, tally: Tally, picture: _Picture | _Kept) -> Sample | None:
+        """Merges the three segmentations and encodes what is written, unless it is too large."""
         if isinstance(picture, _Kept):
             tally.add_scene(json.loads(picture.sample.files["json"])["scene"])
             return picture.sample
-        config = self.config.photo
+        key, config = picture.photo.key, self.config.photo
         with tally.time("merge"):
-            faces = [_to_square(face, picture.photo, config.size) for face in picture.faces]
-            scene = merge(
-                panoptic=picture.square,
-                human=None if picture.human is None else sample_square(picture.human, config.size),
-                face=draw_faces(faces, config.size, min_height=self.config.face.min_height)
-                if faces
-                else None,
-            )
-            labels, instances = picture.square
-            summary = {
-                "classes": scene.histogram(),
-                "void": round(scene.void_fraction(), 4),
-                "people": len(np.unique(instances[labels == PERSON])),
-            }
-            tally.add_scene(summary)
+            scene, summary = self._merge(picture)
+        try:
+            with tally.time("encode"):
+                fields = dump_fields({**picture.texts.fields, "scene": summary})
+                png = io.BytesIO()
+                scene.to_png(png)
+        except RejectError as error:
+            tally.reject(key, error.reason, error.detail, index=picture.index)
+            return None
         with tally.time("photo"):
-            photo = cut_square(picture.photo.image, config.size)
-            jpeg = encode_jpeg(photo, config.quality)
-        with tally.time("encode"):
-            png = io.BytesIO()
-            scene.to_png(png)
-            fields = json.dumps({**picture.texts.fields, "scene": summary})
-        return Sample(
-            picture.photo.key,
-            {
-                "jpg": jpeg,
-                "scene.png": png.getvalue(),
-                "txt": picture.texts.caption.encode(),
-                "json": fields.encode(),
-            },
+            jpeg = encode_jpeg(cut_square(picture.photo.image, config.size), config.quality)
+        tally.add_scene(summary)
+        caption = picture.texts.caption.encode()
+        files = {"jpg": jpeg, "scene.png": png.getvalue(), "txt": caption, "json": fields}
+        return Sample(key, files)
+
+    def _merge(self, picture: _Picture) -> tuple[SceneMap, dict[str, Any]]:
+        """The scene of the square, and what KEY.json says of it."""
+        size = self.config.photo.size
+        faces = [_to_square(face, picture.photo, size) for face in picture.faces]
+        scene = merge(
+            panoptic=picture.square,
+            human=None if picture.human is None else sample_square(picture.human, size),
+            face=draw_faces(faces, size, min_height=self.config.face.min_height) if faces else None,
         )
+        labels, instances = picture.square
+        return scene, {
+            "classes": scene.histogram(),
+            "void": round(scene.void_fraction(), 4),
+            "people": len(np.unique(instances[labels == PERSON])),
+        }
 
 
 def match(

@@ -126,6 +126,13 @@ def test_unknown_commands_and_no_command_exit_with_2(capsys):
     assert cli.main([]) == 2
 
 
+@pytest.mark.parametrize("words", [["bench"], ["bench", "--help"], ["bench", "memory"]])
+def test_half_a_command_is_told_its_other_halves(words, capsys):
+    assert cli.main(words) == 2
+    known = "bench sample, bench preprocess, bench train, bench vqseg"
+    assert capsys.readouterr().err == f"mas: error: no command 'bench'; there are {known}\n"
+
+
 def test_a_missing_package_names_the_extra(monkeypatch, capsys):
     def missing(name):
         raise ModuleNotFoundError("No module named 'ray'", name="ray")

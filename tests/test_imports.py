@@ -12,17 +12,17 @@ ROOT = Path(__file__).parent.parent
 
 # Flow order; a module imports only modules to its left.
 MAS_ORDER = """
-    field_help errors
+    field_help errors memory
     scene shard_files token_shards shards rounding packing storage sheet text vq_codebook vq vq_fast
     vqseg_loss vqseg vqseg_tune vqgan bench_vqseg unet reader refiner pretrained things judge
     sequence heap cache gpt filter quantize decoder fast_decoder generate candidates cuda_kernels
     cuda_blocks cuda_step cuda_decoder precision progress model_folder bench_sample codec request
-    model rerank metrics weights_file sample drawing painter studio_canvas studio_page studio_guard
-    studio obedience cases distances inception features examiner figures report evaluate bench
+    model rerank metrics weights_file sample drawing painter studio_canvas studio_guard studio_page
+    studio obedience cases distances inception features examiner figures report evaluate
     doctor
 """.split()
 FOREIGN_TO_MAS = {"ray", "detectron2", "face_alignment", "pytorch_lightning"}
-PREPROCESS_FROM_MAS = {"errors", "scene", "shards", "sheet"}
+PREPROCESS_FROM_MAS = {"errors", "memory", "scene", "shards", "sheet"}
 TOKENS_FROM_MAS = PREPROCESS_FROM_MAS | {"text", "vqseg", "vqgan", "storage"}
 ONE_FILE_EACH = {
     "detectron2": "preprocess/panoptic.py",
@@ -78,6 +78,12 @@ def test_mas_imports_only_to_its_left(path):
     allowed = set(MAS_ORDER[: MAS_ORDER.index(path.stem)])
     assert own_modules(path, "mas") <= allowed
     assert not top_level(path) & (FOREIGN_TO_MAS | {"preprocess", "train"})
+
+
+def test_the_order_names_what_there_is_and_stands_in_the_documentation():
+    assert sorted(MAS_ORDER) == sorted(path.stem for path in files("mas") if path.stem[:2] != "__")
+    _, told = (ROOT / "docs/architecture.md").read_text("utf-8").split("```\nmas ", 1)
+    assert told.partition("each module imports")[0].split() == MAS_ORDER
 
 
 @pytest.mark.parametrize("path", files("preprocess"), ids=lambda p: p.stem)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from plain_errors import run_tool
 from tqdm import tqdm
 
 from mas import MakeAScene
@@ -139,4 +140,4 @@ def _relations(case: Case) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

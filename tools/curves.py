@@ -13,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from plain_errors import run_tool
 
 PARTS = ("train/", "validation/")
 PANEL = (380, 230)  # pixels, width and height
@@ -36,16 +37,22 @@ def read_curves(path: Path) -> Curves:
     path = path / "metrics.csv" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give run folders of mas train or metrics.csv")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            points = [
+                (column, int(row["step"]), float(value))
+                for row in csv.DictReader(file)
+                for column, value in row.items()
+                if value and column != "step"
+            ]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: holds no metrics of mas train ({error})") from error
     curves: Curves = defaultdict(lambda: defaultdict(list))
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            for column, value in row.items():
-                part = next((part for part in PARTS if (column or "").startswith(part)), None)
-                name = column.removeprefix(part) if part else column
-                if value and name != "step":
-                    curves[name][part or PARTS[0]].append((int(row["step"]), float(value)))
+    for column, step, value in points:
+        part = next((part for part in PARTS if column.startswith(part)), "")
+        curves[column.removeprefix(part)][part or PARTS[0]].append((step, value))
     if not curves:
-        raise ValueError(f"{path}: holds no metrics")
+        raise ValueError(f"{path}: holds no metrics of mas train")
     return curves
 
 
@@ -155,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

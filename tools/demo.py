@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             demo.run(step)
         hero = sample_cards(options.output / "samples" / "captions")[:3]
         page = demo.write_page("mini Make-A-Scene", INTRO, hero)
-    except ModelError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"demo: {error}") from error
     print(f"\nOpen {page}")
 

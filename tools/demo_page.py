@@ -26,6 +26,7 @@ from mas.shards import expand_shards, read_shard
 from mas.sheet import overlay
 
 TOOLS = Path(__file__).parent
+CURVE = (240, 70)  # width and height of a loss
 
 
 @dataclass(kw_only=True)
@@ -191,8 +192,9 @@ def shard_cards(folder: Path, count: int) -> list[Card]:
     return cards
 
 
-def read_curves(path: Path, *, width: int = 240, height: int = 70) -> list[dict[str, Any]]:
+def read_curves(path: Path) -> list[dict[str, Any]]:
     """Every loss of a metrics.csv as an SVG polyline with its first and last value."""
+    width, height = CURVE
     rows = list(csv.DictReader(path.read_text().splitlines()))
     curves = []
     for name in rows[0] if rows else ():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from demo_page import Demo, Picture, Step, shard_cards
 from PIL import Image
+from plain_errors import run_tool
 
 from mas.scene import SceneMap
 from mas.shards import expand_shards, read_shard
@@ -238,4 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

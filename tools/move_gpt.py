@@ -11,6 +11,8 @@ Cost: seven minutes of a core (8,000 scenes at 128 px).
 
 import argparse
 
+from plain_errors import run_tool
+
 from mas.gpt import GPT
 from mas.storage import save_network
 from mas.vqseg import VQSEG
@@ -29,11 +31,8 @@ def main() -> None:
     options = parser.parse_args()
     gpt = GPT.from_pretrained(options.gpt)
     before, after = (VQSEG.from_pretrained(path) for path in (options.before, options.after))
-    try:
-        check_sizes(gpt, before, after)
-        scenes = read_scenes(options.input, options.count, before.config.size)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    check_sizes(gpt, before, after)
+    scenes = read_scenes(options.input, options.count, before.config.size)
     counts_AB = count_pairs(before, after, *scenes, show=True)
     save_network(move(gpt, counts_AB), options.output, weights="float16")
     seen_B = counts_AB.sum(0) > 0
@@ -45,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -10,6 +10,7 @@ two cores.
 import argparse
 import json
 
+from plain_errors import run_tool
 from tqdm import tqdm
 
 from mas import MakeAScene
@@ -29,11 +30,11 @@ def main() -> None:
     cases = read_cases(options.input, options.count).cases
     model = MakeAScene.from_pretrained(options.model)
     if options.vqseg:
-        model.vqseg = VQSEG.from_pretrained(options.vqseg)
+        model.vqseg = VQSEG.from_pretrained(options.vqseg).to(model.device)
     examiner = Examiner(model, None, seed=0, batch=16)
     with tqdm(total=len(cases), desc="tokenizers", unit=" pictures") as examiner.bar:
         print(json.dumps(plain(measure_tokenizers(examiner, cases)), indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from plain_errors import run_tool
 from tqdm import tqdm
 
 from mas import MakeAScene, SceneMap
@@ -88,7 +89,10 @@ def bring_along(size: int) -> Given:
             ["park", "--count=100", f"--size={size}", f"--seed={UNSEEN}", f"--output={park}"],
             ["preprocess", f"--config={config}", f"--input={park}", f"--output={scenes}", *sizes],
         ):
-            subprocess.run([sys.executable, "-m", "mas", *command], check=True, capture_output=True)
+            words = [sys.executable, "-m", "mas", *command]
+            result = subprocess.run(words, capture_output=True, text=True)
+            if result.returncode:
+                raise SystemExit(result.stderr)
         for sample in read_shard(expand_shards(scenes)[0]):
             scene = SceneMap.from_png(io.BytesIO(sample.files["scene.png"]))
             if len({CLASS_NAMES[i] for i in np.unique(scene.labels)} & set(CHANGES)) == 1:
@@ -316,4 +320,4 @@ FIGURES: dict[str, Callable[[MakeAScene, Given], Image.Image]] = {
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

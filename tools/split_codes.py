@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 
 import torch
+from plain_errors import run_tool
 from tqdm import tqdm
 
 from mas.scene import HUMAN_IDS
@@ -71,10 +72,10 @@ def read_features(network: VQSEG, shards: str, count: int) -> torch.Tensor:
     chosen = [which.nonzero()[:, 0][: count // 2] for which in (people_B, ~people_B)]
     features = []
     for part in tqdm(torch.cat(chosen).split(AT_ONCE), desc="features"):
-        z_BCHW = network._features(labels_BHW[part], edges_BHW[part])
+        z_BCHW = network.encode_features(labels_BHW[part], edges_BHW[part])
         features.append(z_BCHW.permute(0, 2, 3, 1).flatten(0, 2))
     return torch.cat(features)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

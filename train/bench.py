@@ -10,14 +10,14 @@ tokens in a temporary folder.
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,14 +35,11 @@ from train.gpt import StreamWeights
 from train.reference import ReferenceGPT
 from train.stage import Optimiser
 
-logger = logging.getLogger(__name__)
-
 SMALL = GPTConfig(layers=10, width=256, heads=4, dropout=0.1)  # configs/small/gpt.yaml
 WARM_UP = 2  # steps before the clock starts; compilation falls into the first
 PICTURES = 512  # of the random token shard
 
 Precision = Literal["32-true", "bf16-mixed"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +97,7 @@ def bench_train(
         device=place,
         checkpoint_blocks=checkpoint_blocks,
     )
-    results, references = [], []
-    for kind in kinds:
-        for compiled in (False, True) if compile else (False,):
-            results.append(run_apart(measure, replace(ours, precision=kind, compiled=compiled)))
-        if reference:
-            references.append(run_apart(measure, replace(ours, precision=kind, reference=True)))
+    results, references = measure_all(ours, kinds, compile=compile, reference=reference)
     best = max(results, key=lambda result: result["tokens_per_second"])
     loader = measure_loader(network, batch_size)
     figures = {
@@ -126,6 +118,19 @@ def bench_train(
     if references:
         figures |= {"reference": references, "over_reference": compare(results, references)}
     return figures
+
+
+def measure_all(
+    ours: Setting, kinds: Sequence[Precision], *, compile: bool, reference: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Figures of our network and of the reference in each precision, one after the other."""
+    results, references = [], []
+    for kind in kinds:
+        for compiled in (False, True) if compile else (False,):
+            results.append(run_apart(measure, replace(ours, precision=kind, compiled=compiled)))
+        if reference:
+            references.append(run_apart(measure, replace(ours, precision=kind, reference=True)))
+    return results, references
 
 
 def compare(results: list[dict[str, Any]], references: list[dict[str, Any]]) -> dict[str, float]:

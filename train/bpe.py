@@ -38,8 +38,8 @@ def fit_bpe(
     path = Path(output)
     if path.is_dir():
         raise ValueError(f"--output {path} is a folder; name a file, such as {path}/tokenizer.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     captions = _captions(expand_shards(input))
+    path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.fit(captions, vocab_size=vocab_size, length=length, lowercase=lowercase)
     tokenizer.save(path)
     found = tokenizer.vocab_size

@@ -212,7 +212,8 @@ class FactItems(PictureItems):
         """As PictureItems, and `time` and `place`: texts, empty where nothing is said of them."""
         item = super().item(index, rng)
         content = json.loads(self.index.read(self.part[index]).files["json"])
-        facts = content.get("park", {})
+        facts = content.get("park")
+        facts = facts if isinstance(facts, dict) else {}  # it may be somebody's own field
         return item | {name: facts.get(name, "") for name in ("time", "place")}
 
 

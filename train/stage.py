@@ -9,7 +9,6 @@ look for codes to replace): what asks it more often leaves it without work meanw
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -25,8 +24,6 @@ from torch.distributed.tensor import DTensor
 from mas.vq_codebook import perplexity
 from train.muon import MuonAdamW
 from train.stream import mix
-
-logger = logging.getLogger(__name__)
 
 Rows = list[list[Image.Image | str]]
 NAMED = 4  # samples that a message about a batch names; the saved batch has all

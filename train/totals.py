@@ -32,7 +32,7 @@ def log_totals(module: LightningModule, metrics: Sequence[Totals], *, prefix: st
     """
     values: dict[str, float] = {}
     for metric in metrics:
-        for total in metric.totals:
+        for total in metric.totals if module.trainer.world_size > 1 else ():
             summed = module.trainer.strategy.reduce(total.to(module.device), reduce_op="sum")
             assert isinstance(summed, Tensor)
             total.copy_(summed)

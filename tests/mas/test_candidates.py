@@ -193,7 +193,7 @@ def test_a_scene_that_is_given_asks_no_judge_and_a_part_is_kept(judged_model, mo
 
 
 def test_candidates_need_memory_like_pictures(judged_model, monkeypatch):
-    monkeypatch.setattr(mas.request, "pictures_that_fit", lambda decoder, config: 2)
+    monkeypatch.setattr(MakeAScene, "pictures_that_fit", lambda _: 2)
     with pytest.raises(ModelError, match=r"3 pictures at a time do not fit .*: use batch 2"):
         judged_model.generate(CAPTIONS[0])
     assert len(judged_model.generate(CAPTIONS[0], batch=2).images) == 1

@@ -133,7 +133,7 @@ IMAGE = Image.new("RGB", (32, 32))
         ({"caption": ["a dog", 5]}, "caption holds 5, use a text"),
         ({"count": 1.5}, "count is 1.5, use a whole number"),
         ({"count": "2"}, "count is '2', use a whole number"),
-        ({"count": 2**63}, r"seed is 0 for \d+ pictures, use a number"),
+        ({"count": 2**64}, r"seed is 0 for \d+ pictures, use a number"),
         ({"batch": 2.0}, "batch is 2.0, use a whole number"),
         ({"seed": 1.5}, "seed is 1.5, use a whole number"),
         ({"seed": None}, "seed is None, use a whole number"),

@@ -1,6 +1,10 @@
 """`mas evaluate` on a tiny model, a tiny reader and a few park pictures."""
 
+import errno
+import io
 import json
+import os
+import tempfile
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -21,10 +25,12 @@ from mas.filter import Sampling, StreamSampling
 from mas.generate import generate
 from mas.metrics import SceneMetrics
 from mas.model import MakeAScene
+from mas.model_folder import ModelError
 from mas.obedience import CLAIMS
 from mas.reader import Reader, ReaderConfig
 from mas.report import draw_sweep
-from mas.shards import ShardError, ShardWriter
+from mas.scene import VOID, SceneMap
+from mas.shards import Sample, ShardError, ShardWriter
 from mas.storage import save_network
 from mas.vqgan import VQGAN
 from mas.weights_file import WeightsError
@@ -218,7 +224,7 @@ class Means(nn.Module):
 def test_distances_on_features_of_a_file_say_what_they_were_measured_with(run, tmp_path):
     path = tmp_path / "means.pt"
     torch.jit.trace(Means(), torch.zeros(2, 3, 32, 32)).save(str(path))
-    output, figures = run(extractor=path)
+    output, figures = run(extractor=path, trust_program=True)
     distance = figures["published_distance"]
     assert distance["count"] == distance["true_count"] == 6
     assert distance["extractor"] == "means.pt" and distance["fid"] > 0
@@ -236,6 +242,20 @@ def test_the_reader_beside_a_shipped_model_is_taken(reader_folder, tmp_path, mon
     image_BCHW = torch.rand(2, 3, 32, 32)
     agree = found.read(image_BCHW).labels_BHW == reader.read(image_BCHW).labels_BHW
     assert agree.float().mean() > 0.95  # float16 rounds
+
+
+def test_scenes_without_any_label_are_measured_as_far_as_they_can_be(run, tmp_path, capsys):
+    nothing = io.BytesIO()
+    SceneMap.from_labels(np.full((32, 32), VOID, np.uint8)).to_png(nothing)
+    with ShardWriter(str(tmp_path / "00000.tar")) as writer:
+        for i in range(3):
+            sample = to_sample(picture(3, i, size=32), f"{i:05}", park=False)
+            scene = {"scene.png": nothing.getvalue()}
+            writer.write(Sample(sample.key, sample.files | scene))
+    output, figures = run(input=str(tmp_path), count=3)
+    assert figures["vqseg"]["miou"] is None and figures["scene"]["miou_real"] is None
+    assert "says nothing" in output.with_suffix(".md").read_text()
+    assert "VQ-SEG mIoU -" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -269,7 +289,7 @@ def test_photos_smaller_than_the_models_pictures_are_refused(run, unpainted, tin
 def test_a_network_that_gives_no_features_is_refused(run, unpainted, tmp_path):
     torch.jit.script(nn.Identity()).save(tmp_path / "pictures.pt")
     with pytest.raises(WeightsError, match="one row of features each"):
-        run(extractor=tmp_path / "pictures.pt")
+        run(extractor=tmp_path / "pictures.pt", trust_program=True)
 
 
 def test_one_picture_is_too_few(unpainted, run, shards, tmp_path):
@@ -293,10 +313,49 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(tmp_p
         command.evaluate(input="nowhere", output=tmp_path / "file" / "report.json")
 
 
+def test_a_folder_that_takes_no_files_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "a name that nobody knows")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OSError, match=r"Read-only file system: '.*report\.json'"):
+        command.evaluate(input="nowhere", output=tmp_path / "report.json")
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_anything_is_painted(
+    run, unpainted, monkeypatch
+):
+    monkeypatch.setattr(MakeAScene, "pictures_that_fit", lambda _: 3)
+    with pytest.raises(ModelError, match=r"4 pictures at a time .* use batch 3"):
+        run("park", batch=4)
+    with pytest.raises(pytest.fail.Exception, match="painted"):
+        run("park", batch=3)
+
+
+def test_a_memory_that_runs_out_all_the_same_is_said(run, monkeypatch):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("mas.examiner.generate", run_out)
+    with pytest.raises(ModelError, match="ran out with 4 pictures at a time: try batch 2"):
+        run("park", batch=4)
+
+
 @pytest.mark.parametrize("wrong", [{"count": 1}, {"seeds": 1}, {"sweep_count": 1}, {"batch": 0}])
 def test_counts_that_cannot_be_are_refused_before_anything_is_read(wrong, tmp_path):
     with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')} is"):
         command.evaluate(input="nowhere", output=tmp_path / "r.json", **wrong)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63 - 5])
+def test_a_seed_that_cannot_be_is_refused_before_anything_is_read(seed, tmp_path):
+    with pytest.raises(ValueError, match=rf"seed is {seed}.*, use a number from 0 to 2\^63 - 6"):
+        command.evaluate(input="nowhere", output=tmp_path / "r.json", seed=seed, count=6)
+
+
+def test_a_guidance_that_cannot_be_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ValueError, match=r"guidance is 2000\.0, use a number from 0 to 1000"):
+        command.evaluate(input="nowhere", output=tmp_path / "r.json", guidance=[2.0, 2000.0])
 
 
 @pytest.mark.parametrize("miou", [0.0, 0.002, 0.09, 0.1, 0.7])
@@ -379,6 +438,45 @@ def test_pictures_without_a_caption_are_refused(tmp_path):
         writer.write(sample)
     with pytest.raises(ShardError, match="00000: has no caption"):
         read_cases(str(tmp_path), 2)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Writes one picture of which some files are others."""
+
+    def write(**files):
+        sample = to_sample(picture(3, 0, size=32), "00000")
+        named = {name.replace("_", "."): content for name, content in files.items()}
+        with ShardWriter(str(tmp_path / "00000.tar")) as writer:
+            writer.write(Sample(sample.key, sample.files | named))
+        return str(tmp_path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[1]", r"00000\.json: not a JSON object"),
+        (b"{", "00000: caption or JSON cannot be read"),
+        (b"[" * 10**5, "00000: caption or JSON cannot be read"),
+        (b'{"park": {"format": 1, "facts": []}}', r"00000\.json: its park entry has no held_out"),
+    ],
+)
+def test_what_is_wrong_with_the_json_of_a_picture_is_said(content, message, broken):
+    with pytest.raises(ShardError, match=message):
+        read_cases(broken(json=content), 2)
+
+
+def test_files_of_a_picture_that_cannot_be_read_are_named(broken):
+    (case,) = read_cases(broken(jpg=b"no picture", scene_png=b"no scene"), 2).cases
+    for look, name in (
+        (lambda: case.side, r"00000\.scene\.png"),
+        (lambda: case.scene(32), r"00000\.scene\.png"),
+        (lambda: case.pixels(32), r"00000\.jpg"),
+    ):
+        with pytest.raises(ShardError, match=f"{name}: cannot be read"):
+            look()
 
 
 def test_distances_of_known_sets():

@@ -2,6 +2,7 @@
 
 import math
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -90,6 +91,10 @@ def colours_file(tmp_path):
     return tmp_path / "colours.pt"
 
 
+def trusted(path):
+    return Extractor(path, trust_program=True)
+
+
 def sets():
     generator = torch.Generator().manual_seed(0)
     made, real = torch.rand(2, 40, 3, 6, 6, generator=generator)
@@ -99,7 +104,7 @@ def sets():
 def test_fid_is_the_frechet_distance_of_two_gaussians(colours_file):
     from scipy.linalg import sqrtm
 
-    metrics = DistanceMetrics(Extractor(colours_file))
+    metrics = DistanceMetrics(trusted(colours_file))
     made, real = sets()
     for batch in made.split(16):
         metrics.update(batch, real=False)
@@ -111,7 +116,7 @@ def test_fid_is_the_frechet_distance_of_two_gaussians(colours_file):
 
 
 def test_a_result_says_what_it_was_measured_with(colours_file, inception_file):
-    metrics = DistanceMetrics(Extractor(colours_file))
+    metrics = DistanceMetrics(trusted(colours_file))
     made, real = sets()
     metrics.update(made[:30], real=False)
     metrics.update(real, real=True)
@@ -124,7 +129,7 @@ def test_a_result_says_what_it_was_measured_with(colours_file, inception_file):
 
 def test_equal_sets_are_near_and_others_far(colours_file):
     _, real = sets()
-    near, far = DistanceMetrics(Extractor(colours_file)), DistanceMetrics(Extractor(colours_file))
+    near, far = DistanceMetrics(trusted(colours_file)), DistanceMetrics(trusted(colours_file))
     for metrics, image in ((near, real.flip(0)), (far, 0.5 * real)):
         metrics.update(image, real=False)
         metrics.update(real, real=True)
@@ -133,7 +138,7 @@ def test_equal_sets_are_near_and_others_far(colours_file):
 
 
 def test_too_few_pictures_are_said(colours_file, caplog):
-    metrics = DistanceMetrics(Extractor(colours_file))
+    metrics = DistanceMetrics(trusted(colours_file))
     metrics.update(sets()[0][:5], real=False)
     with pytest.raises(ValueError, match="5 pictures against 0: a distance needs two of each"):
         metrics.compute()
@@ -147,7 +152,39 @@ def test_a_network_of_torch_export_is_read(tmp_path):
     program = torch.export.export(Colours(), (image,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
     torch.export.save(program, tmp_path / "colours.pt2")
     image = torch.rand(5, 3, 6, 6)
-    torch.testing.assert_close(Extractor(tmp_path / "colours.pt2")(image), Colours()(image))
+    network = trusted(tmp_path / "colours.pt2")
+    torch.testing.assert_close(network(image), Colours()(image))
+
+
+def test_a_program_is_run_only_for_those_who_trust_it(tmp_path):
+    torch.jit.script(Colours()).save(tmp_path / "weights.pth")  # whatever it is called
+    wanted = rf"weights\.pth: is a program .*{file_hash(tmp_path / 'weights.pth')}.*--trust-program"
+    with pytest.raises(WeightsError, match=wanted):
+        Extractor(tmp_path / "weights.pth")
+    (tmp_path / "network.pt2").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"network\.pt2: is a program"):
+        Extractor(tmp_path / "network.pt2")
+
+
+def test_a_broken_program_is_named(tmp_path):
+    program = torch.export.export(Colours(), (torch.rand(2, 3, 6, 6),))
+    torch.export.save(program, tmp_path / "whole.pt2")
+    whole = (tmp_path / "whole.pt2").read_bytes()
+    members = zipfile.ZipFile(tmp_path / "whole.pt2")
+    for number, left_out in enumerate([None, *members.namelist()]):
+        path = tmp_path / f"{number}.pt2"
+        path.write_bytes(whole[: len(whole) // 2])  # as a download that was cut
+        if left_out is not None:
+            with zipfile.ZipFile(path, "w") as archive:
+                for name in members.namelist():
+                    if name != left_out:
+                        archive.writestr(name, members.read(name))
+        try:
+            trusted(path)
+        except WeightsError as error:
+            assert str(error).startswith(f"{path}: neither TorchScript nor")
+        else:
+            assert left_out is not None  # which it can do without
 
 
 class Detector(nn.Module):
@@ -162,7 +199,8 @@ class Detector(nn.Module):
 def test_a_network_that_takes_bytes_gets_them_and_is_asked_for_features(tmp_path):
     torch.jit.script(Detector()).save(tmp_path / "inception-2015-12-05.pt")
     image_BCHW = sets()[1].mul(255).round() / 255
-    features_BD = Extractor(tmp_path / "inception-2015-12-05.pt")(image_BCHW)
+    extractor = trusted(tmp_path / "inception-2015-12-05.pt")
+    features_BD = extractor(image_BCHW)
     torch.testing.assert_close(features_BD, (255 * image_BCHW.mean((2, 3)) - 128) / 128)
 
 
@@ -198,11 +236,16 @@ def test_bad_files_are_named(inception_file, weights, tmp_path):
     (tmp_path / "cut.pth").write_bytes(inception_file.read_bytes()[:90_000])
     with pytest.raises(WeightsError, match=r"cut\.pth: not a readable file of tensors"):
         Extractor(tmp_path / "cut.pth")
+    forged = bytearray(inception_file.read_bytes())
+    forged[forged.rindex(b"PK\x01\x02")] ^= 0xFF  # in the list of its members
+    (tmp_path / "forged.pth").write_bytes(forged)
+    with pytest.raises(WeightsError, match=r"forged\.pth: not a readable file of tensors"):
+        Extractor(tmp_path / "forged.pth")
     torch.save({"a": os.getcwd}, tmp_path / "code.pth")
     with pytest.raises(WeightsError, match=r"code\.pth: .*asks for .*getcwd, which would run code"):
         Extractor(tmp_path / "code.pth")
     torch.jit.script(Picture()).save(tmp_path / "picture.pt")
     with pytest.raises(WeightsError, match=r"picture\.pt: returns \(2, 3, 4, 4\) for 2 pictures"):
-        Extractor(tmp_path / "picture.pt")(torch.rand(2, 3, 4, 4))
+        trusted(tmp_path / "picture.pt")(torch.rand(2, 3, 4, 4))
     with pytest.raises(ValueError, match="resize 'lanczos': use one of bilinear, bicubic"):
         Extractor(inception_file, resize="lanczos")

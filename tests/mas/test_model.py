@@ -252,6 +252,10 @@ def test_sampling_never_holds_the_whole_float32_network(tiny_folder, precision, 
     assert model.gpt.dtype == torch.float32 and model.gpt is model.gpt
 
 
+def test_the_largest_seed_is_of_the_last_picture(tiny_model):
+    assert tiny_model.generate(CAPTION, seed=2**63 - 2, count=2).seeds[-1] == 2**63 - 1
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -260,7 +264,8 @@ def test_sampling_never_holds_the_whole_float32_network(tiny_folder, precision, 
         ({"count": 0}, "count is 0"),
         ({"batch": 0}, "batch is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**63}, "seed is"),
+        ({"seed": 2**63}, r"seed is 9\d+8, use a number from 0 to 2\^63 - 1"),
+        ({"seed": 2**63 - 1, "count": 2}, r"for 2 pictures, use a number from 0 to 2\^63 - 2"),
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"guidance": -2}, "guidance is -2"),
         ({"top_p": 0.0}, "top_p is 0"),

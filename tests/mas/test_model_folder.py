@@ -93,6 +93,11 @@ def test_only_a_tokenizer_that_had_int8_weights_is_stored_in_int8(parts, tmp_pat
         assert all(torch.equal(loaded[name], tensor) for name, tensor in rounded.items())
 
 
+def test_a_card_in_another_encoding_keeps_no_model_from_being_read(copied):
+    (copied / "README.md").write_bytes("# Modèle".encode("latin-1"))
+    assert MakeAScene.from_pretrained(copied, device="cpu").card == "# Mod\ufffdle"
+
+
 def test_saving_twice_gives_the_same_folder_and_keeps_the_card(tiny_folder, tmp_path):
     model = MakeAScene.from_pretrained(tiny_folder)
     model.save_pretrained(tmp_path / "m", card="# my card")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mas.drawing import free_cells, widen
-from mas.painter import MOST_WAITING, Crowded, Painter, Wish
+from mas.painter import MOST_EACH, MOST_WAITING, Crowded, Painter, Wish
 from mas.request import fill_void
 from mas.scene import CLASS_NAMES, VOID, SceneMap
 
@@ -213,6 +213,21 @@ def test_only_so_many_wishes_wait_and_each_visitor_has_one(slow):
         slow.check_room("one more")
     slow.stop("5")
     slow.check_room("one more")
+    slow.close()
+
+
+def test_one_address_leaves_room_in_the_line_for_others(slow):
+    tabs = [slow.paint(wish(), f"tab {i}", "192.0.2.1") for i in range(MOST_EACH + 1)]
+    for generator in tabs:  # one is served
+        next(generator)
+    wanted = rf"^{MOST_EACH} wishes from your address wait already: try again later\.$"
+    with pytest.raises(Crowded, match=wanted):
+        next(slow.paint(wish(), "one more tab", "192.0.2.1"))
+    next(slow.paint(wish(), "tab 3", "192.0.2.1"))  # instead of the one that waits
+    other = slow.paint(wish(), "somebody", "192.0.2.2")
+    assert next(shown for shown in other if shown.ahead <= len(tabs)).ahead == len(tabs)
+    slow.stop("tab 5")
+    slow.check_room("one more tab", "192.0.2.1")
     slow.close()
 
 

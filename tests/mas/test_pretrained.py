@@ -163,6 +163,15 @@ def damaged(change):
         (lambda s: s.update({"encoder.extra.weight": torch.zeros(5)}), "encoder.extra.weight"),
         (lambda s: s["decoder.norm_out.bias"].fill_(torch.nan), "NaN.*decoder.norm_out.bias"),
         (lambda s: s.pop("quantize.embedding.weight"), "missing tensor quantize.embedding.weight"),
+        *(
+            (lambda s, x=x: s.update({"encoder.conv_in.weight": x}), words)
+            for x, words in (
+                (torch.tensor(1.0), r"encoder.conv_in.weight has the shape \(\)"),
+                (torch.zeros(0, 3, 3, 3), r"encoder.conv_in.weight has the shape \(0, 3, 3, 3\)"),
+                (torch.ones(32, 3, 3, 3).to_sparse(), "no numbers in encoder.conv_in.weight"),
+                (torch.ones(32, 3, 3, 3, device="meta"), "no numbers in encoder.conv_in.weight"),
+            )
+        ),
     ],
 )
 def test_damaged_tensors_are_refused_by_name(change, words, checkpoint):

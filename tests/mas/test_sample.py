@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import mas.request
 import mas.sample
@@ -15,6 +15,7 @@ from mas.filter import Sampling, StreamSampling
 from mas.model import MakeAScene
 from mas.model_folder import write_folder
 from mas.request import fill_free
+from mas.sample import MOST_ROWS, draw_sheet
 from mas.scene import COCO_CATEGORY_IDS, SceneMap
 from mas.vqgan import VQGAN
 
@@ -53,6 +54,18 @@ def test_it_writes_pictures_scenes_sheet_and_a_description(run, tmp_path, tiny_f
     for picture in description["pictures"]:
         assert Image.open(tmp_path / "out" / picture["image"]).size == (32, 32)
         assert SceneMap.from_png(tmp_path / "out" / picture["scene"]).size == (32, 32)
+
+
+def test_a_sheet_of_many_pictures_can_be_opened(tiny_model):
+    """Of a thousand it was larger than Pillow opens, of ten thousand than many a memory."""
+    out = tiny_model.generate(CAPTION)
+    many = {name: getattr(out, name) * 1000 for name in ("images", "scenes", "captions", "seeds")}
+    large = [image.resize((256, 256)) for image in out.images] * 1000
+    sheet = draw_sheet(dataclasses.replace(out, **many | {"images": large}))
+    assert sheet.width * sheet.height < Image.MAX_IMAGE_PIXELS
+    few = {name: each[:MOST_ROWS] for name, each in many.items()}
+    few["images"] = large[:MOST_ROWS]
+    assert sheet == draw_sheet(dataclasses.replace(out, **few))
 
 
 def test_caption_and_settings_stand_in_the_png(run, tmp_path):
@@ -253,6 +266,9 @@ def prepare_bad_input():
     Image.new("RGBA", (32, 48)).save("wide-picture.png")
     Image.new("RGB", (32, 32)).save("whole.png")
     Image.new("RGBA", (2, 2)).save("tiny.png")
+    words = PngImagePlugin.PngInfo()
+    words.add_text("said", "x" * 2**21, zip=True)  # more than Pillow unpacks
+    drawn().save("words.png", pnginfo=words)
     with open("empty.txt", "w") as file:
         file.write("\n \n")
     with open("binary.txt", "wb") as file:
@@ -284,6 +300,7 @@ def prepare_bad_input():
         ([CAPTION, "--image", "tiny.png"], "tiny.png: 2x2 pixels are too few, use 4x4 or more"),
         ([CAPTION, "--scene", "tiny.png", "--fill-void"], "tiny.png: 2x2 pixels are too few"),
         ([CAPTION, "--image", "file"], "not a readable PNG or WebP"),
+        ([CAPTION, "--image", "words.png"], "words.png: not a readable PNG or WebP"),
         ([CAPTION, "--keep", "2"], "--keep keeps the best by --rerank"),
         ([CAPTION, "--rerank", "clip", "--keep", "5"], "keep is 5, use 1 to 4"),
         ([CAPTION, "--rerank", "clip", "--keep", "0"], "keep is 0, use 1 to 4"),
@@ -336,7 +353,7 @@ def test_parts_that_do_not_fit_are_one_line(run, tmp_path, parts):
 
 
 def test_too_little_memory_names_the_batch_that_fits(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(mas.request, "pictures_that_fit", lambda decoder, config: 5)
+    monkeypatch.setattr(MakeAScene, "pictures_that_fit", lambda _: 5)
     status, _, err = run(CAPTION, "--count=8", "--output", "out")
     assert status == 1 and not (tmp_path / "out").exists()
     assert err == (

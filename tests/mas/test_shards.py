@@ -83,6 +83,19 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, root):
     assert not fsspec.filesystem("memory").exists("/broken/00000.tar")
 
 
+def test_files_are_written_where_nothing_can_be_synced(tmp_path, monkeypatch):
+    """As on Windows, where a folder cannot even be opened."""
+
+    def refuse(path, *_):
+        raise PermissionError(path)
+
+    monkeypatch.setattr("mas.shard_files.CAN_SYNC", False)
+    monkeypatch.setattr("mas.shard_files.os.open", refuse)
+    write_file(str(tmp_path / "file"), b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_an_error_while_writing_keeps_the_earlier_file(tmp_path):
     path = tmp_path / "file.json"
     write_file(str(path), b"old")

@@ -23,8 +23,9 @@ gr = pytest.importorskip("gradio", reason="needs the extra studio")
 from studio_visitor import Studio, Visitor, scene_of  # noqa: E402
 
 from mas.painter import Painter  # noqa: E402
+from mas.studio import check_address  # noqa: E402
 from mas.studio_canvas import MOST_OPENING, NOTHING, build_canvas, colour_of  # noqa: E402
-from mas.studio_page import Page, legend, tell  # noqa: E402
+from mas.studio_page import Page, address_of, legend, tell  # noqa: E402
 
 LABELS = np.full((32, 32), CLASS_NAMES.index("grass-merged"), np.uint8)
 LABELS[:10] = CLASS_NAMES.index("sea")
@@ -68,6 +69,13 @@ def test_the_page_offers_what_the_model_knows_and_its_own_settings(parts, tmp_pa
     assert offered(unknown) == [NOTHING, *sorted(CLASS_NAMES)]
 
 
+def test_visitors_are_told_apart_by_address_unless_it_is_this_machines():
+    for host, address in (("127.0.0.1", ""), ("::1", ""), ("192.0.2.1", "192.0.2.1")):
+        request = gr.Request(client=SimpleNamespace(host=host))
+        assert address_of(request) == address
+    assert address_of(gr.Request(client=None)) == ""
+
+
 def test_files_are_opened_one_after_the_other(monkeypatch):
     """A small file may hold a large scene: many at once would take all memory."""
     open_now, most, go_on = [], [], threading.Event()
@@ -103,7 +111,7 @@ def test_a_full_line_is_said_and_what_was_painted_stays(tiny_model, tmp_path, mo
     page.build()
     monkeypatch.setattr(page, "_read_wish", lambda asked: None)
     monkeypatch.setattr("mas.painter.MOST_WAITING", 0)
-    answers = list(page.paint({}, SimpleNamespace(session_hash="a visitor")))
+    answers = list(page.paint({}, SimpleNamespace(session_hash="a visitor", client=None)))
     assert answers == [{page.status: tell("0 wishes wait already: try again later.")}]
 
 
@@ -130,6 +138,19 @@ def test_a_port_that_cannot_be_had_is_said_in_one_line(tiny_folder, capsys):
     assert "--port is 70000, use a number from 1 to 65535" in capsys.readouterr().err
     assert main(["studio", "--model", "nowhere"]) == 1
     assert "nowhere: no such model folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.1", "127.0.0.1"])
+def test_the_address_is_told_in_numbers_whatever_it_is_called(host):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert check_address(host, port) == "127.0.0.1"
+
+
+def test_an_empty_host_could_be_any():
+    with pytest.raises(ValueError, match=r"--host is empty, use 127\.0\.0\.1"):
+        check_address("", 7860)
 
 
 def test_the_server_shows_files_of_its_own_only(address, tmp_path):

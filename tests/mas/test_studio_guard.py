@@ -122,8 +122,24 @@ def test_a_body_of_no_stated_length_is_counted():
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"host", b"localhost")]}
-    asyncio.run(Guard(application, host="127.0.0.1")(scope, receive, send))
+    asyncio.run(Guard(application, host="127.0.0.1", address="127.0.0.1")(scope, receive, send))
     assert sum(taken) == MOST_BYTES and sent[0]["status"] == 413
+
+
+def ask_guard(headers, **guard):
+    """Status of an answer to a post with these headers."""
+    sent = []
+
+    async def application(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        sent.append(message)
+
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": encoded}
+    asyncio.run(Guard(application, **guard)(scope, None, send))
+    return sent[0]["status"]
 
 
 @pytest.mark.parametrize(
@@ -136,16 +152,15 @@ def test_a_body_of_no_stated_length_is_counted():
     ],
 )
 def test_in_a_network_every_name_is_answered_but_no_other_page(origin, more, status):
-    sent = []
-
-    async def application(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    async def send(message):
-        sent.append(message)
-
     headers = {"host": "lab:7860", "origin": origin} | more
-    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": encoded}
-    asyncio.run(Guard(application, host="0.0.0.0")(scope, None, send))
-    assert sent[0]["status"] == status
+    assert ask_guard(headers, host="0.0.0.0", address="0.0.0.0") == status
+
+
+@pytest.mark.parametrize("host", ["workstation", "127.1", "localhost"])
+def test_a_name_for_this_machine_alone_lets_no_other_name_in(host):
+    """Debian gives a machine's own name 127.0.1.1."""
+    guard = {"host": host, "address": "127.0.1.1"}
+    for name in ("evil.example", "lab:7860", ""):
+        assert ask_guard({"host": name}, **guard) == 403
+    for name in (f"{host.title()}:7860", "127.0.1.1:7860", "localhost"):
+        assert ask_guard({"host": name}, **guard) == 200

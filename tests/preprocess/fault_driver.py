@@ -14,6 +14,7 @@ from preprocess.segment import FaceConfig, HumanConfig
 
 def main(input, output, gates, address=None):
     cloudpickle.register_pickle_by_value(gated_worker)  # Ray's processes lack tests/
+    preprocess.run.lacks_of_sources = partial(gated_worker.lacks, gates)
     preprocess.run.SceneWorker = partial(gated_worker.GatedWorker, gates)
     return preprocess.run.preprocess(
         preprocess.run.PreprocessConfig(

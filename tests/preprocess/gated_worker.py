@@ -17,6 +17,8 @@ class GatedWorker(SceneWorker):
     """Waits before a photo while `gates/KEY.stop` is there, and tells so in `gates/KEY.reached`."""
 
     def __init__(self, gates, *args, **options):
+        if lacks(gates):
+            raise OSError("; ".join(lacks(gates)))
         super().__init__(*args, **options)
         self.gates, self.segment = Path(gates), self.panoptic
         self.panoptic = self.wait_and_segment
@@ -40,6 +42,12 @@ class GatedWorker(SceneWorker):
                 while stop.exists():
                     time.sleep(0.01)
         return self.segment(photos)
+
+
+def lacks(gates, *_):
+    """What `gates/NODE.lacks` says of this node."""
+    path = Path(gates) / f"{node_id()}.lacks"
+    return [path.read_text()] if path.exists() else []
 
 
 def node_id():

@@ -91,7 +91,7 @@ def tar_bytes(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
 
 
-def preprocess_scenes(photos, output):
+def preprocess_scenes(photos, output, **options):
     """The panoptic maps that lie beside small photos, in this process."""
     return preprocess(
         PreprocessConfig(
@@ -101,5 +101,6 @@ def preprocess_scenes(photos, output):
             human=HumanConfig(source="none"),
             face=FaceConfig(source="none"),
             executor="serial",
+            **options,
         )
     )

@@ -11,6 +11,7 @@ from preprocess.bench import (
     measure_overhead,
     write_shards,
 )
+from preprocess.bench import _read as read_samples
 from preprocess.photo import PhotoConfig
 from preprocess.segment import FaceConfig, HumanConfig
 from preprocess.worker import SceneConfig
@@ -84,3 +85,20 @@ def test_photos_that_are_all_rejected_cannot_be_measured_with(tmp_path, quick):
     write_photos(tmp_path / "00000.tar", [photo_sample("a", jpg=b"")])
     with pytest.raises(ValueError, match="unknown_format"):
         bench_preprocess(input=str(tmp_path / "00000.tar"), photos=1)
+
+
+def test_shards_without_a_sample_are_named(tmp_path):
+    write_photos(tmp_path / "00000.tar", [])
+    with pytest.raises(ValueError, match=r"00000\.tar: there is not one sample in it"):
+        bench_preprocess(input=str(tmp_path / "00000.tar"), photos=1)
+
+
+def test_no_more_photos_are_read_than_are_measured_with(tmp_path):
+    """Those of an input may not fit into the memory."""
+    shards = make_shards(tmp_path / "in", shards=3, photos=2)
+    (shards / "00002.tar").write_bytes(b"is not opened")
+    assert [sample.key for sample in read_samples(str(shards), 3)] == [
+        "000000000",
+        "000000001",
+        "000010000",
+    ]

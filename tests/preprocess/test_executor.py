@@ -15,7 +15,7 @@ from preprocess.executor import ExecutorConfig, Summary, execute
 from preprocess.executor import _take_in as take_in
 from preprocess.progress import ProgressBar
 from preprocess.run_folder import FolderError, RunFolder
-from preprocess.runner import Job, Outcome
+from preprocess.runner import Job, Outcome, Runner
 from preprocess.status import preprocess_status
 
 NAMES = [f"{i:05d}" for i in range(6)]
@@ -201,6 +201,37 @@ def test_a_worker_that_cannot_be_made_again_ends_the_run_and_spares_the_shards(w
     assert not world.names("*.error.json")
 
 
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [
+        (RuntimeError("CUDA out of memory"), 3),  # of the process before this one
+        (OSError(errno.ESTALE, "Stale file handle"), 3),
+        (OSError("weights missing: run mas fetch-weights"), 1),
+        (ValueError("no such device"), 1),
+        (ImportError("no such package"), 1),
+    ],
+)
+def test_what_may_pass_is_tried_again_before_a_worker_is_given_up(world, monkeypatch, error, tries):
+    monkeypatch.setattr("preprocess.runner.START_SECONDS", (0.0, 0.0))
+    made = []
+
+    def factory(fails):
+        made.append(1)
+        if len(made) <= fails:
+            raise error
+        return lambda job, report: {}
+
+    folder = RunFolder(str(world.output))
+    with pytest.raises(type(error)):
+        Runner(partial(factory, 9), folder, {}, leave=lambda: None)
+    assert len(made) == tries
+    made.clear()
+    if tries > 1:
+        assert Runner(partial(factory, 2), folder, {}, leave=lambda: None).worker
+    with pytest.raises(type(error)):  # this process has nothing that another one may free
+        Runner(partial(factory, 9), folder, {})
+
+
 def test_a_cluster_without_a_free_cpu_is_told_of(world, local_ray, caplog, monkeypatch):
     @local_ray.remote(num_cpus=2)
     class Other:
@@ -239,6 +270,20 @@ def test_a_run_gives_a_sign_of_life_before_it_reads_what_is_done(world, monkeypa
 
     monkeypatch.setattr(RunFolder, "finished", watch)
     assert world.run().status == 0 and seen == ["lock.json", "progress.json"]
+
+
+def test_a_worker_whose_output_is_gone_ends_the_run_and_names_its_machine(world, monkeypatch):
+    read = RunFolder.read
+
+    def unmounted(folder, name):
+        if name == "00003.stats.json":
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        return read(folder, name)
+
+    monkeypatch.setattr(RunFolder, "read", unmounted)
+    where = f"{world.output} on {socket.gethostname()}: Transport endpoint is not connected; "
+    with pytest.raises(OSError, match=f"^{where}finished shards are kept"):
+        world.run()
 
 
 def test_a_listing_of_an_older_state_is_not_believed(world, monkeypatch):
@@ -362,7 +407,10 @@ def test_the_status_of_a_run_at_work_comes_from_its_files(world, capsys):
     assert "finished: 6 of 6 shards done" in capsys.readouterr().out
 
 
-def test_the_status_tells_rate_and_time_left_of_a_run_on_another_machine(world, capsys):
+def test_the_status_tells_rate_and_time_left_of_a_run_on_another_machine(
+    world, capsys, monkeypatch
+):
+    monkeypatch.setattr("preprocess.run_folder.LISTEN_SECONDS", 0.1)
     world.plan(n00005="data")
     world.run()
     folder = RunFolder(str(world.output))
@@ -380,9 +428,13 @@ def test_the_status_tells_rate_and_time_left_of_a_run_on_another_machine(world, 
     assert "running: 3 of 6 shards done, 1 running, 1 failed, 2 left" in printed
     assert "3.0 photos/s, 03:20 left" in printed
     assert "00004, for 02:05, attempt 2, process 77 on node9" in printed
-    folder.write("progress.json", {**beat, "made": 3, "updated": now - 600})
+    folder.write("00004.running.json", {**mark, "started": now + 125})  # by that node's clock
     preprocess_status(str(world.output))
-    assert "stopped: 3 of 6" in capsys.readouterr().out
+    assert "00004, for 00:00, attempt 2" in capsys.readouterr().out
+    for seconds in (-600, 600):  # the clock may have been ahead
+        folder.write("progress.json", {**beat, "made": 3, "updated": now + seconds})
+        preprocess_status(str(world.output))
+        assert "stopped: 3 of 6" in capsys.readouterr().out
 
 
 def test_the_status_of_a_run_that_was_just_killed_is_not_running(world, capsys):
@@ -402,6 +454,14 @@ def test_a_shard_that_was_made_and_failed_before_counts_as_made(world, capsys):
     RunFolder(str(world.output)).write("00002.error.json", {"error": "an older attempt"})
     code, status = status_of(world, capsys)
     assert code == 0 and status["done"] == 6 and not status["failed"]
+
+
+def test_shards_that_failed_and_are_no_part_of_the_last_run_are_not_missing_from_it(world, capsys):
+    world.plan(n00005="data")
+    world.run()
+    world.run(jobs=[Job(name, f"source {name}", fingerprint=name) for name in NAMES[:5]])
+    code, status = status_of(world, capsys)
+    assert code == 1 and (status["shards"], status["done"], status["left"]) == (6, 5, 0)
 
 
 def test_the_status_of_a_strange_folder_is_an_error(tmp_path):

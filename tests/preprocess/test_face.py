@@ -1,5 +1,7 @@
 """Face landmarks: colour order, all faces, photo pixels, offline, small faces skipped."""
 
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -207,6 +209,17 @@ def test_missing_weights_are_named_and_not_downloaded(no_cache):
         FaceLandmarks(device="cpu")
     assert "2DFAN4-11f355bf06.pth.tar" in str(caught.value)
     assert not list(no_cache.rglob("*.pth*"))
+
+
+def test_damaged_weights_are_named_in_one_line(random_weights, no_cache):
+    folder = no_cache / "weights/face/checkpoints"
+    shutil.copytree(random_weights, folder)
+    os.truncate(folder / "s3fd-619a316812.pth", 3000)
+    with pytest.raises(
+        WeightsError, match="weights/face: 2dfan4 or s3fd cannot be loaded"
+    ) as caught:
+        FaceLandmarks(device="cpu")
+    assert "fetch it again" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_every_detector_says_which_weights_it_needs(no_cache):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -189,6 +190,33 @@ def test_a_node_removed_within_a_shard_changes_nothing(cluster, photos, undistur
     finally:
         cluster.second = cluster.grow()
         cluster.wait_for_nodes()
+
+
+def test_a_node_that_lacks_something_is_left_out_and_told_of(
+    cluster, photos, undisturbed, tmp_path
+):
+    """It would end the run, or draw all jobs to itself; a worker that is killed stays away, too."""
+    run = Run(photos, tmp_path, address=cluster.address)
+    (run.gates / f"{cluster.second.node_id}.lacks").write_text("no weights: fetch them")
+    run.stop_at(key(1, 4))
+    worker = run.start().reached(key(1, 4))
+    os.kill(worker["pid"], signal.SIGKILL)
+    run.go_on()
+    assert run.finish() == 0, run.printed
+    assert "left out until" in run.printed and run.printed.count("no weights: fetch them") == 1
+    assert f"{socket.gethostname()} (1 of 2 nodes): no weights" in run.printed
+    assert worker["node"] != cluster.second.node_id
+    assert_as_if_nothing_happened(run, undisturbed)
+
+
+def test_nodes_that_all_lack_something_end_the_run_in_one_line(cluster, photos, tmp_path):
+    run = Run(photos, tmp_path, address=cluster.address)
+    for node in (cluster.head_node, cluster.second):
+        (run.gates / f"{node.node_id}.lacks").write_text(f"no weights on {node.node_id}")
+    assert run.start().finish() == 1
+    last = run.printed.strip().splitlines()[-1]
+    assert last.startswith("error: no node can work: ")
+    assert all(f"no weights on {n.node_id}" in last for n in (cluster.head_node, cluster.second))
 
 
 def test_a_driver_killed_and_started_again_changes_nothing(cluster, photos, undisturbed, tmp_path):

@@ -1,7 +1,8 @@
 import json
 
+import fsspec
 import pytest
-from photo_world import make_shards, write_photos
+from photo_world import make_shards, photo_sample, write_photos
 from PIL import Image
 
 from mas.shards import Sample
@@ -53,8 +54,6 @@ def test_samples_are_spread_over_the_shards(scenes):
 
 
 def test_remote_shards_give_the_same_sheet_and_only_a_few_are_copied(scenes, tmp_path, monkeypatch):
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     for path in scenes.glob("*.tar"):
         memory.pipe(f"/inspected/{path.name}", path.read_bytes())
@@ -94,3 +93,11 @@ def test_wrong_flags_are_named(scenes, tmp_path):
         inspect(str(scenes), output=str(tmp_path / "s.png"), count=0)
     with pytest.raises(ValueError, match=r"\.png"):
         inspect(str(scenes), output=str(tmp_path / "s.jpg"))
+
+
+def test_remote_shards_of_one_name_are_not_taken_for_one_another(tmp_path):
+    paths = [f"memory://one-name/{key}/00000.tar" for key in "ab"]
+    for key, path in zip("ab", paths, strict=True):
+        local = write_photos(tmp_path / "00000.tar", [photo_sample(key, **{"scene.png": b""})])
+        fsspec.filesystem("memory").put_file(local, path)
+    assert [sample.key for sample in choose(paths, 2)] == ["a", "b"]

@@ -1,10 +1,13 @@
 """Mask2Former, tiny and random: colour order, aspect, padding, instances, labels."""
 
+import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mas.scene import PANOPTIC_CLASSES, VOID
 from mas.shards import Sample
@@ -160,3 +163,36 @@ def test_missing_mask2former_weights_name_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("MAS_WEIGHTS", str(tmp_path))
     with pytest.raises(WeightsError, match="--name mask2former-swin-base-coco-panoptic"):
         Mask2FormerPanoptic(weights="mask2former-swin-base-coco-panoptic")
+
+
+def cut(folder):
+    os.truncate(folder / "model.safetensors", 5000)
+
+
+def exchange(folder):
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+
+
+def remove(folder):
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("damage", [cut, exchange, remove])
+def test_damaged_mask2former_weights_are_named_in_one_line(tiny, tmp_path, damage):
+    """As a download leaves them that was cut."""
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny, folder)
+    damage(folder)
+    with pytest.raises(WeightsError, match=f"^{folder}: not a readable Mask2Former .* again$") as e:
+        load_mask2former(str(folder))
+    assert "\n" not in str(e.value)
+
+
+def test_what_is_missing_in_mask2former_weights_is_not_made_up(tiny, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["class_predictor.bias"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"lacks 1 of .* such as class_predictor\.bias; remove"):
+        load_mask2former(str(folder))

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import pickle
 import re
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from photo_world import make_shards, photo_sample, write_photos
 
 from preprocess import panoptic
 from preprocess.executor import ExecutorConfig, execute
-from preprocess.needs import NeedsError, has_module, lacking_modules, require
+from preprocess.needs import NeedsError, has_module, lacking_gpu, lacking_modules, require
 from preprocess.photo import PhotoConfig
 from preprocess.ray_executor import _explain
 from preprocess.run import PreprocessConfig, preprocess
@@ -160,6 +161,51 @@ def test_a_package_missing_within_a_shard_is_no_fault_of_the_shard(tmp_path):
             config=ExecutorConfig(kind="serial"),
         )
     assert not list((tmp_path / "out").glob("*.error.json"))
+
+
+@pytest.mark.parametrize("loose", [False, True])
+def test_a_machine_that_does_not_see_the_input_says_so(tmp_path, monkeypatch, loose):
+    """It would set aside one shard after the other."""
+    shards = make_shards(tmp_path / "in", shards=2, photos=1)
+    if loose:
+        for path in shards.iterdir():
+            path.unlink()
+        (shards / "a.jpg").write_bytes(b"")
+    seen = []
+
+    def keep(*_, lacks, **__):
+        seen.append(pickle.loads(pickle.dumps(lacks)))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("preprocess.run.execute", keep)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match="enough"):
+        preprocess(PreprocessConfig(input="in", output="out", executor="serial"))
+    monkeypatch.chdir("/")  # as a worker elsewhere
+    assert seen[0]() == []
+    shards.rename(tmp_path / "away")
+    missing = shards if loose else shards / "00000.tar"
+    assert seen[0]() == [f"the input {missing} is not there: mount it"]
+
+
+def test_a_gpu_that_pytorch_does_not_see_is_not_taken_for_one(tmp_path, monkeypatch):
+    """The networks would run on the CPU, and nothing would tell why it takes so long."""
+    shards = make_shards(tmp_path / "in", shards=1, photos=1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("MAS_WEIGHTS", str(tmp_path))
+    config = PreprocessConfig(
+        input=str(shards),
+        output=str(tmp_path / "out"),
+        human=HumanConfig(source="schp"),
+        face=FaceConfig(source="none"),
+        gpus_per_worker=0.5,
+    )
+    said = r"2 things .* --gpus-per-worker 0\.5, but PyTorch sees no GPU"
+    with pytest.raises(NeedsError, match=said):
+        preprocess(config)
+    assert lacking_gpu(0.0) == []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert lacking_gpu(0.5) == []
 
 
 class Elsewhere:

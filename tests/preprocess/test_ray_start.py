@@ -52,6 +52,19 @@ def test_a_cluster_that_gives_no_reason_is_told_of(raising):
             start(ExecutorConfig(address=address))
 
 
+@pytest.mark.parametrize(("bound", "wanted"), [({1}, 1), ({0, 1, 2, 3}, None)])
+def test_there_is_one_worker_for_each_cpu_that_the_run_may_use(monkeypatch, bound, wanted):
+    """Not one for each of the node, of which SLURM has given eight; None leaves quotas to Ray."""
+    ray = pytest.importorskip("ray")
+    asked = []
+    monkeypatch.setattr(ray, "init", lambda **options: asked.append(options["num_cpus"]))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: bound, raising=False)
+    start(ExecutorConfig())
+    start(ExecutorConfig(workers=3))
+    assert asked == [wanted, 3]
+
+
 def test_workers_that_are_lost_without_a_word_are_told_of():
     assert explain(RuntimeError()) == "Ray has lost the workers: RuntimeError"
 

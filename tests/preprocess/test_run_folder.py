@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -87,6 +88,12 @@ def test_a_fresh_sign_of_life_keeps_others_out(tmp_path, name, host, seconds):
     assert (tmp_path / name).exists()
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr("preprocess.run_folder.LISTEN_SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("name", ["lock.json", "progress.json"])
 @pytest.mark.parametrize(
     ("host", "seconds"), [(HERE, -70), ("elsewhere", -25), ("elsewhere", 25), ("elsewhere", 9e6)]
@@ -96,6 +103,37 @@ def test_a_sign_of_life_that_is_old_or_of_the_future_keeps_nobody_out(
 ):
     hold(tmp_path, name, host=host, updated=time.time() + seconds)
     take(tmp_path)
+
+
+@pytest.mark.parametrize("seconds", [-9e6, -100, 100, 9e6])
+def test_a_heartbeat_of_another_clock_is_believed_as_long_as_others_follow(tmp_path, seconds):
+    """Clocks of two nodes may differ by anything; that a heart beats is seen without them."""
+    folder, stop = RunFolder(str(tmp_path)), threading.Event()
+
+    def beat():
+        while not stop.wait(0.05):
+            folder.write("progress.json", {**sign, "updated": time.time() + seconds})
+
+    sign = {"host": "elsewhere", "pid": 1}
+    hold(tmp_path, "progress.json", **sign, updated=time.time() + seconds)
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(FolderError, match=r"another run is at work on it .elsewhere"):
+            take(tmp_path)
+        assert folder.is_at_work(folder.read("progress.json"))
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("host", [HERE, "elsewhere"])
+@pytest.mark.parametrize("seconds", [100, 9e6])
+def test_a_heartbeat_of_the_future_that_none_follows_is_no_sign_of_life(tmp_path, host, seconds):
+    hold(tmp_path, "progress.json", host=host, updated=time.time() + seconds)
+    folder = RunFolder(str(tmp_path))
+    assert not folder.is_at_work(folder.read("progress.json"))
 
 
 def test_a_lock_of_a_process_that_is_gone_keeps_nobody_out(tmp_path):

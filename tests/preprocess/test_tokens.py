@@ -125,6 +125,16 @@ def test_shards_without_samples_become_empty_arrays_that_training_passes_over(wo
     assert [len(text) for text, _, _ in shards] == [1, 3, 1] and len(shards.mirrored(2)[0]) == 1
 
 
+def test_a_run_without_any_sample_fails_as_that_of_mas_preprocess_does(world, tmp_path, capsys):
+    scenes = tmp_path / "scenes"
+    scenes.mkdir()
+    write_photos(scenes / "00000.tar", [])
+    for done in ("1 of 1 shards done", "0 of 1 shards done, 1 were done before"):
+        with pytest.raises(ValueError, match="scenes: there is not one sample in it"):
+            run(world, tmp_path / "out", input=str(scenes))
+        assert done in capsys.readouterr().out
+
+
 def test_the_manifest_tells_sizes_counts_and_hashes(world, tmp_path):
     run(world, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())

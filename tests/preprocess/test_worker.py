@@ -121,6 +121,35 @@ def test_void_stays_void(tmp_path):
     assert json.loads(sample.files["json"])["scene"]["void"] == 0.25
 
 
+def test_a_json_is_never_written_larger_than_it_is_read(tmp_path, monkeypatch):
+    """Escapes double Korean, spaces lengthen lists, and the scene is added to all of it."""
+    monkeypatch.setattr("mas.shards.MAX_JSON_BYTES", 2000)
+    fields = {
+        "latin": {"caption": "a dog", "note": "x" * 1600},
+        "korean": {"caption": "개와 공 \ud800", "note": "공" * 500},
+        "list": {"n": [1] * 900},
+    }
+    content = {
+        key: json.dumps(value, ensure_ascii=key == "latin", separators=(",", ":"))
+        for key, value in fields.items()
+    }
+    samples = [
+        photo_sample(key, json=text.encode("utf-8", "backslashreplace"))
+        for key, text in content.items()
+    ]
+    assert all(len(sample.files["json"]) < 1900 for sample in samples)
+    written, (reject,), stats = label(tmp_path, samples)
+    assert [sample.key for sample in written] == ["latin", "korean"]
+    for sample in written:
+        found = json.loads(sample.files["json"])
+        assert found.pop("scene")["classes"] and found == fields[sample.key]
+    assert written[0].files["json"].isascii()
+    assert (reject["key"], reject["reason"]) == ("list", "member_too_large")
+    assert "the JSON to be written has" in reject["detail"]
+    assert stats["photos_out"] == 2 and stats["rejected"] == {"member_too_large": 1}
+    assert max(counts["photos"] for counts in stats["classes"].values()) == 2
+
+
 def test_captions_and_fields_come_through_untouched(tmp_path):
     fields = {"url": "http://x", "captions": ["ein Hund", "犬"], "n": 1.5, "deep": {"a": [None]}}
     samples = [

@@ -24,14 +24,14 @@ PICTURES = 24
 
 @pytest.fixture(scope="module")
 def fact_shards(tmp_path_factory):
-    """Landscapes by day and by night; the time is told of all but one."""
+    """Landscapes by day and by night; the time is told of all but one, whose park is another."""
     folder = tmp_path_factory.mktemp("facts")
     rng = np.random.default_rng(0)
     with ShardWriter(str(folder / "00000.tar")) as writer:
         for number in range(PICTURES):
             scene, time = make_scene(rng), ("day", "night")[number % 2]
             pixels = PALETTE[scene.labels] // (1 if time == "day" else 3)
-            content = {"park": {"time": time, "place": "park"}} if number else {}
+            content = {"park": {"time": time, "place": "park"} if number else "Yosemite"}
             files = {
                 "jpg": encoded(Image.fromarray(pixels).save, format="JPEG", quality=95),
                 "scene.png": encoded(scene.to_png),

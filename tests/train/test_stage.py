@@ -212,7 +212,13 @@ def test_training_flops_are_what_torch_counts():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_of_a_cpu_is_measured_and_unknown_cards_have_none(dtype, monkeypatch):
     assert 1e8 < peak_flops(torch.device("cpu"), dtype) < 1e15
-    for name, peak in (("NVIDIA H200", 989e12), ("NVIDIA Brand New", None)):
+    cards = {
+        "NVIDIA H200": 989e12,
+        "NVIDIA L40": 181e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA Brand New": None,
+    }
+    for name, peak in cards.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
     assert peak_flops(torch.device("cuda"), torch.float32) is None
