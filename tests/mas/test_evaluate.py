@@ -17,8 +17,7 @@ from torch import nn
 import mas.examiner
 from mas import evaluate as command
 from mas.__main__ import main
-from mas.cases import Case, choose_caption, read_cases
-from mas.distances import disagreement, frechet_distance, kernel_distance, spread
+from mas.cases import Case, read_cases
 from mas.evaluate import choose_guidance, evaluate, spread_out
 from mas.examiner import Examiner
 from mas.filter import Sampling, StreamSampling
@@ -30,7 +29,7 @@ from mas.obedience import CLAIMS
 from mas.reader import Reader, ReaderConfig
 from mas.report import draw_sweep
 from mas.scene import VOID, SceneMap
-from mas.shards import Sample, ShardError, ShardWriter
+from mas.shards import Sample, ShardWriter
 from mas.storage import save_network
 from mas.vqgan import VQGAN
 from mas.weights_file import WeightsError
@@ -417,135 +416,6 @@ def test_cases_are_spread_and_take_turns_in_captions(shards):
     assert [c.caption for c in everything.cases] == [captions[i][i % 3] for i in range(6)]
     assert everything.has_facts and set(everything.lights) <= set(TIMES)
     assert len(spread_out(everything.cases, 4)) == 4
-
-
-def test_an_unseen_combination_is_asked_for_by_a_caption_that_says_it():
-    def facts(colour, time=None):
-        claim = {"class": "dog", "count": 1} | ({"colour": colour} if colour else {})
-        return {"things": [claim], "relations": [], "place": None, "time": time}
-
-    captions = [facts(None), facts("red"), facts("blue"), facts(None, "night")]
-    assert choose_caption(captions, [{"class": "dog", "colour": "blue"}], 0) == 2
-    assert choose_caption(captions, [{"class": "dog", "time": "night"}], 0) == 3
-    assert choose_caption(captions, [{"class": "cat", "colour": "blue"}], 1) == 1
-
-
-def test_pictures_without_a_caption_are_refused(tmp_path):
-    files = picture(3, 0, size=32)
-    sample = to_sample(files, "00000", park=False)
-    sample.files.update(txt=b" ", json=b"{}")
-    with ShardWriter(str(tmp_path / "00000.tar")) as writer:
-        writer.write(sample)
-    with pytest.raises(ShardError, match="00000: has no caption"):
-        read_cases(str(tmp_path), 2)
-
-
-@pytest.fixture
-def broken(tmp_path):
-    """Writes one picture of which some files are others."""
-
-    def write(**files):
-        sample = to_sample(picture(3, 0, size=32), "00000")
-        named = {name.replace("_", "."): content for name, content in files.items()}
-        with ShardWriter(str(tmp_path / "00000.tar")) as writer:
-            writer.write(Sample(sample.key, sample.files | named))
-        return str(tmp_path)
-
-    return write
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"[1]", r"00000\.json: not a JSON object"),
-        (b"{", "00000: caption or JSON cannot be read"),
-        (b"[" * 10**5, "00000: caption or JSON cannot be read"),
-        (b'{"park": {"format": 1, "facts": []}}', r"00000\.json: its park entry has no held_out"),
-    ],
-)
-def test_what_is_wrong_with_the_json_of_a_picture_is_said(content, message, broken):
-    with pytest.raises(ShardError, match=message):
-        read_cases(broken(json=content), 2)
-
-
-def test_files_of_a_picture_that_cannot_be_read_are_named(broken):
-    (case,) = read_cases(broken(jpg=b"no picture", scene_png=b"no scene"), 2).cases
-    for look, name in (
-        (lambda: case.side, r"00000\.scene\.png"),
-        (lambda: case.scene(32), r"00000\.scene\.png"),
-        (lambda: case.pixels(32), r"00000\.jpg"),
-    ):
-        with pytest.raises(ShardError, match=f"{name}: cannot be read"):
-            look()
-
-
-def test_distances_of_known_sets():
-    generator = torch.Generator().manual_seed(0)
-    one_ND = torch.randn(200, 4, generator=generator)
-    assert frechet_distance(one_ND, one_ND) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(one_ND, one_ND + 2) == pytest.approx(16)  # 4 dimensions moved by 2
-    assert kernel_distance(one_ND, one_ND + 2) > 10 * abs(kernel_distance(one_ND, one_ND.flip(0)))
-    assert kernel_distance(one_ND, one_ND + 1) == kernel_distance(one_ND, one_ND + 1)
-    assert spread(torch.tensor([[0.0, 0.0], [3.0, 4.0]])) == 5
-    zeros, half = np.zeros((2, 2), np.uint8), np.array([[0, 1], [0, 1]], np.uint8)
-    assert disagreement([zeros, half, zeros]) == pytest.approx(1 / 3)
-    assert np.isnan(disagreement([zeros]))
-
-
-def features(count, dimensions, *, seed, shift=0.0):
-    """Positive and of uneven scale, as Inception's are."""
-    generator = torch.Generator().manual_seed(seed)
-    scale_D = torch.linspace(0.05, 1, dimensions)
-    return (torch.randn(count, dimensions, generator=generator) + shift).abs() * scale_D
-
-
-def fid_by_hand(one_ND, other_ND):
-    """The trace of the root of two covariances' product by singular values, without a root."""
-    one_ND, other_ND = one_ND.double().numpy(), other_ND.double().numpy()
-    centred = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (one_ND, other_ND)]
-    shared = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
-    means = np.square(one_ND.mean(0) - other_ND.mean(0)).sum()
-    return means + sum(np.square(x).sum() for x in centred) - 2 * shared
-
-
-def kid_by_hand(one_ND, other_ND):
-    """No picture is compared with itself."""
-
-    def kernel(a, b):
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def inside(x):
-        values = kernel(x, x)
-        return (values.sum() - np.trace(values)) / (len(x) * (len(x) - 1))
-
-    one_ND, other_ND = one_ND.double().numpy(), other_ND.double().numpy()
-    return inside(one_ND) + inside(other_ND) - 2 * kernel(one_ND, other_ND).mean()
-
-
-@pytest.mark.parametrize(
-    ("count", "others", "dimensions"), [(300, 300, 16), (150, 150, 40), (12, 12, 60), (2, 2, 8)]
-)
-def test_distances_are_those_of_the_published_formulas(count, others, dimensions):
-    one_ND = features(count, dimensions, seed=0)
-    other_ND = features(others, dimensions, seed=1, shift=0.3)
-    fid, kid = fid_by_hand(one_ND, other_ND), kid_by_hand(one_ND, other_ND)
-    assert frechet_distance(one_ND, other_ND) == pytest.approx(fid, rel=1e-5)
-    assert kernel_distance(one_ND, other_ND) == pytest.approx(kid, rel=1e-6)
-
-
-def test_more_pictures_than_a_subset_are_estimated_by_many_subsets(monkeypatch):
-    monkeypatch.setattr("mas.distances.SUBSET", 60)
-    one_ND, other_ND = features(240, 16, seed=0), features(200, 16, seed=1, shift=1)
-    estimate = kernel_distance(one_ND, other_ND, seed=3)
-    assert estimate == pytest.approx(kid_by_hand(one_ND, other_ND), rel=0.05)
-    assert estimate == kernel_distance(one_ND, other_ND, seed=3)
-    assert estimate != kernel_distance(one_ND, other_ND, seed=4)
-
-
-def test_no_frechet_distance_is_below_zero():
-    for seed in range(4):
-        few_ND = features(10, 80, seed=seed)
-        assert 0 <= frechet_distance(few_ND, few_ND) < 1e-3
 
 
 def test_names_in_the_plot_stay_inside_it():

@@ -2,6 +2,12 @@ import os
 
 import counting_worker
 import pytest
+from counted_world import World
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
 
 
 @pytest.fixture(scope="session")
