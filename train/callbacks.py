@@ -177,6 +177,7 @@ class Checkpoints(Checkpoint):
         self.best = float("inf")
         self.best_step = 0  # optimiser step of the best validation
         self.ended = False  # whether the patience has ended the run
+        self._warned = False  # that nothing logs the monitor
         self._latest = float("-inf")  # value of the last validation
         self._stepped = 0  # optimiser steps at the end of the last batch
         self._weights: dict[str, Tensor] = {}  # of the network, as the last checkpoint has them
@@ -223,8 +224,11 @@ class Checkpoints(Checkpoint):
             self._save(trainer, pl_module, LAST)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        value = trainer.callback_metrics.get(self.monitor or "")
-        if trainer.sanity_checking or value is None:
+        if trainer.sanity_checking or self.monitor is None:
+            return
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            self._warn_of_monitor(trainer)
             return
         # All ranks must decide alike, and of a training loss each has logged its own.
         own = torch.tensor(float(value), device=pl_module.device)
@@ -242,6 +246,14 @@ class Checkpoints(Checkpoint):
                     *(self.monitor, self.best_step, trainer.global_step - self.best_step),
                     trainer.global_step,
                 )
+
+    def _warn_of_monitor(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero and not self._warned:
+            self._warned = True
+            logger.warning(
+                "nothing logs checkpoints.monitor %s, so no network is the best; there are %s",
+                *(self.monitor, ", ".join(sorted(trainer.callback_metrics)) or "none"),
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.default_root_dir)

@@ -254,3 +254,11 @@ def test_a_damaged_checkpoint_advises_the_one_beside_it(named, other, words, tmp
     damaged.write_bytes(b"words")
     with pytest.raises(ValueError, match=r"mas train; start afresh in another folder \("):
         train([*longer, f"--ckpt_path={damaged}"])
+
+
+def test_a_monitor_that_nothing_logs_is_told_of_once(words, caplog, tmp_path):
+    settings = FALLING | dict(checkpoints__monitor="validation/lss")
+    assert train(words("vqseg", **settings)) == 0
+    said = [r.getMessage() for r in caplog.records if "nothing logs" in r.message]
+    assert len(said) == 1 and "validation/lss" in said[0] and "validation/loss" in said[0]
+    assert not (tmp_path / "run/checkpoints/best.ckpt").exists()
