@@ -108,12 +108,10 @@ def _fit(picture: Image.Image, cell: int) -> Image.Image:
 
 
 def _wrap(text: str, cell: int, font: Font) -> str:
-    text = spell(text, font)
-    letters = {"n", "w", *(letter for letter in text if not letter.isascii())}
+    paragraphs = spell(text, font).splitlines()
+    letters = {"n", "w", *(letter for letter in "".join(paragraphs) if not letter.isascii())}
     width = max(4, int(cell / (0.85 * max(map(font.getlength, letters)))))
-    lines = [
-        line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph, width) or [""]
-    ]
+    lines = [line for words in paragraphs for line in textwrap.wrap(words, width) or [""]]
     fitting = max(1, cell // (max(FONT_SIZE, int(font.getbbox("A")[3])) + 4))
     if len(lines) > fitting:
         lines = [*lines[: fitting - 1], lines[fitting - 1][: width - 1] + "…"]
@@ -131,5 +129,7 @@ def _load(name: str, size: int) -> Font | None:
 @cache
 def _has(font: Font, letter: str) -> bool:
     """Whether a font draws a letter as something else than the box for what it does not have."""
+    if letter == "\t" or not letter.splitlines()[0]:  # what ends a line is never drawn
+        return True
     shown, box = (font.getmask(x) for x in (letter, NO_LETTER))
-    return letter in "\n\t" or shown.size != box.size or bytes(shown) != bytes(box)
+    return shown.size != box.size or bytes(shown) != bytes(box)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 import mas.sheet
 from mas.scene import PALETTE, SceneMap
@@ -53,6 +53,26 @@ def test_letters_that_no_font_has_are_spelled_without_boxes(monkeypatch):
     assert np.array_equal(np.asarray(foreign), np.asarray(plain))
     monkeypatch.setattr(mas.sheet, "FONTS", ("", "no such font.ttf"))
     assert find_font(FOREIGN, 13) is font
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", "\r\n", "\x1c", "\x85", "\u2028", "\u2029"])
+def test_what_ends_a_line_is_given_to_no_font(end, monkeypatch):
+    """Pillow 13 draws none of it with the fonts of a machine: raqm_layout() fails."""
+
+    def refuse(original):
+        def draw(self, text, *args, **options):
+            assert text.splitlines() in ([text], []), text
+            return original(self, text, *args, **options)
+
+        return draw
+
+    for name in ("getmask2", "getlength", "getbbox"):
+        original = getattr(ImageFont.FreeTypeFont, name)
+        monkeypatch.setattr(ImageFont.FreeTypeFont, name, refuse(original))
+    mas.sheet._has.cache_clear()
+    two = contact_sheet([[f"two dogs{end}seed 4"]])
+    one = contact_sheet([["two dogs seed 4"]])
+    assert two.size == one.size and two.tobytes() != one.tobytes()
 
 
 def test_a_font_of_the_machine_is_taken_only_for_letters_that_pillow_lacks():
