@@ -181,8 +181,6 @@ class _Loop:
         self.position = self._given_until(0)
         if not self.finished:
             self._read_prefix()
-            if decoder.device.type == "cpu":
-                trim_heap()  # what reading many tokens at once took; steps need little
 
     @property
     def finished(self) -> bool:
@@ -246,6 +244,8 @@ class _Loop:
         state_RD = self.decoder.extend(read_RT, cache=shared, start=0)
         if not state_RD.isfinite().all():
             raise ValueError("the GPT computes NaN: its weights are broken, train or copy it again")
+        if self.decoder.device.type == "cpu":
+            trim_heap()  # what reading many tokens at once took, before the cache takes its room
         if isinstance(self.decoder, SteppingDecoder):
             rows = len(sources)
             self.steps = self.decoder.start_steps(self.tokens_BT, self.uniforms_BT, rows=rows)

@@ -261,8 +261,8 @@ class Checkpoints(Checkpoint):
         if not worse or not trainer.is_global_zero:
             return
         step, best = self._read_best(folder)
-        if best != self.best:
-            return  # the best lies in the folder that this run went on from
+        if not step or best != self.best:
+            return  # there is none, or it lies in the folder that this run went on from
         logger.warning(
             "%s is %.4g, at step %d it was %.4g: the network of that step is in %s; give it to "
             "mas tokenize, mas assemble and others in place of %s",
@@ -298,7 +298,7 @@ class Checkpoints(Checkpoint):
         return same and state.get("ended", False) and 0 < self.patience <= waited
 
     def _read_best(self, folder: Path) -> tuple[int, float]:
-        """Step and value of best.ckpt; infinite where there is none, or one that is damaged."""
+        """Step and value of best.ckpt; 0 and infinite where there is none, or a damaged one."""
         try:
             found = read_checkpoint(folder / BEST)
         except (OSError, ValueError):
@@ -332,7 +332,7 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = self._best_of(state_dict)
-        if self.best < float("inf"):  # its step was not noted by earlier versions
+        if state_dict.get("monitor") == self.monitor:  # earlier versions have noted no step
             self.best_step = state_dict.get("best_step", self.best_step)
 
     def _best_of(self, state: dict[str, Any]) -> float:

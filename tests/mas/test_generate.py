@@ -136,6 +136,23 @@ class Counting:
         return self.gpt.head(x_BD, stream)
 
 
+def test_memory_of_the_prefix_is_given_back_before_the_cache_takes_its_room(gpt, monkeypatch):
+    told = []
+
+    class Telling(Counting):
+        def new_cache(self, rows, **length):
+            told.append(rows)
+            return super().new_cache(rows, **length)
+
+        def extend(self, *read, **options):
+            told.append("read")
+            return super().extend(*read, **options)
+
+    monkeypatch.setattr("mas.generate.trim_heap", lambda: told.append("trim"))
+    generate(Telling(gpt), captions(1).expand(2, -1), seeds=SEEDS[:2], **both(guidance=1.0))
+    assert told[:4] == [1, "read", "trim", 2]
+
+
 def test_guidance_of_one_needs_one_stream_and_equals_the_conditional_one(gpt):
     counting = Counting(gpt)
     plain = generate(counting, captions(3), seeds=SEEDS, **both(guidance=1.0))

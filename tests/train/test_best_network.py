@@ -204,6 +204,14 @@ def test_a_run_that_ends_no_worse_says_nothing(settings, words, caplog):
     assert not told(caplog)
 
 
+def test_a_run_without_a_best_names_none(words, scripted, caplog, tmp_path):
+    caplog.set_level(logging.INFO, logger="train")
+    scripted(dict.fromkeys((2, 4, 6), float("nan")))
+    settings = OFTEN | dict(checkpoints__monitor="validation/loss")
+    assert train(words("vqseg", **settings)) == 0
+    assert not (tmp_path / "run/best").exists() and not told(caplog)
+
+
 @pytest.fixture(params=["empty", "half", "no checkpoint"])
 def damage(request):
     """damage(file): as a full disk, a cut copy or another program leave it."""

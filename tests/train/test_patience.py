@@ -110,6 +110,18 @@ def test_a_loss_that_is_no_number_is_no_better(words, scripted, tmp_path):
     assert steps_of(tmp_path / "run") == (8, 4, [2, 4, 6, 8])
 
 
+def test_a_run_that_was_never_good_ends_where_it_would_have(words, scripted, at_step, tmp_path):
+    scripted(dict.fromkeys(LOSSES, float("nan")))
+    settings = OFTEN | dict(checkpoints__every_n_steps=2, checkpoints__patience=8)
+    at_step(5, kill)
+    with pytest.raises(Killed):
+        train(words("vqseg", **settings))
+    at_step(None)
+    assert train([*words("vqseg", **settings), "--ckpt_path=last"]) == 0
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 8
+
+
 def test_a_checkpoint_of_before_is_waited_for_from_its_own_step(words, scripted, tmp_path):
     scripted({2: 0.5, 4: 0.6, 6: 0.7, 8: 0.8, 10: 0.9})
     assert train(words("vqseg", **OFTEN | dict(trainer__max_steps=5))) == 0
