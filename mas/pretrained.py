@@ -104,6 +104,9 @@ class _Noted:
     def __init__(self, *state: Any) -> None:
         """Whatever a file gives it is dropped."""
 
+    def __setstate__(self, state: Any) -> None:
+        """Likewise."""
+
 
 # Lightning of 2021 noted the states of its callbacks by their classes. Nothing of them is needed:
 # the names are read and neither imported nor run.

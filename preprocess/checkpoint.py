@@ -7,6 +7,7 @@ a forged type they read from any address.
 
 from __future__ import annotations
 
+import errno
 import pickle
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +24,7 @@ UNREADABLE = (
     *(ValueError, TypeError, KeyError, IndexError, AttributeError),
     *(OverflowError, MemoryError, SyntaxError),  # of lengths and types that cannot be
 )
+GONE = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}  # of a disk or a mount
 NUMBERS = "biuf"  # kinds of types that are read: truth values, whole numbers, floating point
 
 
@@ -35,6 +37,7 @@ def read_checkpoint(path: Path, *, wanted: str) -> Any:
 
     Raises:
         WeightsError: it cannot be read, or holds more than numbers in plain containers.
+        OSError: the disk or the mount that it lies on is gone.
     """
     try:
         if path.suffix == ".pkl":
@@ -42,7 +45,16 @@ def read_checkpoint(path: Path, *, wanted: str) -> Any:
                 return NumberUnpickler(file).load()
         return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
+        if is_of_machine(error):
+            raise
         raise WeightsError(f"{path}: not {wanted} ({why_unread(error)})") from error
+
+
+def is_of_machine(error: Exception) -> bool:
+    """Whether a GPU or a mount is why weights cannot be loaded, and may be back; not their file."""
+    if isinstance(error, OSError):
+        return error.errno in GONE
+    return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError))
 
 
 class NumberType:

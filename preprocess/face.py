@@ -20,7 +20,7 @@ import torch
 from mas.errors import first_line
 from mas.scene import PERSON, VOID, Segments
 from preprocess.batching import fitted_size, lacking_device, pick_device, plan_batches, resize
-from preprocess.checkpoint import UNREADABLE
+from preprocess.checkpoint import UNREADABLE, is_of_machine
 from preprocess.landmarks import LANDMARKS
 from preprocess.needs import EXTRA, lacking_modules
 from preprocess.weights import (
@@ -165,6 +165,8 @@ def load_face_alignment(config: FaceLandmarksConfig) -> Any:
                     max_batch_size=config.batch,
                 )
             except UNREADABLE as error:
+                if is_of_machine(error):
+                    raise
                 raise WeightsError(
                     f"{folder}: {' or '.join(config.weights)} cannot be loaded "
                     f"({first_line(error)}); if the file is damaged, remove it and fetch it again"

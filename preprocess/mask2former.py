@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from mas.errors import first_line
 from mas.scene import PANOPTIC_CLASSES, THINGS, VOID, Segments
 from preprocess.batching import fitted_size, lacking_device, pick_device, plan_batches, resize
-from preprocess.checkpoint import UNREADABLE
+from preprocess.checkpoint import UNREADABLE, is_of_machine
 from preprocess.needs import EXTRA, lacking_modules
 from preprocess.weights import WeightsError, find_weights, lacking_weights
 
@@ -160,6 +160,8 @@ def load_mask2former(weights: str) -> tuple[Any, Any]:
             else Mask2FormerImageProcessorPil()
         )
     except (*UNREADABLE, SafetensorError) as error:
+        if is_of_machine(error):
+            raise
         raise WeightsError(
             f"{folder}: not a readable Mask2Former of transformers ({first_line(error)}); remove "
             "the folder and fetch it again"

@@ -313,14 +313,16 @@ def _start(config: ExecutorConfig) -> None:
         sums = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
         logger.info("joined the Ray cluster %s: %g CPUs, %g GPUs", address, *sums)
         return
+    own = quiet | {
+        "address": "local",  # never one that `ray start` or RAY_ADDRESS offers unasked
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
     try:
-        ray.init(
-            address="local",  # never one that `ray start` or RAY_ADDRESS offers unasked
-            num_cpus=config.workers or _bound_cores(),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            **quiet,
-        )
+        ray.init(num_cpus=config.workers or _bound_cores(), **own)
+        if not ray.cluster_resources().get("CPU"):  # it rounds a quota of half a CPU down
+            ray.shutdown()
+            ray.init(num_cpus=1, **own)
     except Exception as error:  # the same
         raise OSError(f"Ray cannot start: {first_line(error)}; {LOCAL_MEND}") from error
 

@@ -268,6 +268,12 @@ def check_trainer(settings: Any) -> None:
             "leave trainer.max_epochs alone and set trainer.max_steps: "
             "the data stream has no epochs that end"
         )
+    for name in ("min_steps", "min_epochs"):
+        if getattr(settings, name):
+            raise ValueError(
+                f"leave trainer.{name} alone: with it a run goes on that a signal or "
+                "checkpoints.patience was to end"
+            )
     if str(settings.precision) in ("16", "16-mixed", "16-true"):
         raise ValueError(
             f"trainer.precision {settings.precision} needs a scaled loss, which is not "

@@ -13,6 +13,7 @@ import torch
 from published import TINY, published_shapes, rule_state
 from safetensors.torch import save_file
 
+from mas import pretrained
 from mas.__main__ import main
 from mas.pretrained import (
     MINDALLE_BPE,
@@ -118,8 +119,8 @@ def test_a_tensor_whose_name_is_a_number_is_refused_by_it(checkpoint):
 class Made:
     """Is unpickled by calling `function` with `arguments`."""
 
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
+    def __init__(self, function, *arguments, state=None):
+        self.call = function, arguments, state
 
     def __reduce__(self):
         return self.call
@@ -219,9 +220,11 @@ def test_callbacks_that_lightning_noted_are_passed_over_without_it(
 
 def test_an_object_of_a_noted_class_is_read_as_nothing(checkpoint):
     callback = pytorch_lightning.callbacks.ModelCheckpoint
-    path = checkpoint({"state_dict": state_of("taming"), "callbacks": Made(callback, "a", 3)})
+    noted = Made(callback, "a", 3, state={"monitor": "loss", "__setstate__": "what comes next"})
+    path = checkpoint({"state_dict": state_of("taming"), "callbacks": noted})
     network, _ = load_published(path, format="taming", size=32)
     assert network.config == CONFIGS["taming"]
+    assert vars(pretrained._load(path, path, trust_pickle=False)["callbacks"]) == {}
 
 
 def test_pickled_objects_are_refused_unless_trusted(checkpoint):

@@ -1,5 +1,6 @@
 """Face landmarks: colour order, all faces, photo pixels, offline, small faces skipped."""
 
+import errno
 import os
 import shutil
 import sys
@@ -220,6 +221,23 @@ def test_damaged_weights_are_named_in_one_line(random_weights, no_cache):
     ) as caught:
         FaceLandmarks(device="cpu")
     assert "fetch it again" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(errno.ESTALE, "Stale handle")]
+)
+def test_a_gpu_or_a_mount_is_not_taken_for_a_damaged_file(error, monkeypatch):
+    """A worker is made again for these; what is fetched again is as good as before."""
+    library = pytest.importorskip("face_alignment")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(library, "FaceAlignment", fail)
+    monkeypatch.setattr(face, "_in_cache_of_torch", lambda names: True)
+    with pytest.raises(type(error)) as caught:
+        face.load_face_alignment(face.FaceLandmarksConfig())
+    assert caught.value is error
 
 
 def test_every_detector_says_which_weights_it_needs(no_cache):

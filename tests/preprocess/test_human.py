@@ -1,5 +1,6 @@
 """Human parts: the network equals the published one, people are cropped and pasted back alone."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -183,6 +184,18 @@ def test_broken_and_hostile_files_are_refused_in_one_line(tmp_path):
         with pytest.raises(WeightsError) as caught:
             load_schp(tmp_path / f"{name}.pth")
         assert f"{name}.pth" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_disk_that_cannot_be_read_is_not_taken_for_a_damaged_file(small, monkeypatch):
+    broken = OSError(errno.EIO, "Input/output error")
+
+    def fail(*_, **__):
+        raise broken
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        load_schp(small[0])
+    assert caught.value is broken
 
 
 def test_the_published_name_demands_the_published_file(tmp_path, monkeypatch):

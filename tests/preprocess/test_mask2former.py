@@ -1,5 +1,6 @@
 """Mask2Former, tiny and random: colour order, aspect, padding, instances, labels."""
 
+import errno
 import os
 import shutil
 from types import SimpleNamespace
@@ -186,6 +187,18 @@ def test_damaged_mask2former_weights_are_named_in_one_line(tiny, tmp_path, damag
     with pytest.raises(WeightsError, match=f"^{folder}: not a readable Mask2Former .* again$") as e:
         load_mask2former(str(folder))
     assert "\n" not in str(e.value)
+
+
+def test_a_mount_that_is_gone_is_no_damage_of_mask2former_weights(tiny, monkeypatch):
+    stale = OSError(errno.ESTALE, "Stale file handle")
+
+    def fail(*_, **__):
+        raise stale
+
+    monkeypatch.setattr("transformers.Mask2FormerForUniversalSegmentation.from_pretrained", fail)
+    with pytest.raises(OSError, match="Stale file handle") as caught:
+        load_mask2former(str(tiny))
+    assert caught.value is stale
 
 
 def test_what_is_missing_in_mask2former_weights_is_not_made_up(tiny, tmp_path):

@@ -58,11 +58,24 @@ def test_there_is_one_worker_for_each_cpu_that_the_run_may_use(monkeypatch, boun
     ray = pytest.importorskip("ray")
     asked = []
     monkeypatch.setattr(ray, "init", lambda **options: asked.append(options["num_cpus"]))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: bound, raising=False)
     start(ExecutorConfig())
     start(ExecutorConfig(workers=3))
     assert asked == [wanted, 3]
+
+
+def test_half_a_cpu_of_a_container_is_one(monkeypatch):
+    """Ray rounds such a quota down to none, and no worker would ever start."""
+    ray = pytest.importorskip("ray")
+    done = []
+    monkeypatch.setattr(ray, "init", lambda **options: done.append(options["num_cpus"]))
+    monkeypatch.setattr(ray, "shutdown", lambda: done.append("end"))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0} if done[-1] else {})
+    monkeypatch.setattr("preprocess.ray_executor.usable_cores", os.cpu_count)
+    start(ExecutorConfig())
+    assert done == [None, "end", 1]
 
 
 def test_workers_that_are_lost_without_a_word_are_told_of():

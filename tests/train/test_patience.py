@@ -104,6 +104,17 @@ def test_with_more_patience_it_goes_on_as_if_it_had_never_ended(
     assert_equal_files(tmp_path / "ended", tmp_path / "straight")
 
 
+def test_averages_of_accumulated_steps_go_on_as_if_they_had_never_ended(words, tmp_path):
+    settings = OFTEN | dict(trainer__accumulate_grad_batches=2, trainer__val_check_interval=4)
+    settings |= dict(checkpoints__monitor="learning_rate", model__optimiser__warmup_steps=100)
+    assert train(words("gpt", "straight", **settings)) == 0
+    assert train(words("gpt", "ended", **settings, checkpoints__patience=4)) == 0
+    assert steps_of(tmp_path / "ended")[0] == 6
+    assert train([*words("gpt", "ended", **settings), "--ckpt_path=last"]) == 0
+    assert steps_of(tmp_path / "ended")[0] == 12
+    assert_equal_files(tmp_path / "ended", tmp_path / "straight")
+
+
 def test_a_loss_that_is_no_number_is_no_better(words, scripted, tmp_path):
     scripted(LOSSES | dict.fromkeys((6, 8, 10), float("nan")))
     assert train(words("vqseg", **OFTEN, checkpoints__patience=4)) == 0

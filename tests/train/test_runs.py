@@ -81,6 +81,8 @@ def test_pictures_of_the_gpt_follow_from_tokenizers_with_the_right_hashes(words,
     [
         ({"trainer__max_steps": None}, "set trainer.max_steps"),
         ({"trainer__max_epochs": 3}, "leave trainer.max_epochs alone"),
+        ({"trainer__min_steps": 3}, "leave trainer.min_steps alone"),
+        ({"trainer__min_epochs": 1}, "leave trainer.min_epochs alone"),
         ({"trainer__precision": "16-mixed"}, "trainer.precision 16-mixed needs a scaled loss"),
         ({"data__batch_size": 21}, "24 pictures .20 without those held out. are fewer than one"),
         ({"model__network__image_vocabulary": 64}, "image vocabulary 32, the network 64: set"),
