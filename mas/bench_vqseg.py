@@ -9,8 +9,6 @@ included (`idle_mb` of it before the network is built); on a GPU that of the car
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mas.memory import peak_rss_mb
+from mas.machine import end_with_parent, peak_rss_mb
 from mas.scene import CLASSES, VOID, find_edges
 from mas.vqgan import VQGAN, VQGANConfig
 from mas.vqseg import VQSEG, VQSEGConfig
@@ -115,18 +113,6 @@ def run_apart(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def end_with_parent() -> None:
-    """Has this process end when the one that started it does, also by a signal."""
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
-
-
-def _wait_for_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def measure_layout(setting: Setting) -> dict[str, Any]:

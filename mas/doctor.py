@@ -15,7 +15,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 import mas
-from mas.memory import total_memory
+from mas.machine import total_memory
 
 DISTRIBUTION = "mini-make-a-scene"
 WEIGHTS_GROUP = "mini_make_a_scene.weights"  # of entry points: functions that list weights

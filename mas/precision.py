@@ -23,7 +23,7 @@ from mas.errors import first_line
 from mas.fast_decoder import FastDecoder, can_step
 from mas.generate import Decoder
 from mas.gpt import GPT, GPTConfig
-from mas.memory import total_memory
+from mas.machine import total_memory
 from mas.quantize import FloatLinear, make_int8
 from mas.storage import CONFIG_FILE, StoredTensors, parse_config, read_json
 

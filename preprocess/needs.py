@@ -1,7 +1,7 @@
 """What a run needs of a machine: what is missing there is named all at once, before work begins.
 
-In: names of packages, URLs. Out: one sentence per thing that is missing, with the mend; how many
-CPUs there are. Nothing is loaded, and nothing heavy imported but PyTorch where GPUs are asked for.
+In: names of packages, URLs. Out: one sentence per thing that is missing, with the mend. Nothing is
+loaded, and nothing heavy imported but PyTorch where GPUs are asked for.
 """
 
 from __future__ import annotations
@@ -19,13 +19,6 @@ EXTRA = "pip install 'mini-make-a-scene[preprocess]'"
 
 class NeedsError(OSError):
     """What a machine lacks; the message names all of it, with the mends."""
-
-
-def usable_cores() -> int:
-    """CPUs that this process may run on, which a batch system or a container may have limited."""
-    if hasattr(os, "sched_getaffinity"):  # macOS does not say
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def has_module(name: str) -> bool:

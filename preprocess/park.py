@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,8 +20,8 @@ from pathlib import Path
 
 import PIL
 
+from mas.machine import end_with_parent, usable_cores
 from mas.shards import Sample, ShardError, ShardWriter, remove_temporary, write_file
-from preprocess.needs import usable_cores
 from preprocess.park_truth import picture
 from preprocess.park_world import HELD_OUT_MODES
 from preprocess.progress import counting
@@ -118,7 +116,7 @@ def _paint_all(config: ParkConfig, indices: list[int], processes: int) -> Iterat
             yield from make(chunk)
         return
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=end_with_parent)
     try:
         for samples in pool.map(make, chunks):
             yield from samples
@@ -129,18 +127,6 @@ def _paint_all(config: ParkConfig, indices: list[int], processes: int) -> Iterat
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """For a process that draws: it would wait for ever for work if the run is killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _paint_chunk(seed: int, size: int, held_out: str, indices: list[int]) -> list[Sample]:

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from mas.errors import first_line
+from mas.machine import usable_cores
 from preprocess.executor import ExecutorConfig
-from preprocess.needs import EXTRA, usable_cores
+from preprocess.needs import EXTRA
 from preprocess.progress import ProgressBar
 from preprocess.ray_nodes import Nodes, find_fit_nodes, find_unlike
 from preprocess.run_folder import RunFolder

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from mas.memory import peak_rss_mb
+from mas.machine import peak_rss_mb
 from preprocess.run_folder import ERROR, RUNNING, STATS, RunFolder
 
 Report = Callable[[int], None]  # a worker tells how many more items it has seen

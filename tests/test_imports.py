@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # Flow order; a module imports only modules to its left.
 MAS_ORDER = """
-    field_help errors memory
+    field_help errors machine
     scene shard_files token_shards shards rounding packing storage sheet text vq_codebook vq vq_fast
     vqseg_loss vqseg vqseg_tune vqgan bench_vqseg unet reader refiner pretrained things judge
     sequence heap cache gpt filter quantize decoder fast_decoder generate candidates cuda_kernels
@@ -22,7 +22,7 @@ MAS_ORDER = """
     doctor
 """.split()
 FOREIGN_TO_MAS = {"ray", "detectron2", "face_alignment", "pytorch_lightning"}
-PREPROCESS_FROM_MAS = {"errors", "memory", "scene", "shards", "sheet"}
+PREPROCESS_FROM_MAS = {"errors", "machine", "scene", "shards", "sheet"}
 TOKENS_FROM_MAS = PREPROCESS_FROM_MAS | {"text", "vqseg", "vqgan", "storage"}
 ONE_FILE_EACH = {
     "detectron2": "preprocess/panoptic.py",

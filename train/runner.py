@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from mas.errors import first_line
 from mas.field_help import explain_fields
+from mas.machine import usable_cores
 from train.averaging import Averaging
 from train.callbacks import (
     CONFIG,
@@ -354,8 +354,8 @@ def check_sharding(name: str, model: Any) -> None:
 
 def tell_of_workers(count: int) -> None:
     """Says it where more processes shall read than there are cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if cores and count > cores:
+    cores = usable_cores()
+    if count > cores:
         logger.warning(
             "data.workers is %d, more than this machine has cores: give --data.workers %d or less",
             *(count, cores),

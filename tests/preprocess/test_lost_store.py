@@ -27,29 +27,21 @@ class Store(MemoryFileSystem):
     pseudo_dirs: ClassVar[list] = [""]
     down = False
 
-    def answer(self):
+
+def answering(name):
+    """The method of a store, as long as it is up."""
+    answer = getattr(MemoryFileSystem, name)
+
+    def ask(self, *arguments, **options):
         if Store.down:
             raise NoCredentialsError("Unable to locate credentials\nmore")
+        return answer(self, *arguments, **options)
 
-    def info(self, *arguments, **options):
-        self.answer()
-        return super().info(*arguments, **options)
+    return ask
 
-    def ls(self, *arguments, **options):
-        self.answer()
-        return super().ls(*arguments, **options)
 
-    def isdir(self, *arguments, **options):
-        self.answer()
-        return super().isdir(*arguments, **options)
-
-    def _open(self, *arguments, **options):
-        self.answer()
-        return super()._open(*arguments, **options)
-
-    def rm_file(self, *arguments, **options):
-        self.answer()
-        return super().rm_file(*arguments, **options)
+for name in ("info", "ls", "isdir", "_open", "rm_file"):
+    setattr(Store, name, answering(name))
 
 
 @pytest.fixture(autouse=True)

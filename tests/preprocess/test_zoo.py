@@ -9,16 +9,22 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from photo_world import blocks, colour_of, decode, encode, photo_sample, write_photos
+from photo_world import (
+    blocks,
+    colour_of,
+    decode,
+    encode,
+    photo_sample,
+    preprocess_scenes,
+    write_photos,
+)
 from PIL import Image
 from test_photo import bomb_png, flip, frames, noise
 
 from mas.shards import ShardIndex, expand_shards, read_shard
 from preprocess.inspect import choose
-from preprocess.photo import EXIF_ORIENTATION, PhotoConfig
+from preprocess.photo import EXIF_ORIENTATION
 from preprocess.rejects import Reject
-from preprocess.run import PreprocessConfig, preprocess
-from preprocess.segment import FaceConfig, HumanConfig
 from preprocess.status import preprocess_status
 
 PHOTO = Image.fromarray(colour_of(blocks(96, 64)[0]))
@@ -190,20 +196,6 @@ def tar_of(members):
     return buffer.getvalue()
 
 
-def run(input, output, **options):
-    return preprocess(
-        PreprocessConfig(
-            input=str(input),
-            output=str(output),
-            photo=PhotoConfig(size=48, min_side=16),
-            human=HumanConfig(source="none"),
-            face=FaceConfig(source="none"),
-            executor="serial",
-            **options,
-        )
-    )
-
-
 class Zoo:
     """All kinds in one shard, a good sample before and after each, and what became of them."""
 
@@ -212,7 +204,9 @@ class Zoo:
         for number, (kind, (make, _)) in enumerate(KINDS.items()):
             members += [*still()(f"good {number}"), *make(kind)]
         (folder / "00000.tar").write_bytes(tar_of([*members, *still()("good last")]))
-        self.status = run(folder / "00000.tar", folder / "out", threads=2, batch_size=5)
+        self.status = preprocess_scenes(
+            folder / "00000.tar", folder / "out", threads=2, batch_size=5
+        )
         self.samples = {s.key: s for s in read_shard(str(folder / "out" / "00000.tar"))}
         lines = (folder / "out" / "00000.rejects.jsonl").read_text().splitlines()
         self.rejects = [json.loads(line) for line in lines]
@@ -268,7 +262,7 @@ def test_every_good_sample_is_kept_unchanged_and_in_order(zoo, tmp_path):
     good = [key for key in zoo.samples if key.startswith("good")]
     assert good == [*(f"good {number}" for number in range(len(KINDS))), "good last"]
     write_photos(tmp_path / "00000.tar", [photo_sample(key) for key in good])
-    assert run(tmp_path / "00000.tar", tmp_path / "out") == 0
+    assert preprocess_scenes(tmp_path / "00000.tar", tmp_path / "out") == 0
     alone = {sample.key: sample for sample in read_shard(str(tmp_path / "out" / "00000.tar"))}
     assert all(zoo.samples[key] == alone[key] for key in good)
 
@@ -309,7 +303,7 @@ def bad_tars(tmp_path_factory):
     for kind, (content, _) in TARS.items():
         (folder / f"{kind}.tar").write_bytes(content)
         (folder / f"{kind} and good.tar").write_bytes(GOOD_TAR)
-    return folder, run(folder, folder / "out")
+    return folder, preprocess_scenes(folder, folder / "out")
 
 
 @pytest.mark.parametrize("kind", TARS)
@@ -325,7 +319,7 @@ def test_bad_tars_fail_alone_and_say_why(bad_tars, kind):
 def test_a_tar_of_rejects_alone_is_done_and_empty(tmp_path, caplog):
     (tmp_path / "00000.tar").write_bytes(tar_of(still(jpg=b"")("a")))
     (tmp_path / "00001.tar").write_bytes(GOOD_TAR)
-    assert run(tmp_path, tmp_path / "out") == 0
+    assert preprocess_scenes(tmp_path, tmp_path / "out") == 0
     assert not list(read_shard(str(tmp_path / "out" / "00000.tar")))
     (warning,) = caplog.messages
     assert warning == "shard 00000: not one sample could be used: unknown_format 1"
@@ -341,7 +335,7 @@ def test_a_tar_without_samples_is_done_and_every_reader_passes_over_it(tmp_path,
     photos.mkdir()
     (photos / "00000.tar").write_bytes(EMPTY_TARS[kind])
     (photos / "00001.tar").write_bytes(GOOD_TAR)
-    assert run(photos, scenes) == 0
+    assert preprocess_scenes(photos, scenes) == 0
     assert caplog.messages == ["shard 00000: holds no samples"]
     stats = json.loads((scenes / "00000.stats.json").read_text())
     assert (stats["photos_in"], stats["photos_out"], stats["rejected"]) == (0, 0, {})
@@ -356,4 +350,4 @@ def test_a_run_without_any_sample_fails(tmp_path):
     """As where the input is not what was meant."""
     (tmp_path / "00000.tar").write_bytes(tar_of([]))
     with pytest.raises(ValueError, match=r"00000\.tar: there is not one sample in it"):
-        run(tmp_path / "00000.tar", tmp_path / "out")
+        preprocess_scenes(tmp_path / "00000.tar", tmp_path / "out")

@@ -1,12 +1,14 @@
-"""How much memory there is, and the most that a process has held.
+"""What this machine has for a process: memory, CPUs, and the process that started it.
 
-In: nothing. Out: bytes, or megabytes of 2^20 bytes, whatever the system counts in.
+In: nothing. Out: bytes, or megabytes of 2^20 bytes, whatever the system counts in; numbers of CPUs.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
+import threading
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
@@ -32,3 +34,22 @@ def peak_rss_mb() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, kilobytes elsewhere
+
+
+def usable_cores() -> int:
+    """CPUs that this process may run on, which a batch system or a container may have limited."""
+    if hasattr(os, "sched_getaffinity"):  # macOS does not say
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def end_with_parent() -> None:
+    """Has this process end when the one that started it does, also by a signal."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
