@@ -25,6 +25,7 @@ from mas.generate import Decoder
 from mas.gpt import GPT, GPTConfig
 from mas.machine import total_memory
 from mas.quantize import FloatLinear, make_int8
+from mas.rounding import has_float64
 from mas.storage import CONFIG_FILE, StoredTensors, parse_config, read_json
 
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
@@ -66,7 +67,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        kind = torch.float64 if has_float64(device) else torch.float32  # for the draw of tokens
+        torch.zeros(1, device=device, dtype=kind).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(
             f"device {name!r} cannot be used here ({first_line(error)}); use auto or cpu"
