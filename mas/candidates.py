@@ -1,8 +1,10 @@
 """Several scenes for a caption, of which the judge keeps one: best of N before anything is painted.
 
 In: captions, and scene tokens of which some are free. Out: complete scene tokens. Candidate 0 of a
-picture is the scene its seed alone would give; the others have seeds made from it.
-Axes: B pictures, T tokens.
+picture is the scene its seed alone would give; the others have seeds made from it. Where a caption
+says left or right, each candidate's mirror image is one more: mirrored, a scene with everything on
+the wrong side is as good as any, and costs no sampling.
+Axes: B pictures, K candidates of a picture, R candidates of all, T tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from mas.filter import Sampling
 from mas.generate import Decoder, Report, generate
 from mas.judge import SceneJudge
 from mas.scene import SceneMap
+from mas.sequence import FREE
 
 
 def candidate_seed(seed: int, number: int) -> int:
@@ -34,10 +37,12 @@ def choose_scenes(
     scene_BT: Tensor,
     *,
     seeds: Sequence[int],
+    sided_B: Sequence[bool],
     candidates: int,
     sampling: Sampling,
     batch: int,
     decode: Callable[[Tensor], list[SceneMap]],
+    encode: Callable[[SceneMap], Tensor],
     watch: Callable[[], Report] | None = None,
 ) -> Tensor:
     """The scene tokens, long B T, of the candidate that fits its caption best.
@@ -50,10 +55,13 @@ def choose_scenes(
         text_BT: text tokens.
         scene_BT: given scene tokens, `FREE` where the GPT shall choose.
         seeds: one a picture.
-        candidates: scenes a picture.
+        sided_B: whether left and right matter to a picture's caption. Its candidates are joined by
+            their mirror images, unless some of its scene is given, which has its side already.
+        candidates: scenes drawn for a picture.
         sampling: of the scene tokens.
         batch: sequences at a time.
-        decode: of scene tokens to scenes.
+        decode: of scene tokens, K T, to scenes.
+        encode: of a scene to its tokens, 1 T.
         watch: makes what is called after every step of a batch.
     """
     rows_text, rows_scene = (x.repeat_interleave(candidates, dim=0) for x in (text_BT, scene_BT))
@@ -71,8 +79,13 @@ def choose_scenes(
         ).scene
         for start in range(0, len(rows_seeds), batch)
     ]
-    drawn_RT = torch.cat(drawn)
-    scenes = decode(drawn_RT)
-    groups = [scenes[i : i + candidates] for i in range(0, len(scenes), candidates)]
-    best = judge.choose(text_BT.to(drawn_RT.device), groups)
-    return drawn_RT[[i * candidates + choice for i, choice in enumerate(best)]]
+    groups = list(torch.cat(drawn).split(candidates))  # of K T
+    scenes = [decode(group_KT) for group_KT in groups]
+    free_B = (scene_BT == FREE).all(1).tolist()
+    for i, (sided, free) in enumerate(zip(sided_B, free_B, strict=True)):
+        if sided and free:
+            mirrored_KT = torch.cat([encode(scene.mirrored()) for scene in scenes[i]])
+            groups[i] = torch.cat([groups[i], mirrored_KT.to(groups[i].device)])
+            scenes[i] += decode(mirrored_KT)  # as the picture would show them
+    best = judge.choose(text_BT.to(groups[0].device), scenes)
+    return torch.stack([group_KT[choice] for group_KT, choice in zip(groups, best, strict=True)])

@@ -169,7 +169,7 @@ class SceneJudge(nn.Module):
 
         Args:
             text_BT: long.
-            scenes: as many for every caption, of any size.
+            scenes: one or more for each caption, of any size.
         """
         chosen = []
         for text_T, candidates in zip(text_BT, scenes, strict=True):

@@ -66,7 +66,7 @@ from mas.request import (
 from mas.rounding import Weights
 from mas.scene import SceneMap
 from mas.sequence import FREE, Streams, count_free
-from mas.text import Tokenizer
+from mas.text import Tokenizer, names_side
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 
@@ -399,10 +399,12 @@ class MakeAScene(Codec):
             given.text,
             given.scene,
             seeds=seeds,
+            sided_B=[names_side(caption) for caption in self.tokenizer.decode(given.text)],
             candidates=candidates,
             sampling=sampling,
             batch=batch,
             decode=self.decode_scenes,
+            encode=self.encode_scene,
             watch=watch,
         ).to(given.scene.device)
 

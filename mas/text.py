@@ -265,6 +265,11 @@ def mirror_caption(caption: str) -> str:
     return _SIDE.sub(_change_side, caption)
 
 
+def names_side(caption: str) -> bool:
+    """Whether left and right matter to a caption, as `mirror_caption` understands it."""
+    return mirror_caption(caption) != caption
+
+
 def _change_side(match: re.Match[str]) -> str:
     word, side = match[0], match[0].lower()
     before = match.string[max(match.start() - 20, 0) : match.start()]

@@ -5,16 +5,18 @@
 In: a model with a judge, scene shards of the park world it has not seen (docs/evaluation.md says
 how to make them). Out: for 1 to 8 candidates, which share of the claims holds in the scene that the
 judge keeps, and in the one that would be best if one knew. Numbers are those of captions spread
-over the shards, relations those of others that claim one between two classes. No picture is
-painted. Cost: 1,600 scenes, seven minutes of two cores.
+over the shards, relations those of others that claim one between two classes. Where a caption names
+a side, mirror images are chosen from, too, as when sampling. No picture is painted. Cost: 1,600
+scenes, seven minutes of two cores.
 """
 
 import argparse
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from plain_errors import run_tool
 from tqdm import tqdm
 
@@ -22,20 +24,28 @@ from mas import MakeAScene
 from mas.cases import Case, read_cases
 from mas.generate import generate
 from mas.obedience import Seen, judge
+from mas.scene import SceneMap
+from mas.text import names_side
 
 MOST = 8  # candidates
 SHOWN = (1, 2, 4, 6, MOST)
 SEED = 1000  # of the first candidate of all
 BATCH = 4  # captions at a time
 Verdict = dict[str, list[bool]]  # of `mas.obedience.judge`
+T = TypeVar("T")
 
 
 class Drawn(NamedTuple):
-    """A caption, what holds in each of its candidates, and which one is kept of the first K."""
+    """A caption, what holds in its candidates, and which one is kept of the first K."""
 
     case: Case
-    verdicts: list[Verdict]
+    own: list[Verdict]
+    mirrored: list[Verdict]  # of their mirror images, where the caption names a side
     kept: dict[int, int]
+
+    def first(self, count: int) -> list[Verdict]:
+        """What there is to choose from when so many scenes are drawn."""
+        return _join(self.own, self.mirrored, count)
 
 
 def main() -> None:
@@ -85,23 +95,42 @@ def _draw(model: MakeAScene, cases: Sequence[Case]) -> list[Drawn]:
         scenes = model.decode_scenes(tokens.scene)
         for number, case in enumerate(part):
             own = scenes[number * MOST : (number + 1) * MOST]
+            mirrored = _mirror(model, own) if names_side(case.caption) else []
             words_1T = text_BT[first + number][None].to(model.device)
-            kept = {k: model.judge.choose(words_1T, [own[:k]])[0] for k in range(1, MOST + 1)}
-            # Claims about pixels, of which there are none, are not asked for.
-            assert case.facts is not None
-            things = [{k: v for k, v in t.items() if k != "colour"} for t in case.facts["things"]]
-            facts = {**case.facts, "things": things}
-            nothing = np.zeros((*own[0].size, 3), np.uint8)
-            verdicts = [judge(facts, Seen(scene=scene, pixels_HWC=nothing)) for scene in own]
-            drawn.append(Drawn(case, verdicts, kept))
+            kept = {
+                k: model.judge.choose(words_1T, [_join(own, mirrored, k)])[0]
+                for k in range(1, MOST + 1)
+            }
+            drawn.append(Drawn(case, _judge_all(case, own), _judge_all(case, mirrored), kept))
     return drawn
+
+
+def _join(own: Sequence[T], mirrored: Sequence[T], count: int) -> list[T]:
+    """The first `count` of both; one alone is no choice."""
+    return [*own[:count], *(mirrored[:count] if count > 1 else ())]
+
+
+def _mirror(model: MakeAScene, scenes: Sequence[SceneMap]) -> list[SceneMap]:
+    """Their mirror images as they come back from their tokens."""
+    return model.decode_scenes(torch.cat([model.encode_scene(s.mirrored()) for s in scenes]))
+
+
+def _judge_all(case: Case, scenes: Sequence[SceneMap]) -> list[Verdict]:
+    """What holds in each scene; claims about pixels, of which there are none, are not asked for."""
+    assert case.facts is not None
+    things = [{k: v for k, v in thing.items() if k != "colour"} for thing in case.facts["things"]]
+    facts = {**case.facts, "things": things}
+    return [
+        judge(facts, Seen(scene=scene, pixels_HWC=np.zeros((*scene.size, 3), np.uint8)))
+        for scene in scenes
+    ]
 
 
 def _share(drawn: Sequence[Drawn], claim: str, count: int, *, best: bool) -> float:
     """Share of the claims that hold in the kept, or in the best of the first `count` scenes."""
     holds = []
     for one in drawn:
-        first = one.verdicts[:count]
+        first = one.first(count)
         chosen = max(first, key=_kept_share) if best else first[one.kept[count]]
         holds += chosen[claim]
     return sum(holds) / max(1, len(holds))
@@ -118,9 +147,10 @@ def _print_relations(drawn: Sequence[Drawn], *, count: int) -> None:
     for one in drawn:
         for place, relation in enumerate(_relations(one.case)):
             claimed[relation] += 1
-            first[relation] += one.verdicts[0]["relation"][place]
-            kept[relation] += one.verdicts[one.kept[count]]["relation"][place]
-            anywhere[relation] += any(v["relation"][place] for v in one.verdicts[:count])
+            first[relation] += one.own[0]["relation"][place]
+            shown = one.first(count)
+            kept[relation] += shown[one.kept[count]]["relation"][place]
+            anywhere[relation] += any(verdict["relation"][place] for verdict in shown)
     print(f"\n{count} candidates: relation  claimed  first  kept  any")
     for relation, number in sorted(claimed.items()):
         row = f"{number:7d} {first[relation]:6d} {kept[relation]:5d} {anywhere[relation]:4d}"

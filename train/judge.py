@@ -26,7 +26,7 @@ from torch import Tensor
 from mas.judge import NOTHING, JudgeConfig, SceneJudge, describe_scenes
 from mas.scene import CLASS_NAMES, FACE_IDS, HUMAN_IDS, PERSON, THINGS, SceneMap
 from mas.shards import ShardIndex, expand_shards, read_captions
-from mas.text import Tokenizer, mirror_caption
+from mas.text import Tokenizer, mirror_caption, names_side
 from train.data import Part, StreamData
 from train.stage import Optimiser, Rows, Stage
 from train.start import start_from
@@ -283,11 +283,6 @@ class JudgeData(StreamData):
 
     def _has(self, index: int, naming: re.Pattern[str]) -> bool:
         return any(naming.search(caption) for caption in read_captions(self.index.read(index)))
-
-
-def names_side(caption: str) -> bool:
-    """Whether left and right matter to a caption."""
-    return mirror_caption(caption) != caption
 
 
 def spoil(true_NF: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -62,7 +62,17 @@ def judged_folder(judged_model, tmp_path_factory):
     return folder
 
 
-def choose(model, judge, *, rows=slice(None), scene_BT=None, batch=8, candidates=4, **options):
+def choose(
+    model,
+    judge,
+    *,
+    rows=slice(None),
+    scene_BT=None,
+    sided_B=None,
+    batch=8,
+    candidates=4,
+    **options,
+):
     text_BT = model.tokenizer.encode(CAPTIONS)
     if scene_BT is None:
         scene_BT = model.decoder.layout.free(model.decoder.layout.scene, len(text_BT))
@@ -72,10 +82,12 @@ def choose(model, judge, *, rows=slice(None), scene_BT=None, batch=8, candidates
         text_BT[rows],
         scene_BT[rows],
         seeds=SEEDS[rows],
+        sided_B=[False] * len(text_BT[rows]) if sided_B is None else sided_B,
         candidates=candidates,
         sampling=Sampling(),
         batch=batch,
         decode=model.decode_scenes,
+        encode=model.encode_scene,
         **options,
     )
 
@@ -132,6 +144,30 @@ def test_a_choice_depends_on_its_caption_and_seed_alone(judged_model):
         assert torch.equal(choose(judged_model, judge, rows=rows), together_BT[rows])
 
 
+def test_mirror_images_are_candidates_where_sides_matter(tiny_model):
+    plain, judge = Stub(), Stub()
+    own_BT = choose(tiny_model, plain)
+    layout = tiny_model.decoder.layout
+    scene_BT = layout.free(layout.scene, 3)
+    chosen_BT = choose(tiny_model, judge, scene_BT=scene_BT, sided_B=[False, True, True])
+    assert [len(scores) for scores in judge.asked] == [4, 8, 8]
+    assert [scores[:4] for scores in judge.asked] == plain.asked
+    assert torch.equal(chosen_BT[0], own_BT[0])
+    for i in (1, 2):
+        seeds = [candidate_seed(SEEDS[i], number) for number in range(4)]
+        text_BT = tiny_model.tokenizer.encode([CAPTIONS[i]] * 4)
+        drawn_KT = generate(tiny_model.decoder, text_BT, seeds=seeds, scene_only=True).scene
+        scenes = tiny_model.decode_scenes(drawn_KT)
+        mirrored_KT = torch.cat([tiny_model.encode_scene(scene.mirrored()) for scene in scenes])
+        scenes += tiny_model.decode_scenes(mirrored_KT)
+        assert [score(scene) for scene in scenes] == judge.asked[i]
+        best = int(np.argmax(judge.asked[i]))
+        assert torch.equal(chosen_BT[i], torch.cat([drawn_KT, mirrored_KT])[best])
+    scene_BT[1, 3] = 5  # part of it is given, and has its side
+    choose(tiny_model, judge, scene_BT=scene_BT, sided_B=[False, True, True])
+    assert [len(scores) for scores in judge.asked[3:]] == [4, 4, 8]
+
+
 def test_given_tokens_of_a_scene_are_never_changed(tiny_model):
     layout = tiny_model.decoder.layout
     scene_BT = layout.free(layout.scene, 3)
@@ -167,6 +203,32 @@ def test_each_picture_of_a_judged_model_is_the_same_alone(judged_model):
     for i, (caption, seed) in enumerate(zip(together.captions, together.seeds, strict=True)):
         alone = judged_model.generate(caption, seed=seed, batch=1)
         assert alone.scenes[0] == together.scenes[i] and alone.images[0] == together.images[i]
+
+
+def test_a_model_mirrors_scenes_for_captions_that_name_a_side(judged_model, monkeypatch):
+    """The judge here likes what lies on the left: of a scene and its mirror image one at most."""
+    asked = []
+
+    def choose(self, text_BT, scenes):
+        asked.append([len(group) for group in scenes])
+        return [int(np.argmax([weigh(scene) for scene in group])) for group in scenes]
+
+    def weigh(scene):
+        columns_W = scene.labels.astype(float).mean(0)
+        return columns_W[:16].mean() - columns_W[16:].mean()
+
+    monkeypatch.setattr(SceneJudge, "choose", choose)
+    captions = ["cow LEFT", "cow left on", CAPTIONS[0]]
+    out = judged_model.generate(captions, seed=4, batch=2)
+    assert asked == [[6, 3], [3]]
+    plain = judged_model.generate(captions, seed=4, scene_candidates=1)
+    assert out.scenes[0] != plain.scenes[0] and weigh(out.scenes[0]) > 0
+    alone = judged_model.generate(captions[0], seed=4)
+    assert alone.scenes == out.scenes[:1] and alone.images == out.images[:1]
+    free = np.ones((32, 32), np.bool_)
+    free[:8] = False
+    judged_model.generate(captions[0], scene=out.scenes[0], scene_free=free)
+    assert asked[-1] == [3]
 
 
 def test_one_candidate_of_a_judged_model_is_the_model_without_a_judge(judged_model, tiny_model):
