@@ -2,25 +2,23 @@
 
 In: caption or file of captions, scene file, picture to complete, model. Out: 0000.png …,
 0000.scene.png …, grid.png and samples.json. The caption and the settings also stand in the text
-chunks of every PNG. The same command writes the same PNGs; a command that fails leaves nothing of
-its own behind.
+chunks of every PNG. The same command writes the same PNGs, also when it was interrupted: it goes on
+after the last stretch that was finished.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import hashlib
+import logging
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from tqdm import tqdm
 
 import mas
@@ -29,25 +27,14 @@ from mas.model import Generation, MakeAScene
 from mas.model_folder import ModelError, find_folder
 from mas.precision import Precision
 from mas.progress import Progress
+from mas.request import check_seed
 from mas.rerank import CLIP, Clip, check_rerank
 from mas.rerank import rerank as rerank_pictures
+from mas.sample_folder import writing
 from mas.scene import MAX_PIXELS, VOID, SceneMap, read_scene
-from mas.sheet import contact_sheet
-from mas.storage import write_json
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-SAMPLES = "samples.json"
-SHEET = "grid.png"
 OPAQUE = 255  # alpha of a pixel that is given
-WRITING = ".writing."  # prefix of the hidden folder that a run fills first
-LOCK = f"{WRITING}lock"  # file in the output folder that a run holds as long as it lasts
-OWN_FILE = re.compile(r"\d{4,}(\.scene)?\.png|grid\.png|samples\.json")
-SMALLEST_CELL, LARGEST_CELL = 128, 256  # pixels of a picture in the contact sheet
-MOST_ROWS = 400  # of it; larger ones are more than Pillow opens without a warning
+STRETCH = 4  # batches that are painted before their pictures are kept
 
 
 def sample(
@@ -125,19 +112,26 @@ def sample(
     check_choice(captions, rerank, count=count, keep=keep)
     given = read_given(scene, image, fill_void=fill_void)
     find_folder(model)
-    with writing(output) as folder:
+    with writing(output) as run:
         judge = None if rerank is None else Clip.from_pretrained(clip, device=device)
         network = MakeAScene.from_pretrained(model, device=device, precision=precision)
-        result = paint(network, captions, given, knobs)
         about = describe_model(network, model)
-        dropped = None
         if judge is not None:
-            result, dropped = rerank_pictures(result, judge, keep=keep)
             about["rerank"] = {"by": rerank, "model": clip, "keep": keep or count}
-        write_result(folder, result, about=about, dropped=dropped)
-    speed = f"{result.seconds:.1f} s, {result.tokens_per_second:.0f} tokens/s"
-    plural = "" if len(result.images) == 1 else "s"
-    print(f"{output}: {len(result.images)} picture{plural}, {speed}")
+        decisive = {name: value for name, value in knobs.items() if name != "batch"}
+        digests = {name: some.digest for name, some in given.items()}
+        run.begin(captions=captions, given=digests, **decisive, **about, version=mas.__version__)
+        whole = judge is not None
+        painting = paint(network, captions, given, knobs, first=run.sampled, whole=whole)
+        with closing(painting):
+            for result in painting:
+                dropped = None
+                if judge is not None:
+                    result, dropped = rerank_pictures(result, judge, keep=keep)
+                run.add(result, about=about, dropped=dropped)
+        run.finish(about=about)
+    plural = "" if run.written == 1 else "s"
+    print(f"{output}: {run.written} picture{plural}, {run.seconds:.1f} s, {run.speed:.0f} tokens/s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +141,16 @@ class Given:
     path: Path
     content: SceneMap | Image.Image  # square
     free_HW: np.ndarray | None  # bool: what the model fills; None: nothing
+
+    @property
+    def digest(self) -> str:
+        """Of what is given, whatever file it came from."""
+        if isinstance(self.content, SceneMap):
+            parts = [self.content.labels, self.content.edges]
+        else:
+            parts = [np.asarray(self.content)]
+        parts += [] if self.free_HW is None else [self.free_HW]
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
     def check_side(self, grid: int) -> None:
         """Refuses what is too small to say which tokens of a `grid` x `grid` are given."""
@@ -183,17 +187,103 @@ def paint(
     captions: list[str],
     given: dict[Literal["scene", "image"], Given],
     knobs: dict[str, Any],
-) -> Generation:
-    """Pictures of all captions, under a progress bar; `knobs` are arguments of `generate`."""
+    *,
+    first: int = 0,
+    whole: bool = False,
+) -> Generator[Generation, None, None]:
+    """Pictures of all captions, a stretch at a time, under a progress bar.
+
+    Args:
+        network: the model.
+        captions: what to paint.
+        given: what is given besides.
+        knobs: arguments of `MakeAScene.generate`.
+        first: pictures that are there already.
+        whole: whether all pictures of a caption are to come together.
+    """
     conditions: dict[str, Any] = {}
     for name, tokenizer in (("scene", network.vqseg), ("image", network.vqgan)):
         if name in given:
             given[name].check_side(tokenizer.config.grid)
             conditions |= {name: given[name].content, f"{name}_free": given[name].free_HW}
-    with tqdm(desc="sample", unit=" tokens", disable=None) as bar:
-        return network.generate(
-            captions, **conditions, **knobs, on_progress=lambda progress: advance(bar, progress)
-        )
+    total, most = len(captions) * knobs["count"], STRETCH * knobs["batch"]
+    with said_once(), tqdm(desc="sample", unit=" tokens", disable=None) as bar:
+        network.tokenizer.encode(captions)  # says of all that are too long, not of some
+        while first < total:
+            part = next_stretch(captions, knobs, first=first, most=most, whole=whole)
+            tell = partial(advance, bar, first=first, pictures=part.pictures, total=total)
+            options = conditions | knobs | {"seed": part.seed, "count": part.count}
+            yield network.generate(part.captions, **options, on_progress=tell)
+            first += part.pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """All pictures of some captions, or some of one; they are painted and then kept together."""
+
+    captions: list[str]
+    seed: int  # of the first picture of each
+    count: int  # pictures of each
+
+    @property
+    def pictures(self) -> int:
+        return len(self.captions) * self.count
+
+
+def next_stretch(
+    captions: list[str], knobs: dict[str, Any], *, first: int, most: int, whole: bool
+) -> Stretch:
+    """At most `most` pictures from number `first` on; more only where a caption's stay whole."""
+    count, seed = knobs["count"], knobs["seed"]
+    caption, done = divmod(first, count)
+    if done or (count > most and not whole):
+        chosen, left = captions[caption : caption + 1], min(count - done, most)
+        return Stretch(captions=chosen, seed=seed + done, count=left)
+    chosen = captions[caption : caption + max(1, most // count)]
+    return Stretch(captions=chosen, seed=seed, count=count)
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Every stretch would warn of the same things: only the first may."""
+    once, loggers = Once(), [logging.getLogger(name) for name in ("mas.text", "mas.request")]
+    for logger in loggers:
+        logger.addFilter(once)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(once)
+
+
+class Once(logging.Filter):
+    """Passes the first message of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = record.msg not in self.said
+        self.said.add(record.msg)
+        return new
+
+
+def advance(bar: tqdm, progress: Progress, *, first: int, pictures: int, total: int) -> None:
+    """Moves the bar of a whole run by what a stretch of it tells.
+
+    Args:
+        bar: counts the tokens of all pictures.
+        progress: of the stretch.
+        first: pictures before it.
+        pictures: of its own.
+        total: of the run.
+    """
+    each = progress.total // pictures
+    if bar.total is None:
+        bar.initial = bar.n = first * each
+        bar.total = total * each
+    bar.update(first * each + progress.done - bar.n)
 
 
 def check_knobs(knobs: dict[str, Any]) -> None:
@@ -205,6 +295,7 @@ def check_knobs(knobs: dict[str, Any]) -> None:
         value = knobs[name]
         if value is not None and value < 1:
             raise ValueError(f"{name.replace('_', '-')} is {value}, use 1 or more")
+    check_seed(knobs["seed"], pictures=knobs["count"])
 
 
 def read_captions(caption: str | None, prompts: Path | None, *, empty_is_fine: bool) -> list[str]:
@@ -272,129 +363,6 @@ def read_picture(path: Path) -> tuple[Image.Image, np.ndarray]:
     return Image.fromarray(bands_HWC[..., :3].copy()), free_HW
 
 
-def advance(bar: tqdm, progress: Progress) -> None:
-    bar.total = progress.total
-    bar.update(progress.done - bar.n)
-
-
-@contextmanager
-def writing(output: Path) -> Iterator[Path]:
-    """Hands out a hidden folder; what lies in it replaces the samples in `output` at the end.
-
-    A run that fails takes this folder with it, and those made for it that nobody else uses.
-
-    Raises:
-        ModelError: `output` is a file, holds anything that is not of this command, or is being
-            written by another run.
-        OSError: `output` cannot be written.
-    """
-    check_output(output)
-    made = [path for path in (output, *output.parents) if not path.exists()]
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        with alone(output), tempfile.TemporaryDirectory(dir=output, prefix=WRITING) as temporary:
-            yield Path(temporary)
-            replace_samples(output, Path(temporary))
-    except BaseException:
-        with suppress(OSError):  # others have put something there
-            for path in made:
-                path.rmdir()
-        raise
-
-
-def check_output(output: Path) -> None:
-    """Refuses a folder in which there is anything that `mas sample` did not write."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise ModelError(f"{output}: is a file; choose a folder")
-    names = sorted(path.name for path in output.iterdir())
-    others = [name for name in names if not name.startswith(WRITING)]
-    foreign = [name for name in others if not OWN_FILE.fullmatch(name)]
-    half_written = len(others) < len(names)  # by a run that was killed
-    if foreign or (others and not half_written and SAMPLES not in others):
-        name = foreign[0] if foreign else others[0]
-        raise ModelError(f"{output}: holds something else ({name}); choose a new folder")
-
-
-@contextmanager
-def alone(output: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder; what hidden ones lie there then was left by killed runs.
-
-    Without locks, as on Windows, nobody is kept out.
-    """
-    if fcntl is None:
-        yield
-        return
-    path = output / LOCK
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = os.fstat(file.fileno()).st_nlink > 0  # else its run has ended this moment
-        except BlockingIOError:
-            free = False
-        except OSError:  # a file system without locks
-            free = True
-        if not free:
-            raise ModelError(f"{output}: another run is writing there; choose another folder")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def replace_samples(output: Path, finished: Path) -> None:
-    """Clears away older samples and what killed runs left, then moves the finished ones there."""
-    for path in sorted(output.iterdir()):
-        if path.name.startswith(WRITING) and path.name != finished.name and path.is_dir():
-            shutil.rmtree(path)
-        elif OWN_FILE.fullmatch(path.name):
-            path.unlink()
-    for path in sorted(finished.iterdir()):
-        path.replace(output / path.name)
-
-
-def write_result(
-    folder: Path,
-    result: Generation,
-    *,
-    about: dict[str, Any],
-    dropped: Generation | None = None,
-) -> None:
-    """Writes pictures, scenes, contact sheet and samples.json.
-
-    Args:
-        folder: is empty.
-        result: the pictures to write.
-        about: what samples.json says of model and machine.
-        dropped: candidates of which only seed and score are noted.
-    """
-    origin = {"settings": result.settings, "model": about["model"]["sha256"]}
-    pictures = []
-    for i, (image, scene) in enumerate(zip(result.images, result.scenes, strict=True)):
-        files = {"image": f"{i:04}.png", "scene": f"{i:04}.scene.png"}
-        image.save(folder / files["image"], pnginfo=png_text(describe(result, i) | origin))
-        scene.to_png(folder / files["scene"])
-        pictures.append(files | describe(result, i))
-    captions = list(dict.fromkeys(result.captions))
-    first_seed = min(result.seeds + (dropped.seeds if dropped else []))
-    text = png_text({"caption": "; ".join(captions), "seed": first_seed} | origin)
-    draw_sheet(result).save(folder / SHEET, pnginfo=text)
-    content = {
-        "caption": captions[0] if len(captions) == 1 else captions,
-        "seed": first_seed,
-        "settings": result.settings,
-        **about,
-        "version": mas.__version__,
-        "seconds": round(result.seconds, 3),
-        "tokens_per_second": round(result.tokens_per_second, 1),
-        "pictures": pictures,
-    }
-    if dropped is not None:
-        content["dropped"] = [describe(dropped, i) for i in range(len(dropped.images))]
-    write_json(folder / SAMPLES, content)
-
-
 def describe_model(network: MakeAScene, name: str) -> dict[str, Any]:
     """What samples.json says of model and machine."""
     return {
@@ -402,31 +370,3 @@ def describe_model(network: MakeAScene, name: str) -> dict[str, Any]:
         "device": str(network.device),
         "precision": network.precision,
     }
-
-
-def describe(result: Generation, i: int) -> dict[str, Any]:
-    """What picture i was made from, and its score where there is one."""
-    about: dict[str, Any] = {"caption": result.captions[i], "seed": result.seeds[i]}
-    return about if result.scores is None else about | {"score": round(result.scores[i], 5)}
-
-
-def draw_sheet(result: Generation) -> Image.Image:
-    """A row a picture, of the first: caption, scene in palette colours with edges, picture."""
-    cell = min(max(result.images[0].width, SMALLEST_CELL), LARGEST_CELL)
-    rows = []
-    shown = zip(result.images[:MOST_ROWS], result.scenes[:MOST_ROWS], strict=True)
-    for i, (image, scene) in enumerate(shown):
-        text = f"{result.captions[i] or '(no caption)'}\n\nseed {result.seeds[i]}"
-        if result.scores is not None:
-            text += f"\nscore {result.scores[i]:.3f}"
-        rows.append((text, scene.to_rgb(edges=True), image))
-    return contact_sheet(rows, cell=cell, header=("caption", "scene", "picture"))
-
-
-def png_text(content: dict[str, Any]) -> PngImagePlugin.PngInfo:
-    """Text chunks: texts as they are, everything else as JSON; nothing that varies by run."""
-    chunks = PngImagePlugin.PngInfo()
-    for key, value in content.items():
-        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-        chunks.add_itxt(key, text)
-    return chunks

@@ -22,7 +22,8 @@ from mas.drawing import draw_scene, read_drawing
 from mas.filter import Sampling
 from mas.model import Generation
 from mas.painter import MOST_PICTURES, Crowded, Painter, Shown, Wish
-from mas.sample import describe_model, write_result
+from mas.sample import describe_model
+from mas.sample_folder import write_result
 from mas.scene import CLASS_NAMES, SceneMap
 from mas.studio_canvas import build_canvas, colour_of
 from mas.studio_guard import is_local

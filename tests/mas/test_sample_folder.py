@@ -1,18 +1,42 @@
 """`mas sample` and the folder it writes: it takes nothing from others, whatever happens."""
 
+import json
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 
-import mas.sample
+import mas.sample_folder
+from mas.model import MakeAScene
+from mas.sample import next_stretch
 
 CAPTION = "two dogs on a bench"
+PROMPTS = ("a dog", "two cats", "a bus that is far too long for these twelve tokens")
+
+
+@pytest.fixture
+def painted(monkeypatch):
+    """The captions and seeds of every call of the model; one may be told to fail."""
+    calls, generate = [], MakeAScene.generate
+
+    def watch(self, captions, **options):
+        calls.append((len(captions), options["seed"], options["count"]))
+        if len(calls) == watch.failing:
+            raise watch.failure
+        return generate(self, captions, **options)
+
+    watch.failing, watch.failure = 0, KeyboardInterrupt()
+    monkeypatch.setattr(MakeAScene, "generate", watch)
+    watch.calls = calls
+    return watch
 
 
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def seen(folder):
+    """What is not hidden."""
+    return {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
 
 
 def test_folders_made_for_a_run_that_fails_go_with_it(run, tmp_path):
@@ -34,14 +58,6 @@ def test_a_folder_with_something_else_is_left_alone(run, tmp_path):
     assert status == 1 and "is a file" in err
 
 
-def test_a_relative_output_is_filled_on_every_python(run, tmp_path, monkeypatch):
-    """From 3.12 on, `tempfile` gives absolute paths, whatever it was asked."""
-    made = tempfile.mkdtemp
-    monkeypatch.setattr(tempfile, "mkdtemp", lambda *a, **k: str(Path(made(*a, **k)).absolute()))
-    assert run(CAPTION, "--count=1", "--output", "out")[0] == 0
-    assert {"0000.png", "0000.scene.png", "samples.json"} <= files(tmp_path / "out").keys()
-
-
 def test_a_failure_keeps_the_older_samples_and_no_half_written_ones(run, tmp_path, monkeypatch):
     assert run(CAPTION, "--count=1", "--output", "out")[0] == 0
     before = files(tmp_path / "out")
@@ -49,7 +65,7 @@ def test_a_failure_keeps_the_older_samples_and_no_half_written_ones(run, tmp_pat
     def fail(*arguments, **options):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(mas.sample, "contact_sheet", fail)
+    monkeypatch.setattr(mas.sample_folder, "write_part", fail)
     for output in ("out", "new"):
         status, _, err = run(CAPTION, "--count=2", "--seed=7", "--output", output)
         assert status == 1 and "No space left" in err
@@ -65,7 +81,7 @@ def test_a_failure_leaves_the_files_of_others_alone(run, tmp_path, monkeypatch, 
             (tmp_path / folder / "thesis.tex").write_text("precious")
         raise failure
 
-    monkeypatch.setattr(mas.sample, "contact_sheet", fail)
+    monkeypatch.setattr(mas.sample_folder, "write_part", fail)
     assert run(CAPTION, "--count=1", "--output", "new/newer/out")[0] == status
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {"new/thesis.tex", "new/newer/thesis.tex"}
@@ -74,11 +90,13 @@ def test_a_failure_leaves_the_files_of_others_alone(run, tmp_path, monkeypatch, 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
 def test_a_second_run_into_the_same_folder_is_refused_and_the_first_ends_well(run, tmp_path):
-    with mas.sample.writing(tmp_path / "out") as folder:
-        (folder / "0000.png").write_text("first")
+    with mas.sample_folder.writing(tmp_path / "out") as first:
+        first.begin(captions=["first"])
+        (first.folder / "0000.png").write_text("first")
         status, out, err = run(CAPTION, "--count=1", "--output", "out")
         assert (status, out) == (1, "")
         assert err == "mas: error: out: another run is writing there; choose another folder\n"
+        mas.sample_folder.replace_samples(first.output, first.folder)
     assert files(tmp_path / "out") == {"0000.png": b"first"}
 
 
@@ -91,10 +109,138 @@ def test_what_a_killed_run_left_is_cleared_away(run, tmp_path):
     assert set(files(tmp_path / "out")) == names
 
 
+def test_an_interrupted_run_goes_on_where_it_was(run, tmp_path, painted):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = ("--prompts", "prompts.txt", "--count=3", "--seed=5", "--batch=1")
+    assert run(*flags, "--output", "whole")[0] == 0
+    assert painted.calls == [(1, 5, 3)] * 3  # four pictures at most
+    assert run(CAPTION, "--count=1", "--output", "out")[0] == 0
+    before = files(tmp_path / "out")
+    painted.calls.clear()
+    painted.failing = 3
+    status, _, err = run(*flags, "--output", "out")
+    assert status == 130 and "interrupted" in err
+    assert seen(tmp_path / "out") == before  # the older samples
+    painted.calls.clear()
+    painted.failing = 0
+    status, out, _ = run(*flags, "--batch=2", "--output", "out")  # 6 of 9 are there
+    assert (status, painted.calls) == (0, [(1, 5, 3)]) and out.startswith("out: 9 pictures, ")
+    assert files(tmp_path / "out").keys() == files(tmp_path / "whole").keys()
+    for name, content in files(tmp_path / "whole").items():
+        if name.endswith(".png"):
+            assert files(tmp_path / "out")[name] == content, name
+    one, other = (
+        json.loads((tmp_path / name / "samples.json").read_text()) for name in ("whole", "out")
+    )
+    for name in ("seconds", "tokens_per_second"):
+        assert other.pop(name) > 0 and one.pop(name) > 0
+    assert one == other
+
+
+def test_many_pictures_of_one_caption_go_on_amid_it(run, tmp_path, painted):
+    flags = (CAPTION, "--count=11", "--seed=2", "--batch=1")
+    painted.failing, painted.failure = 2, OSError("No space left on device")
+    status, _, err = run(*flags, "--output", "out")
+    assert status == 1 and "No space left" in err
+    assert painted.calls == [(1, 2, 4), (1, 6, 4)]
+    painted.failing = 0
+    assert run(*flags, "--output", "out")[0] == 0
+    assert painted.calls[2:] == [(1, 6, 4), (1, 10, 3)]
+    painted.calls.clear()
+    assert run(*flags, "--batch=16", "--output", "whole")[0] == 0
+    assert painted.calls == [(1, 2, 11)]
+    pngs = [name for name in files(tmp_path / "whole") if name.endswith(".png")]
+    assert len(pngs) == 23
+    assert all(seen(tmp_path / "whole")[n] == seen(tmp_path / "out")[n] for n in pngs)
+
+
+@pytest.mark.parametrize("damage", ["picture", "empty", "note", "torn"])
+def test_what_is_not_whole_is_painted_again(run, tmp_path, painted, damage):
+    flags = (CAPTION, "--count=12", "--batch=1", "--output", "out")
+    painted.failing = 3
+    assert run(*flags)[0] == 130
+    (kept,) = (tmp_path / "out").glob(".writing.*")
+    if damage == "picture":
+        (kept / "0005.scene.png").unlink()
+    elif damage == "empty":
+        (kept / "0007.png").write_bytes(b"")
+    elif damage == "note":
+        (kept / "00000004.part.json").unlink()
+    else:
+        (kept / "00000004.part.json").write_text('{"first": 4, "sam')
+    painted.failing = 0
+    painted.calls.clear()
+    assert run(*flags)[0] == 0
+    assert painted.calls == [(1, 4, 4), (1, 8, 4)]
+    names = {f"{i:04}{kind}.png" for i in range(12) for kind in ("", ".scene")}
+    assert set(files(tmp_path / "out")) == names | {"grid.png", "samples.json"}
+
+
+@pytest.mark.parametrize(
+    "other", [("--seed=1",), ("--guidance=2",), ("--precision=bfloat16",), ("--count=13",)]
+)
+def test_another_run_begins_anew(run, tmp_path, painted, other):
+    flags = (CAPTION, "--count=12", "--batch=1", "--output", "out")
+    painted.failing = 2
+    assert run(*flags)[0] == 130
+    painted.failing = 0
+    painted.calls.clear()
+    assert run(*flags, *other)[0] == 0
+    assert sum(count for _, _, count in painted.calls) == (13 if "--count=13" in other else 12)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_ranked_runs_go_on_with_whole_captions(run, tmp_path, painted, clip_folder):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = ("--prompts", "prompts.txt", "--count=6", "--rerank=clip", "--keep=2")
+    flags += ("--clip", str(clip_folder), "--batch=1")
+    painted.failing = 3
+    assert run(*flags, "--output", "out")[0] == 130
+    painted.failing = 0
+    painted.calls.clear()
+    assert run(*flags, "--output", "out")[0] == 0
+    assert painted.calls == [(1, 0, 6)]  # all of the last caption, and no other's
+    painted.calls.clear()
+    assert run(*flags, "--batch=16", "--output", "whole")[0] == 0
+    assert painted.calls == [(3, 0, 6)]
+    out, whole = (
+        json.loads((tmp_path / name / "samples.json").read_text()) for name in ("out", "whole")
+    )
+    assert out["pictures"] == whole["pictures"] and out["dropped"] == whole["dropped"]
+    assert len(out["pictures"]) == 6 and len(out["dropped"]) == 12
+    assert (tmp_path / "out/grid.png").read_bytes() == (tmp_path / "whole/grid.png").read_bytes()
+
+
+def test_warnings_come_once_and_the_bar_counts_all(run, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = ("--prompts", "prompts.txt", "--count=4", "--batch=1", "--output", "out")
+    status, _, err = run(*flags)
+    assert status == 0 and "384/384" in err and "128/384" not in err.split("384/384")[1]
+    said = [record.getMessage() for record in caplog.records if "longer than" in record.msg]
+    assert len(said) == 1 and said[0].startswith("1 of 3 captions are longer than 12 tokens")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_stretches_cover_every_picture_once(whole):
+    for captions in (1, 2, 7):
+        names = [f"caption {i}" for i in range(captions)]
+        for count in (1, 3, 10):
+            for most in (1, 4, 64):
+                got, first = [], 0
+                knobs = {"count": count, "seed": 100}
+                while first < captions * count:
+                    part = next_stretch(names, knobs, first=first, most=most, whole=whole)
+                    assert part.pictures <= max(most, count if whole else 1)
+                    got += [(c, part.seed + i) for c in part.captions for i in range(part.count)]
+                    first += part.pictures
+                assert got == [(c, 100 + i) for c in names for i in range(count)]
+
+
 def test_an_unwritable_place_is_one_line(run, tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise PermissionError(13, "Permission denied", str(tmp_path / "out"))
 
-    monkeypatch.setattr(mas.sample.Path, "mkdir", refuse)
+    monkeypatch.setattr(mas.sample_folder.Path, "mkdir", refuse)
     status, _, err = run(CAPTION, "--output", "out")
     assert status == 1 and err == f"mas: error: {tmp_path / 'out'}: Permission denied\n"
