@@ -282,19 +282,29 @@ def check_manifest(manifest: dict[str, Any], config: GPTConfig) -> None:
     """Refuses tokens that do not fit the network.
 
     Raises:
-        ValueError: names the stream, the size and both values.
+        ValueError: names every stream and size that differ, and both values.
     """
-    for stream, size, wanted in (
-        ("text", "vocabulary", config.text_vocabulary),
-        ("text", "length", config.text_length),
-        ("scene", "vocabulary", config.scene_vocabulary),
-        ("scene", "grid", config.scene_grid),
-        ("image", "vocabulary", config.image_vocabulary),
-        ("image", "grid", config.image_grid),
-    ):
-        found = manifest[stream][size]
-        if found != wanted:
-            raise ValueError(
-                f"the tokens have {stream} {size} {found}, the network {wanted}: set "
-                f"model.network.{stream}_{size} to {found}, or tokenize with other tokenizers"
-            )
+    sizes = {
+        (stream, size): (manifest[stream][size], getattr(config, f"{stream}_{size}"))
+        for stream, size in (
+            ("text", "vocabulary"),
+            ("text", "length"),
+            ("scene", "vocabulary"),
+            ("scene", "grid"),
+            ("image", "vocabulary"),
+            ("image", "grid"),
+        )
+    }
+    differing = {name: both for name, both in sizes.items() if both[0] != both[1]}
+    if differing:
+        found = ", ".join(
+            f"{stream} {size} {of_tokens} (the network {of_network})"
+            for (stream, size), (of_tokens, of_network) in differing.items()
+        )
+        settings = ", ".join(
+            f"model.network.{stream}_{size} to {of_tokens}"
+            for (stream, size), (of_tokens, _) in differing.items()
+        )
+        raise ValueError(
+            f"the tokens have {found}: set {settings}, or tokenize with other tokenizers"
+        )

@@ -74,6 +74,11 @@ def start_from(network: Network, folder: str | Path) -> None:
     if type(network) in PARTS and not source.is_file() and (Path(folder) / INDEX).is_file():
         part = Path(folder) / PARTS[type(network)]
         raise ValueError(f"{folder} is a whole model: start from its part {part}")
+    if Path(folder).is_file():
+        raise StorageError(
+            f"model.init_from: {folder} is a file: name the folder of the run or the network, in "
+            f"which {CONFIG_FILE} and the weights lie; a checkpoint's run goes on with --ckpt_path"
+        )
     if not source.is_file():
         raise StorageError(
             f"model.init_from: {source}: no such file; train or import that network first, or "

@@ -237,8 +237,26 @@ def test_tokens_of_other_sizes_are_named(stream, size, words):
         "image": {"vocabulary": 32, "grid": 16},
     }
     check_manifest(manifest, config)
+    wanted = manifest[stream][size]
     manifest[stream][size] = 7
-    with pytest.raises(
-        ValueError, match=f"{stream} {size} 7, .*model.network.{stream}_{size} to 7"
-    ):
+    named = rf"have {stream} {size} 7 \(the network {wanted}\): set "
+    named += f"model.network.{stream}_{size} to 7, or"
+    with pytest.raises(ValueError, match=named):
         check_manifest(manifest, config)
+
+
+def test_all_sizes_that_differ_are_named_at_once():
+    config = GPTConfig(text_vocabulary=300, scene_vocabulary=16, image_vocabulary=32)
+    manifest = {
+        "text": {"vocabulary": 300, "length": 40},
+        "scene": {"vocabulary": 8, "grid": 16},
+        "image": {"vocabulary": 32, "grid": 32},
+    }
+    with pytest.raises(ValueError) as raised:
+        check_manifest(manifest, config)
+    assert str(raised.value) == (
+        "the tokens have text length 40 (the network 64), scene vocabulary 8 (the network 16), "
+        "image grid 32 (the network 16): set model.network.text_length to 40, "
+        "model.network.scene_vocabulary to 8, model.network.image_grid to 32, or tokenize with "
+        "other tokenizers"
+    )

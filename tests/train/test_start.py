@@ -169,6 +169,13 @@ def test_a_folder_without_a_network_is_named(tmp_path):
         start_from(build(VQGAN, GAN), tmp_path)
 
 
+def test_a_file_in_place_of_a_folder_is_named(tmp_path):
+    checkpoint = tmp_path / "last.ckpt"
+    checkpoint.write_bytes(b"weights")
+    with pytest.raises(StorageError, match=r"last\.ckpt is a file: name the folder of the run"):
+        start_from(build(VQSEG, SEG), checkpoint)
+
+
 def test_of_a_whole_model_the_part_is_named(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match=rf"a whole model: start from its part {tmp_path}/vqgan"):
