@@ -6,16 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mas.model import Generation as Generation
     from mas.model import MakeAScene as MakeAScene
     from mas.progress import Progress as Progress
+    from mas.request import Generation as Generation
     from mas.scene import SceneMap as SceneMap
 
 __version__ = "0.1.0"
 __all__ = ["Generation", "MakeAScene", "Progress", "SceneMap"]
 
 _HOMES = {
-    "Generation": "mas.model",
+    "Generation": "mas.request",
     "MakeAScene": "mas.model",
     "Progress": "mas.progress",
     "SceneMap": "mas.scene",

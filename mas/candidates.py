@@ -43,6 +43,7 @@ def choose_scenes(
     batch: int,
     decode: Callable[[Tensor], list[SceneMap]],
     encode: Callable[[SceneMap], Tensor],
+    negative_1T: Tensor | None = None,
     watch: Callable[[], Report] | None = None,
 ) -> Tensor:
     """The scene tokens, long B T, of the candidate that fits its caption best.
@@ -62,6 +63,7 @@ def choose_scenes(
         batch: sequences at a time.
         decode: of scene tokens, K T, to scenes.
         encode: of a scene to its tokens, 1 T.
+        negative_1T: text tokens that guidance moves away from; None: those of the empty caption.
         watch: makes what is called after every step of a batch.
     """
     rows_text, rows_scene = (x.repeat_interleave(candidates, dim=0) for x in (text_BT, scene_BT))
@@ -74,6 +76,7 @@ def choose_scenes(
             scene_BT=rows_scene[start : start + batch],
             scene=sampling,
             image=sampling,
+            negative_1T=negative_1T,
             scene_only=True,
             on_progress=watch and watch(),
         ).scene

@@ -109,6 +109,7 @@ def generate(
     image_BT: Tensor | None = None,
     scene: Sampling | None = None,
     image: Sampling | None = None,
+    negative_1T: Tensor | None = None,
     scene_only: bool = False,
     on_progress: Report | None = None,
 ) -> Streams:
@@ -125,6 +126,8 @@ def generate(
         image_BT: likewise for the image.
         scene: how scene tokens are drawn.
         image: how image tokens are drawn.
+        negative_1T: text tokens of the negative prompt, which guidance moves away from in all
+            pictures; None: those of the empty caption.
         scene_only: stop after the scene; free image tokens stay `FREE`.
         on_progress: called after every step.
 
@@ -141,9 +144,14 @@ def generate(
         layout.free(layout.scene, count) if scene_BT is None else scene_BT,
         layout.free(layout.image, count) if image_BT is None else image_BT,
     )
+    if negative_1T is not None:
+        free = (layout.free(stream, 1) for stream in (layout.scene, layout.image))
+        negative_1T = layout.pack(negative_1T, *free)[:, layout.text.span].to(decoder.device)
     samplings = {"scene": scene or Sampling(), "image": image or Sampling()}
     stop = layout.scene.stop if scene_only else layout.length
-    loop = _Loop(decoder, given_BT, seeds=seeds, samplings=samplings, stop=stop)
+    loop = _Loop(
+        decoder, given_BT, seeds=seeds, samplings=samplings, negative_1T=negative_1T, stop=stop
+    )
     try:
         while not loop.finished:
             loop.step()
@@ -164,9 +172,11 @@ class _Loop:
         *,
         seeds: Sequence[int],
         samplings: dict[str, Sampling],
+        negative_1T: Tensor | None,
         stop: int,
     ) -> None:
         self.decoder = decoder
+        self.negative_1T = negative_1T
         self.stop = stop  # position at which nothing more is wanted
         self.layout = decoder.layout
         self.samplings = samplings
@@ -219,7 +229,8 @@ class _Loop:
         """Which streams run. A stream that has no weight in any guidance is left out."""
         guidances = {sampling.guidance for sampling in self.samplings.values()}
         captions_BT = self.tokens_BT[:, self.layout.text.span]
-        if guidances == {1} or (captions_BT == PAD).all():
+        alike = self.negative_1T is None and (captions_BT == PAD).all()
+        if guidances == {1} or alike:
             return ["conditional"]
         return ["unconditional"] if guidances == {0} else ["conditional", "unconditional"]
 
@@ -234,7 +245,7 @@ class _Loop:
         prefix_BT = self.tokens_BT[:, : self.position]
         by_branch = {
             "conditional": prefix_BT,
-            "unconditional": self.layout.unconditional(prefix_BT),
+            "unconditional": self.layout.unconditional(prefix_BT, self.negative_1T),
         }
         prefix_RT = torch.cat([by_branch[branch] for branch in self.branches])
         distinct: dict[tuple[int, ...], int] = {}

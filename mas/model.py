@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from mas.precision import (
 from mas.progress import Decoders, Progress, Reporter, Tally, hide
 from mas.refiner import Refiner
 from mas.request import (
+    Generation,
     Request,
     check_candidates,
     check_memory,
@@ -69,21 +70,6 @@ from mas.sequence import FREE, Streams, count_free
 from mas.text import Tokenizer, names_side
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Generation:
-    """Pictures, the scenes they follow, and what made them; one entry a picture in each list."""
-
-    images: list[Image.Image]  # RGB
-    scenes: list[SceneMap]
-    captions: list[str]
-    seeds: list[int]
-    tokens: Streams  # long B T on the CPU
-    settings: dict[str, dict[str, Any]]  # sampling of scene and image
-    seconds: float  # sampling and decoding, without loading the model
-    tokens_per_second: float  # sampled tokens of all pictures
-    scores: list[float] | None = None  # of mas/rerank.py, where pictures were compared
 
 
 class MakeAScene(Codec):
@@ -245,6 +231,7 @@ class MakeAScene(Codec):
         image: Image.Image | None = None,
         image_free: np.ndarray | None = None,
         count: int = 1,
+        negative_prompt: str = "",
         guidance: float | None = None,
         temperature: float | None = None,
         top_k: float | None = None,
@@ -272,6 +259,7 @@ class MakeAScene(Codec):
             image_free: bool H W like `image`, True where the model shall paint; what lies there
                 counts for nothing.
             count: pictures a caption.
+            negative_prompt: what not to paint; guidance, which must not be 1, moves away from it.
             guidance: how much more the caption counts, 1 = as it is (None: the model's default
                 for each stream, likewise below).
             temperature: 0 = always the likeliest token.
@@ -311,6 +299,7 @@ class MakeAScene(Codec):
             ),
             scene=give_scene(scene, scene_free, grid=vqseg.grid, size=vqseg.size),
             image=give_image(image, image_free, grid=vqgan.grid),
+            negative=negative_prompt,
             refine=refine,
             on_progress=on_progress,
         )
@@ -343,6 +332,7 @@ class MakeAScene(Codec):
             seeds=request.seeds,
             tokens=tokens,
             settings=self._describe(request),
+            negative_prompt=request.negative,
             seconds=seconds,
             tokens_per_second=tally.total / seconds,
         )
@@ -384,6 +374,7 @@ class MakeAScene(Codec):
         sampling: Sampling,
         candidates: int,
         batch: int,
+        negative_1T: Tensor | None = None,
         watch: Callable[[], Callable[[Tensor, Tensor], None]] | None = None,
     ) -> Tensor:
         """Scene tokens, long B T: the given ones, free ones drawn, several times for the judge.
@@ -405,6 +396,7 @@ class MakeAScene(Codec):
             batch=batch,
             decode=self.decode_scenes,
             encode=self.encode_scene,
+            negative_1T=negative_1T,
             watch=watch,
         ).to(given.scene.device)
 
@@ -413,6 +405,7 @@ class MakeAScene(Codec):
     ) -> Streams:
         """All tokens, long B T on the CPU, batch by batch."""
         parts, settings, tell = [], request.settings, request.on_progress
+        negative_1T = self.tokenizer.encode([request.negative]) if request.negative else None
         for start in range(0, len(request.seeds), request.batch):
             rows = slice(start, start + request.batch)
             seeds, part = request.seeds[rows], Streams(*(tokens_BT[rows] for tokens_BT in given))
@@ -426,6 +419,7 @@ class MakeAScene(Codec):
                     sampling=settings.scene,
                     candidates=request.draws,
                     batch=request.batch,
+                    negative_1T=negative_1T,
                     watch=tell and partial(report, lambda seen: tell(hide(seen))),
                 )
                 sampled = generate(
@@ -436,6 +430,7 @@ class MakeAScene(Codec):
                     image_BT=part.image,
                     scene=settings.scene,
                     image=settings.image,
+                    negative_1T=negative_1T,
                     on_progress=tell and report(tell),
                 )
             parts.append(sampled)

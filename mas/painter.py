@@ -18,9 +18,10 @@ import numpy as np
 from PIL import Image
 
 from mas.drawing import free_cells, widen
-from mas.model import Generation, MakeAScene
+from mas.model import MakeAScene
 from mas.model_folder import ModelError
 from mas.progress import Progress
+from mas.request import Generation
 from mas.scene import VOID, SceneMap
 
 ROWS_A_PREVIEW = 4  # rows of image tokens between two looks at unfinished pictures
@@ -45,6 +46,7 @@ class Wish:
     image_sampling: Mapping[str, float]
     candidates: int
     refine: bool
+    negative_prompt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +222,7 @@ class Painter:
             image_sampling=wish.image_sampling,
             scene_candidates=wish.candidates,
             refine=wish.refine,
+            negative_prompt=wish.negative_prompt,
             batch=self._batch(),
             on_progress=Reports(stop, news, paste, held if free_HW is None else None),
         )

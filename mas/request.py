@@ -1,7 +1,8 @@
-"""What may be asked of a model: requests are checked before anything is computed.
+"""What may be asked of a model, checked before anything is computed, and what it answers.
 
 In: captions, numbers, scenes, pictures and masks as they were handed in. Out: a `Request`, or a
-`ModelError` of one line that names the mend; tokens of which some are free.
+`ModelError` of one line that names the mend; tokens of which some are free. A `Generation` is what
+comes of a request.
 Axes: T tokens, H W pixels, h w grid.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from mas.judge import SceneJudge
 from mas.model_folder import ModelError
 from mas.progress import Progress
 from mas.scene import VOID, SceneMap, find_edges
-from mas.sequence import FREE
+from mas.sequence import FREE, Streams
 
 LARGEST_SEED = 2**63 - 1
 MOST_CANDIDATES = 256  # scenes drawn for a picture; a model folder names its own number
@@ -76,6 +78,7 @@ class Request:
     settings: StreamSampling
     scene: GivenScene | None
     image: GivenImage | None
+    negative: str  # prompt that guidance moves away from; empty: none
     refine: bool
     on_progress: Callable[[Progress], None] | None
 
@@ -86,8 +89,21 @@ class Request:
         if not given and not all(text.strip() for text in self.captions):
             raise ModelError("the caption is empty: say what to paint, or give a scene")
         check_seed(self.seed, pictures=self.count)
+        self._check_negative()
         if self.on_progress is not None and not callable(self.on_progress):
             raise ModelError(f"on_progress is {self.on_progress!r}, use a function")
+
+    def _check_negative(self) -> None:
+        if not isinstance(self.negative, str):
+            raise ModelError(f"negative_prompt is {self.negative!r}, use a text")
+        guided = {"scene": self.settings.scene, "image": self.settings.image}
+        if self.followed is not None:
+            del guided["scene"]
+        if self.negative and all(sampling.guidance == 1 for sampling in guided.values()):
+            raise ModelError(
+                "negative_prompt is what guidance moves away from, and guidance is 1: use more, "
+                "or leave one of them out"
+            )
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -105,6 +121,22 @@ class Request:
     def draws(self) -> int:
         """Scenes drawn for a picture: one where there is nothing to choose."""
         return self.candidates if self.followed is None else 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Generation:
+    """Pictures, the scenes they follow, and what made them; one entry a picture in each list."""
+
+    images: list[Image.Image]  # RGB
+    scenes: list[SceneMap]
+    captions: list[str]
+    seeds: list[int]
+    tokens: Streams  # long B T on the CPU
+    settings: dict[str, dict[str, Any]]  # sampling of scene and image
+    negative_prompt: str  # empty where there was none
+    seconds: float  # sampling and decoding, without loading the model
+    tokens_per_second: float  # sampled tokens of all pictures
+    scores: list[float] | None = None  # of mas/rerank.py, where pictures were compared
 
 
 def list_captions(caption: str | Sequence[str]) -> list[str]:

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mas.errors import first_line
-from mas.model import Generation
 from mas.model_folder import HUB_ID, ModelError
 from mas.precision import choose_device
+from mas.request import Generation
 from mas.sequence import Streams
 
 CLIP = "openai/clip-vit-base-patch32"

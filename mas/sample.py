@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 import mas
 from mas.filter import StreamSampling, by_stream
-from mas.model import Generation, MakeAScene
+from mas.model import MakeAScene
 from mas.model_folder import ModelError, find_folder
 from mas.precision import Precision
 from mas.progress import Progress
-from mas.request import check_seed
+from mas.request import Generation, check_seed
 from mas.rerank import CLIP, Clip, check_rerank
 from mas.rerank import rerank as rerank_pictures
 from mas.sample_folder import writing
@@ -50,6 +50,7 @@ def sample(
     rerank: Literal["clip"] | None = None,
     keep: int | None = None,
     clip: str = CLIP,
+    negative_prompt: str = "",
     guidance: float | None = None,
     temperature: float | None = None,
     top_k: float | None = None,
@@ -78,6 +79,7 @@ def sample(
         rerank: clip: order the pictures of each caption by how well they fit it.
         keep: with rerank: write only the best so many of the `count` pictures a caption.
         clip: which CLIP: a folder, or a hub id that was downloaded before; needs the extra eval.
+        negative_prompt: what not to paint: guidance moves away from it.
         guidance: how much more the caption counts; 1 = as it is, 3-5 = stronger (default: the
             model's, which may differ for scene and picture; as for the next three).
         temperature: below 1 likelier tokens, above 1 wilder ones, 0 = always the likeliest.
@@ -97,6 +99,7 @@ def sample(
     captions = read_captions(caption, prompts, empty_is_fine=bool(scene or image))
     knobs: dict[str, Any] = {
         "count": count,
+        "negative_prompt": negative_prompt,
         "guidance": guidance,
         "temperature": temperature,
         "top_k": top_k,

@@ -22,8 +22,8 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 import mas
-from mas.model import Generation
 from mas.model_folder import ModelError
+from mas.request import Generation
 from mas.scene import SceneMap
 from mas.sheet import contact_sheet
 from mas.storage import write_json
@@ -310,6 +310,8 @@ def write_summary(folder: Path, parts: Sequence[Part], *, about: Mapping[str, An
 def describe(result: Generation, i: int) -> About:
     """What picture i was made from, and its score where there is one."""
     about: About = {"caption": result.captions[i], "seed": result.seeds[i]}
+    if result.negative_prompt:
+        about["negative_prompt"] = result.negative_prompt
     return about if result.scores is None else about | {"score": round(result.scores[i], 5)}
 
 

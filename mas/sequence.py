@@ -134,10 +134,13 @@ class Layout:
         assert tokens_BT.shape[1] == self.length, tokens_BT.shape
         return Streams(*(tokens_BT[:, stream.span] for stream in self.streams))
 
-    def unconditional(self, tokens_BT: Tensor) -> Tensor:
-        """The same sequences with the caption replaced by padding, scene and image kept."""
+    def unconditional(self, tokens_BT: Tensor, text_1T: Tensor | None = None) -> Tensor:
+        """The same sequences with another caption, scene and image kept; None: nothing but padding.
+
+        It is what guidance compares with: no caption at all, or a negative prompt.
+        """
         tokens_BT = tokens_BT.clone()
-        tokens_BT[:, self.text.span] = PAD
+        tokens_BT[:, self.text.span] = PAD if text_1T is None else text_1T
         return tokens_BT
 
     def free(self, stream: Stream, count: int) -> Tensor:

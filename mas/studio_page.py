@@ -20,8 +20,8 @@ from PIL import Image
 
 from mas.drawing import draw_scene, read_drawing
 from mas.filter import Sampling
-from mas.model import Generation
 from mas.painter import MOST_PICTURES, Crowded, Painter, Shown, Wish
+from mas.request import Generation
 from mas.sample import describe_model
 from mas.sample_folder import write_result
 from mas.scene import CLASS_NAMES, SceneMap
@@ -128,6 +128,11 @@ class Page:
             self.seed = gr.Number(0, precision=0, label="Seed of the first")
             self.advance = gr.Checkbox(True, label="Take new seeds next time")
         with gr.Accordion("More settings", open=False):
+            self.negative = gr.Textbox(
+                label="Not in the picture",
+                placeholder="a dog at night",
+                max_length=LONGEST_CAPTION,
+            )
             self.sampling = {
                 "scene": _put_sampling("scene", self.model.sampling.scene),
                 "image": _put_sampling("picture", self.model.sampling.image),
@@ -154,7 +159,7 @@ class Page:
         in_order = private | {"concurrency_id": "choosing", "concurrency_limit": 1}
         asked = {
             *(self.caption, self.canvas, self.keep_picture, self.keep_void),
-            *(self.count, self.seed, self.advance, self.candidates, self.refine),
+            *(self.count, self.seed, self.advance, self.candidates, self.refine, self.negative),
             *(part for parts in self.sampling.values() for part in parts.values()),
         }
         told = [self.pictures, self.scenes, self.colours, self.status, self.files]
@@ -226,8 +231,10 @@ class Page:
         picture = drawing.picture if asked[self.keep_picture] and drawing.drawn.any() else None
         if picture is not None and picture.width != self.model.vqgan.config.size:
             raise ValueError("the picture of the scene is not of this model: empty the canvas")
-        caption = " ".join((asked[self.caption] or "").split())
-        if len(caption) > LONGEST_CAPTION:
+        caption, negative = (
+            " ".join((asked[part] or "").split()) for part in (self.caption, self.negative)
+        )
+        if max(len(caption), len(negative)) > LONGEST_CAPTION:
             raise ValueError(f"the caption has more than {LONGEST_CAPTION} characters: shorten it")
         return Wish(
             caption=caption,
@@ -241,6 +248,7 @@ class Page:
             image_sampling=sampling["image"],
             candidates=int(asked[self.candidates]),
             refine=asked[self.refine],
+            negative_prompt=negative,
         )
 
     def _show(self, shown: Shown, wish: Wish) -> dict[Any, Any]:

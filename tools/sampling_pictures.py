@@ -29,6 +29,7 @@ from mas.judge import describe_scenes
 from mas.scene import CLASS_NAMES
 from mas.shards import expand_shards, read_shard
 from mas.sheet import contact_sheet
+from mas.text import names_side
 
 OUTPUT = Path(__file__).parent.parent / "docs/pictures/sampling"
 CAPTION = "two dogs and a red ball in the park"
@@ -184,25 +185,32 @@ def seeds(model: MakeAScene, given: Given) -> Image.Image:
 
 
 def candidates(model: MakeAScene, given: Given) -> Image.Image:
-    """Four scenes of each caption, what the judge says of them, and their pictures."""
+    """Four scenes of each caption, what the judge says of them, and their pictures.
+
+    Those of a caption that names a side are followed by their mirror images.
+    """
     assert model.judge is not None
     rows: list[list[Image.Image | str]] = []
     for caption in CHOSEN:
-        made = [
-            model.generate(caption, seed=candidate_seed(0, number), scene_candidates=1)
-            for number in range(4)
-        ]
-        scenes = [out.scenes[0] for out in made]
+        seeds = [candidate_seed(0, number) for number in range(4)]
+        made = [model.generate(caption, seed=seed, scene_candidates=1) for seed in seeds]
+        if names_side(caption):
+            turned = [out.scenes[0].mirrored() for out in made]
+            pairs = zip(seeds, turned, strict=True)
+            made += [model.generate(caption, seed=seed, scene=scene) for seed, scene in pairs]
+        scenes = model.decode_scenes(torch.cat([out.tokens.scene for out in made]))
         described = torch.from_numpy(describe_scenes(scenes))[None].to(model.device)
         words = model.tokenizer.encode([caption]).to(model.device)
         scores = model.judge(words, described)[0].tolist()
-        kept = scores.index(max(scores))
-        said = "\n".join(
-            f"{number}: {score:+.1f}{'  kept' if number == kept else ''}"
+        said = [
+            f"{number % 4}: {score:+.1f}{'  kept' if score == max(scores) else ''}"
             for number, score in enumerate(scores)
-        )
-        rows.append([caption, *map(colours, scenes)])
-        rows.append([f"scores\n{said}", *(out.images[0] for out in made)])
+        ]
+        for start in range(0, len(made), 4):
+            name = "mirrored, scores" if start else "scores"
+            now = slice(start, start + 4)
+            rows.append(["" if start else caption, *map(colours, scenes[now])])
+            rows.append(["\n".join([name, *said[now]]), *(out.images[0] for out in made[now])])
     return contact_sheet(rows, cell=CELL, header=("", *(f"candidate {k}" for k in range(4))))
 
 

@@ -198,6 +198,24 @@ def test_a_picture_of_a_model_follows_the_scene_its_judge_likes_best(judged_mode
     assert out.settings["scene"]["candidates"] == 5 and "candidates" not in one.settings["scene"]
 
 
+def test_candidates_move_away_from_a_negative_prompt(judged_model, monkeypatch):
+    asked, choose = [], SceneJudge.choose
+
+    def watch(self, text_BT, scenes):
+        asked.append(scenes[0])
+        return choose(self, text_BT, scenes)
+
+    monkeypatch.setattr(SceneJudge, "choose", watch)
+    out = judged_model.generate(CAPTIONS[0], seed=4, negative_prompt="a cat")
+    assert len(asked[0]) == 3 and out.scenes[0] in asked[0]
+    for number, scene in enumerate(asked[0]):
+        seed = candidate_seed(4, number)
+        one = judged_model.generate(
+            CAPTIONS[0], seed=seed, scene_candidates=1, negative_prompt="a cat"
+        )
+        assert one.scenes == [scene]
+
+
 def test_each_picture_of_a_judged_model_is_the_same_alone(judged_model):
     together = judged_model.generate(CAPTIONS, count=2, seed=3, batch=5)
     for i, (caption, seed) in enumerate(zip(together.captions, together.seeds, strict=True)):

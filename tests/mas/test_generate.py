@@ -172,6 +172,54 @@ def test_guidance_of_zero_ignores_the_caption(gpt):
     assert same(a[1:], b[1:]) and same(a[1:], empty[1:])
 
 
+def test_a_negative_prompt_of_nothing_is_none(gpt):
+    plain = generate(gpt, captions(3), seeds=SEEDS)
+    empty = generate(gpt, captions(3), seeds=SEEDS, negative_1T=captions(1) * 0)
+    assert same(plain, empty)
+
+
+def test_guidance_moves_away_from_a_negative_prompt(gpt):
+    """At 0 it is what is painted, at 1 it is not read, the caption itself moves nothing."""
+    text_BT, negative_1T = captions(3), captions(1, seed=9)
+    alone = generate(gpt, negative_1T.repeat(3, 1), seeds=SEEDS, **both(guidance=1.0))
+    zero = generate(gpt, text_BT, seeds=SEEDS, negative_1T=negative_1T, **both(guidance=0.0))
+    assert same(zero[1:], alone[1:])
+    plain = generate(gpt, text_BT, seeds=SEEDS, **both(guidance=1.0))
+    one = generate(gpt, text_BT, seeds=SEEDS, negative_1T=negative_1T, **both(guidance=1.0))
+    assert same(one, plain)
+    own = generate(gpt, text_BT[:1], seeds=[5], negative_1T=text_BT[:1], **both(guidance=4.0))
+    first = generate(gpt, text_BT[:1], seeds=[5], **both(guidance=1.0))
+    assert same(own, first)
+    # The first token, drawn by hand.
+    guided = {"scene": Sampling(guidance=3.0, temperature=0.0)}
+    drawn = generate(gpt, text_BT, seeds=SEEDS, negative_1T=negative_1T, **guided).scene[:, 0]
+    rows = torch.cat([text_BT, negative_1T])
+    state_RD = gpt.extend(rows, cache=gpt.new_cache(4), start=0)
+    logits_RV = gpt.head(state_RD, LAYOUT.scene)
+    by_hand = (logits_RV[3] + 3 * (logits_RV[:3] - logits_RV[3])).argmax(1)
+    assert torch.equal(drawn, by_hand)
+
+
+def test_a_negative_prompt_needs_no_caption_and_is_read_once(gpt):
+    negative_1T = captions(1, seed=9)
+    counting = Counting(gpt)
+    nothing = captions(3) * 0
+    apart = generate(counting, nothing, seeds=SEEDS, negative_1T=negative_1T)
+    assert counting.reads[0] == (0, 2, LAYOUT.text.length)
+    assert not same(apart[1:], generate(gpt, nothing, seeds=SEEDS)[1:])
+    scene_BT = tokens_of(LAYOUT.scene, 3)
+    given = generate(gpt, captions(3), seeds=SEEDS, scene_BT=scene_BT, negative_1T=negative_1T)
+    assert torch.equal(given.scene, scene_BT)
+    other = generate(gpt, captions(3), seeds=SEEDS, scene_BT=scene_BT)
+    assert not torch.equal(given.image, other.image)
+
+
+@pytest.mark.parametrize("negative_1T", [torch.zeros(1, 5).long(), torch.full((1, 6), 40)])
+def test_a_negative_prompt_that_is_none_is_refused(gpt, negative_1T):
+    with pytest.raises(SequenceError, match="text token"):
+        generate(gpt, captions(3), seeds=SEEDS, negative_1T=negative_1T)
+
+
 def test_guidance_changes_the_result(gpt):
     a = generate(gpt, captions(2), seeds=[5, 6], **both(guidance=1.0))
     b = generate(gpt, captions(2), seeds=[5, 6], **both(guidance=4.0))

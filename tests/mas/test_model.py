@@ -194,6 +194,26 @@ def test_what_is_hidden_of_a_picture_counts_for_nothing(tiny_model, size):
         tiny_model.generate(CAPTION, image=Image.new("RGB", (32, 48)), image_free=free)
 
 
+def test_a_negative_prompt_changes_scene_and_picture(tiny_model):
+    plain = tiny_model.generate(CAPTION, count=3, seed=5)
+    apart = tiny_model.generate(CAPTION, count=3, seed=5, batch=2, negative_prompt="two cats")
+    assert (plain.negative_prompt, apart.negative_prompt) == ("", "two cats")
+    assert apart.scenes != plain.scenes and apart.images != plain.images
+    alone = tiny_model.generate(CAPTION, seed=7, negative_prompt="two cats")
+    assert alone.scenes == apart.scenes[2:] and alone.images == apart.images[2:]
+    half = tiny_model.generate(
+        CAPTION, seed=7, negative_prompt="two cats", scene_sampling={"guidance": 1}
+    )
+    first = tiny_model.generate(CAPTION, seed=7, scene_sampling={"guidance": 1})
+    assert half.scenes == first.scenes and half.images != first.images
+    scene = plain.scenes[0]
+    given = [
+        tiny_model.generate(CAPTION, seed=7, scene=scene, negative_prompt=text).images
+        for text in ("", "two cats")
+    ]
+    assert given[0] != given[1]
+
+
 def test_settings_reach_the_stream_they_are_meant_for(tiny_model):
     plain = tiny_model.generate(CAPTION, seed=2)
     greedy = tiny_model.generate(CAPTION, seed=2, image_sampling={"temperature": 0})
@@ -270,6 +290,12 @@ def test_the_largest_seed_is_of_the_last_picture(tiny_model):
         ({"guidance": -2}, "guidance is -2"),
         ({"top_p": 0.0}, "top_p is 0"),
         ({"scene_sampling": {"topp": 0.5}}, "scene_sampling knows guidance.*not topp"),
+        ({"negative_prompt": None}, "negative_prompt is None, use a text"),
+        ({"negative_prompt": "a cat", "guidance": 1}, "guidance is 1: use more"),
+        (
+            {"negative_prompt": "a cat", "scene": make_scene(), "image_sampling": {"guidance": 1}},
+            "guidance is 1: use more",
+        ),
         ({"scene_free": np.ones((32, 32), np.bool_)}, "give the scene too"),
         ({"image_free": np.ones((32, 32), np.bool_)}, "give both or neither"),
         ({"scene": make_scene(), "scene_free": np.ones((3, 3), np.bool_)}, "4 pixels a side"),

@@ -59,6 +59,20 @@ def test_scenes_come_before_pictures_and_both_are_those_of_the_model(painter):
     assert seen[-1].result.seeds == [3, 4]
 
 
+def test_what_shall_not_be_painted_reaches_the_model(painter):
+    apart = list(painter.paint(wish(negative_prompt="two cats")))[-1].result
+    expected = painter.model.generate(
+        wish().caption,
+        count=2,
+        seed=3,
+        scene_sampling=SETTINGS,
+        image_sampling=SETTINGS,
+        negative_prompt="two cats",
+    )
+    assert apart.scenes == expected.scenes and apart.negative_prompt == "two cats"
+    assert pixels(apart.images) == pixels(expected.images)
+
+
 def test_what_is_drawn_stays_and_the_rest_is_invented(painter, two_dogs):
     labels = two_dogs.labels.copy()
     labels[2 * CELL :] = VOID

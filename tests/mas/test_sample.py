@@ -76,6 +76,18 @@ def test_caption_and_settings_stand_in_the_png(run, tmp_path):
     assert Image.open(tmp_path / "out/grid.png").text["caption"] == caption
 
 
+def test_a_negative_prompt_is_written_down(run, tmp_path):
+    assert run(CAPTION, "--count=1", "--output", "plain")[0] == 0
+    assert run(CAPTION, "--count=1", "--negative-prompt", "a cat", "--output", "out")[0] == 0
+    assert files(tmp_path / "out")["0000.png"] != files(tmp_path / "plain")["0000.png"]
+    assert Image.open(tmp_path / "out/0000.png").text["negative_prompt"] == "a cat"
+    pictures = [
+        json.loads((tmp_path / name / "samples.json").read_text())["pictures"][0]
+        for name in ("out", "plain")
+    ]
+    assert pictures[0]["negative_prompt"] == "a cat" and "negative_prompt" not in pictures[1]
+
+
 def test_what_each_stream_was_sampled_with_is_written_down(run, tmp_path, tiny_folder):
     model = MakeAScene.from_pretrained(tiny_folder, device="cpu")
     model.sampling = StreamSampling(scene=Sampling(guidance=1.5), image=Sampling(guidance=4))
