@@ -26,7 +26,7 @@ from mas.model import Generation
 from mas.model_folder import ModelError
 from mas.scene import SceneMap
 from mas.sheet import contact_sheet
-from mas.storage import write_json
+from mas.storage import StorageError, read_json, write_json
 
 try:
     import fcntl
@@ -73,6 +73,7 @@ class Run:
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         self.folder = self.output / f"{WRITING}{digest[:16]}"
         self.folder.mkdir(exist_ok=True)
+        take_back(self.output, self.folder)
         for path in sorted(self.folder.glob(f"*{PART}")):
             part = _read_part(path)
             if part is not None and part.first == self.sampled:
@@ -220,7 +221,10 @@ def alone(output: Path) -> Iterator[None]:
 
 
 def replace_samples(output: Path, finished: Path) -> None:
-    """Clears away older samples and what killed runs left, then moves the finished ones there."""
+    """Clears away older samples and what killed runs left, then moves the finished ones there.
+
+    samples.json, whose name is the last of all, moves when everything else is there.
+    """
     for path in sorted(output.iterdir()):
         if path.name.startswith(WRITING) and path.name != finished.name and path.is_dir():
             shutil.rmtree(path)
@@ -230,6 +234,17 @@ def replace_samples(output: Path, finished: Path) -> None:
         if OWN_FILE.fullmatch(path.name):
             path.replace(output / path.name)
     shutil.rmtree(finished)
+
+
+def take_back(output: Path, finished: Path) -> None:
+    """Undoes a `replace_samples` that was stopped while it moved the finished pictures."""
+    try:
+        pictures = read_json(finished / SAMPLES)["pictures"]
+    except StorageError:  # none was begun
+        return
+    for name in (about[kind] for about in pictures for kind in ("image", "scene")):
+        if not (finished / name).exists() and (output / name).exists():
+            (output / name).replace(finished / name)
 
 
 def write_result(folder: Path, result: Generation, *, about: Mapping[str, Any]) -> None:

@@ -154,6 +154,32 @@ def test_many_pictures_of_one_caption_go_on_amid_it(run, tmp_path, painted):
     assert all(seen(tmp_path / "whole")[n] == seen(tmp_path / "out")[n] for n in pngs)
 
 
+def test_a_run_stopped_while_it_moves_its_pictures_paints_none_again(
+    run, tmp_path, painted, monkeypatch
+):
+    flags = (CAPTION, "--batch=1", "--output", "out")
+    assert run(*flags, "--count=7", "--seed=9")[0] == 0  # older samples, more of them
+    moved, replace = [], mas.sample_folder.Path.replace
+
+    def stop(path, target):
+        if path.parent.name.startswith(".writing.") and target.parent.name == "out":
+            if len(moved) == 3:
+                raise KeyboardInterrupt
+            moved.append(target.name)
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mas.sample_folder.Path, "replace", stop)
+        assert run(*flags, "--count=5")[0] == 130
+    assert sorted(seen(tmp_path / "out")) == moved == ["0000.png", "0000.scene.png", "0001.png"]
+    painted.calls.clear()
+    assert run(*flags, "--count=5")[0] == 0 and not painted.calls
+    assert run(*flags[:-1], "whole", "--count=5")[0] == 0
+    out, whole = files(tmp_path / "out"), files(tmp_path / "whole")
+    assert out.keys() == whole.keys()
+    assert all(out[name] == whole[name] for name in whole if name.endswith(".png"))
+
+
 @pytest.mark.parametrize("damage", ["picture", "empty", "note", "torn"])
 def test_what_is_not_whole_is_painted_again(run, tmp_path, painted, damage):
     flags = (CAPTION, "--count=12", "--batch=1", "--output", "out")
