@@ -144,9 +144,12 @@ def _read_part(path: Path) -> Part | None:
         files = [
             path.parent / about[kind] for about in part.pictures for kind in ("image", "scene")
         ]
-        return part if all(file.stat().st_size for file in files) else None
-    except (OSError, ValueError, TypeError, KeyError):
+        for file in files:
+            with Image.open(file, formats=["PNG"]) as image:
+                image.verify()
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError):
         return None
+    return part
 
 
 @contextmanager

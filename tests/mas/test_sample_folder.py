@@ -180,7 +180,7 @@ def test_a_run_stopped_while_it_moves_its_pictures_paints_none_again(
     assert all(out[name] == whole[name] for name in whole if name.endswith(".png"))
 
 
-@pytest.mark.parametrize("damage", ["picture", "empty", "note", "torn"])
+@pytest.mark.parametrize("damage", ["picture", "empty", "cut", "note", "torn"])
 def test_what_is_not_whole_is_painted_again(run, tmp_path, painted, damage):
     flags = (CAPTION, "--count=12", "--batch=1", "--output", "out")
     painted.failing = 3
@@ -190,6 +190,8 @@ def test_what_is_not_whole_is_painted_again(run, tmp_path, painted, damage):
         (kept / "0005.scene.png").unlink()
     elif damage == "empty":
         (kept / "0007.png").write_bytes(b"")
+    elif damage == "cut":
+        (kept / "0007.png").write_bytes((kept / "0007.png").read_bytes()[:-100])
     elif damage == "note":
         (kept / "00000004.part.json").unlink()
     else:
