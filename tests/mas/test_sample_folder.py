@@ -1,13 +1,22 @@
 """`mas sample` and the folder it writes: it takes nothing from others, whatever happens."""
 
+import io
 import json
+import shutil
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import mas.sample_folder
 from mas.model import MakeAScene
-from mas.sample import next_stretch
+from mas.sample import Given, advance, next_stretch
+from mas.scene import SceneMap
 
 CAPTION = "two dogs on a bench"
 PROMPTS = ("a dog", "two cats", "a bus that is far too long for these twelve tokens")
@@ -159,14 +168,14 @@ def test_a_run_stopped_while_it_moves_its_pictures_paints_none_again(
 ):
     flags = (CAPTION, "--batch=1", "--output", "out")
     assert run(*flags, "--count=7", "--seed=9")[0] == 0  # older samples, more of them
-    moved, replace = [], mas.sample_folder.Path.replace
+    moved, move = [], mas.sample_folder.Path.replace
 
     def stop(path, target):
         if path.parent.name.startswith(".writing.") and target.parent.name == "out":
             if len(moved) == 3:
                 raise KeyboardInterrupt
             moved.append(target.name)
-        return replace(path, target)
+        return move(path, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(mas.sample_folder.Path, "replace", stop)
@@ -237,6 +246,44 @@ def test_ranked_runs_go_on_with_whole_captions(run, tmp_path, painted, clip_fold
     assert out["pictures"] == whole["pictures"] and out["dropped"] == whole["dropped"]
     assert len(out["pictures"]) == 6 and len(out["dropped"]) == 12
     assert (tmp_path / "out/grid.png").read_bytes() == (tmp_path / "whole/grid.png").read_bytes()
+
+
+def test_pictures_ranked_by_another_clip_of_the_same_name_are_not_taken(
+    run, tmp_path, painted, clip_folder
+):
+    clip = shutil.copytree(clip_folder, tmp_path / "clip")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = ("--prompts", "prompts.txt", "--count=2", "--rerank=clip", "--clip", str(clip))
+    flags += ("--batch=1", "--output", "out")
+    painted.failing = 2
+    assert run(*flags)[0] == 130
+    weights = load_file(clip / "model.safetensors")
+    weights["logit_scale"] += 1
+    save_file(weights, clip / "model.safetensors", metadata={"format": "pt"})
+    painted.failing = 0
+    painted.calls.clear()
+    assert run(*flags)[0] == 0 and painted.calls == [(2, 0, 2), (1, 0, 2)]
+
+
+def test_a_digest_is_of_what_is_given_and_not_of_its_file(tmp_path):
+    labels_HW = np.full((32, 32), 5, np.uint8)
+    free_HW = np.zeros((32, 32), np.bool_)
+    scenes = [SceneMap.from_labels(labels_HW.copy())]
+    labels_HW[3, 4] = 6
+    scenes += [SceneMap.from_labels(labels_HW), SceneMap(labels_HW, free_HW)]
+    given = [Given(path=tmp_path / "a", content=scene, free_HW=None) for scene in scenes]
+    given += [replace(given[0], free_HW=free_HW), replace(given[0], free_HW=~free_HW)]
+    given.append(replace(given[0], content=Image.new("RGB", (32, 32)), free_HW=free_HW))
+    digests = [some.digest for some in given]
+    assert len(set(digests)) == len(given)
+    assert digests == [replace(some, path=tmp_path / "b").digest for some in given]
+
+
+def test_the_bar_of_a_run_that_goes_on_begins_where_it_was():
+    bar = tqdm(file=io.StringIO())
+    for first, done, shown in ((4, 1, 129), (4, 64, 192), (6, 1, 193), (6, 64, 256)):
+        advance(bar, SimpleNamespace(done=done, total=64), first=first, pictures=2, total=8)
+        assert (bar.n, bar.initial, bar.total) == (shown, 128, 256)
 
 
 def test_warnings_come_once_and_the_bar_counts_all(run, tmp_path, caplog, monkeypatch):
