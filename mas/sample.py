@@ -283,7 +283,7 @@ def advance(bar: tqdm, progress: Progress, *, first: int, pictures: int, total: 
     """
     each = progress.total // pictures
     if bar.total is None:
-        bar.initial = bar.n = first * each
+        bar.initial = bar.n = bar.last_print_n = first * each  # else its speed counts them
         bar.total = total * each
     bar.update(first * each + progress.done - bar.n)
 

@@ -284,6 +284,7 @@ def test_the_bar_of_a_run_that_goes_on_begins_where_it_was():
     for first, done, shown in ((4, 1, 129), (4, 64, 192), (6, 1, 193), (6, 64, 256)):
         advance(bar, SimpleNamespace(done=done, total=64), first=first, pictures=2, total=8)
         assert (bar.n, bar.initial, bar.total) == (shown, 128, 256)
+        assert bar.last_print_n >= 128  # from where it takes the speed
 
 
 def test_warnings_come_once_and_the_bar_counts_all(run, tmp_path, caplog, monkeypatch):
