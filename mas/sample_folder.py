@@ -188,11 +188,10 @@ def check_output(output: Path) -> None:
         return
     if not output.is_dir():
         raise ModelError(f"{output}: is a file; choose a folder")
-    names = sorted(path.name for path in output.iterdir())
-    others = [name for name in names if not name.startswith(WRITING)]
+    others = sorted(p.name for p in output.iterdir() if not p.name.startswith(WRITING))
     foreign = [name for name in others if not OWN_FILE.fullmatch(name)]
-    half_written = len(others) < len(names)  # by a run that was killed
-    if foreign or (others and not half_written and SAMPLES not in others):
+    half_moved = any(output.glob(f"{WRITING}*/{SAMPLES}"))  # by a run that was stopped
+    if foreign or (others and not half_moved and SAMPLES not in others):
         name = foreign[0] if foreign else others[0]
         raise ModelError(f"{output}: holds something else ({name}); choose a new folder")
 

@@ -111,7 +111,7 @@ def test_a_second_run_into_the_same_folder_is_refused_and_the_first_ends_well(ru
 
 def test_what_a_killed_run_left_is_cleared_away(run, tmp_path):
     (tmp_path / "out/.writing.abc").mkdir(parents=True)
-    for name in (".writing.abc/0000.png", ".writing.lock", "0007.png"):
+    for name in (".writing.abc/0000.png", ".writing.abc/samples.json", ".writing.lock", "0007.png"):
         (tmp_path / "out" / name).write_text("half")
     assert run(CAPTION, "--count=1", "--output", "out")[0] == 0
     names = {"0000.png", "0000.scene.png", "grid.png", "samples.json"}
@@ -144,6 +144,19 @@ def test_an_interrupted_run_goes_on_where_it_was(run, tmp_path, painted):
     for name in ("seconds", "tokens_per_second"):
         assert other.pop(name) > 0 and one.pop(name) > 0
     assert one == other
+
+
+def test_a_picture_of_others_beside_what_is_kept_is_left_alone(run, tmp_path, painted):
+    flags = (CAPTION, "--count=8", "--batch=1", "--output", "out")
+    painted.failing = 2
+    assert run(*flags)[0] == 130
+    (tmp_path / "out/0000.png").write_text("precious")
+    status, _, err = run(*flags)
+    assert status == 1 and "something else (0000.png)" in err
+    assert seen(tmp_path / "out") == {"0000.png": b"precious"}
+    (tmp_path / "out/0000.png").unlink()
+    painted.calls.clear()
+    assert run(*flags)[0] == 0 and painted.calls == [(1, 4, 4)]
 
 
 def test_many_pictures_of_one_caption_go_on_amid_it(run, tmp_path, painted):
