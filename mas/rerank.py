@@ -9,6 +9,7 @@ Axes: B pictures, T tokens, D width of CLIP's common space, C colours, H W pixel
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -86,6 +87,15 @@ class Clip:
             first = sorted(report["missing_keys"])[0]
             raise ModelError(f"{folder}: the weights are not those of a CLIP, {first} is missing")
         return cls(network.to(choose_device(device)), tokenizer, processor)
+
+    @property
+    def digest(self) -> str:
+        """Sha256 of the weights, hexadecimal, whatever name they were loaded by."""
+        sha256 = hashlib.sha256()
+        for name, weights in sorted(self.network.state_dict().items()):
+            sha256.update(name.encode())
+            sha256.update(weights.cpu().contiguous().numpy())
+        return sha256.hexdigest()
 
     @torch.inference_mode()
     def scores(self, captions: Sequence[str], images: Sequence[Image.Image]) -> list[float]:

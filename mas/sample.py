@@ -119,11 +119,12 @@ def sample(
         judge = None if rerank is None else Clip.from_pretrained(clip, device=device)
         network = MakeAScene.from_pretrained(model, device=device, precision=precision)
         about = describe_model(network, model)
+        decisive = {name: value for name, value in knobs.items() if name != "batch"}
+        decisive |= {f"given_{name}": some.digest for name, some in given.items()}
         if judge is not None:
             about["rerank"] = {"by": rerank, "model": clip, "keep": keep or count}
-        decisive = {name: value for name, value in knobs.items() if name != "batch"}
-        digests = {name: some.digest for name, some in given.items()}
-        run.begin(captions=captions, given=digests, **decisive, **about, version=mas.__version__)
+            decisive["clip"] = judge.digest
+        run.begin(captions=captions, **decisive, **about, version=mas.__version__)
         whole = judge is not None
         painting = paint(network, captions, given, knobs, first=run.sampled, whole=whole)
         with closing(painting):
@@ -132,6 +133,7 @@ def sample(
                 if judge is not None:
                     result, dropped = rerank_pictures(result, judge, keep=keep)
                 run.add(result, about=about, dropped=dropped)
+                del result, dropped  # before the next ones are painted
         run.finish(about=about)
     plural = "" if run.written == 1 else "s"
     print(f"{output}: {run.written} picture{plural}, {run.seconds:.1f} s, {run.speed:.0f} tokens/s")
@@ -284,7 +286,7 @@ def advance(bar: tqdm, progress: Progress, *, first: int, pictures: int, total: 
     """
     each = progress.total // pictures
     if bar.total is None:
-        bar.initial = bar.n = first * each
+        bar.initial = bar.n = bar.last_print_n = first * each  # else its speed counts them
         bar.total = total * each
     bar.update(first * each + progress.done - bar.n)
 

@@ -26,7 +26,7 @@ from mas.model_folder import ModelError
 from mas.request import Generation
 from mas.scene import SceneMap
 from mas.sheet import contact_sheet
-from mas.storage import write_json
+from mas.storage import StorageError, read_json, write_json
 
 try:
     import fcntl
@@ -73,6 +73,7 @@ class Run:
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         self.folder = self.output / f"{WRITING}{digest[:16]}"
         self.folder.mkdir(exist_ok=True)
+        take_back(self.output, self.folder)
         for path in sorted(self.folder.glob(f"*{PART}")):
             part = _read_part(path)
             if part is not None and part.first == self.sampled:
@@ -143,9 +144,12 @@ def _read_part(path: Path) -> Part | None:
         files = [
             path.parent / about[kind] for about in part.pictures for kind in ("image", "scene")
         ]
-        return part if all(file.stat().st_size for file in files) else None
-    except (OSError, ValueError, TypeError, KeyError):
+        for file in files:
+            with Image.open(file, formats=["PNG"]) as image:
+                image.verify()
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError):
         return None
+    return part
 
 
 @contextmanager
@@ -184,11 +188,10 @@ def check_output(output: Path) -> None:
         return
     if not output.is_dir():
         raise ModelError(f"{output}: is a file; choose a folder")
-    names = sorted(path.name for path in output.iterdir())
-    others = [name for name in names if not name.startswith(WRITING)]
+    others = sorted(p.name for p in output.iterdir() if not p.name.startswith(WRITING))
     foreign = [name for name in others if not OWN_FILE.fullmatch(name)]
-    half_written = len(others) < len(names)  # by a run that was killed
-    if foreign or (others and not half_written and SAMPLES not in others):
+    half_moved = any(output.glob(f"{WRITING}*/{SAMPLES}"))  # by a run that was stopped
+    if foreign or (others and not half_moved and SAMPLES not in others):
         name = foreign[0] if foreign else others[0]
         raise ModelError(f"{output}: holds something else ({name}); choose a new folder")
 
@@ -220,7 +223,10 @@ def alone(output: Path) -> Iterator[None]:
 
 
 def replace_samples(output: Path, finished: Path) -> None:
-    """Clears away older samples and what killed runs left, then moves the finished ones there."""
+    """Clears away older samples and what killed runs left, then moves the finished ones there.
+
+    samples.json, whose name is the last of all, moves when everything else is there.
+    """
     for path in sorted(output.iterdir()):
         if path.name.startswith(WRITING) and path.name != finished.name and path.is_dir():
             shutil.rmtree(path)
@@ -230,6 +236,17 @@ def replace_samples(output: Path, finished: Path) -> None:
         if OWN_FILE.fullmatch(path.name):
             path.replace(output / path.name)
     shutil.rmtree(finished)
+
+
+def take_back(output: Path, finished: Path) -> None:
+    """Undoes a `replace_samples` that was stopped while it moved the finished pictures."""
+    try:
+        pictures = read_json(finished / SAMPLES)["pictures"]
+    except StorageError:  # none was begun
+        return
+    for name in (about[kind] for about in pictures for kind in ("image", "scene")):
+        if not (finished / name).exists() and (output / name).exists():
+            (output / name).replace(finished / name)
 
 
 def write_result(folder: Path, result: Generation, *, about: Mapping[str, Any]) -> None:

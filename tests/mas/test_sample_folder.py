@@ -1,13 +1,22 @@
 """`mas sample` and the folder it writes: it takes nothing from others, whatever happens."""
 
+import io
 import json
+import shutil
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import mas.sample_folder
 from mas.model import MakeAScene
-from mas.sample import next_stretch
+from mas.sample import Given, advance, next_stretch
+from mas.scene import SceneMap
 
 CAPTION = "two dogs on a bench"
 PROMPTS = ("a dog", "two cats", "a bus that is far too long for these twelve tokens")
@@ -102,7 +111,7 @@ def test_a_second_run_into_the_same_folder_is_refused_and_the_first_ends_well(ru
 
 def test_what_a_killed_run_left_is_cleared_away(run, tmp_path):
     (tmp_path / "out/.writing.abc").mkdir(parents=True)
-    for name in (".writing.abc/0000.png", ".writing.lock", "0007.png"):
+    for name in (".writing.abc/0000.png", ".writing.abc/samples.json", ".writing.lock", "0007.png"):
         (tmp_path / "out" / name).write_text("half")
     assert run(CAPTION, "--count=1", "--output", "out")[0] == 0
     names = {"0000.png", "0000.scene.png", "grid.png", "samples.json"}
@@ -137,6 +146,19 @@ def test_an_interrupted_run_goes_on_where_it_was(run, tmp_path, painted):
     assert one == other
 
 
+def test_a_picture_of_others_beside_what_is_kept_is_left_alone(run, tmp_path, painted):
+    flags = (CAPTION, "--count=8", "--batch=1", "--output", "out")
+    painted.failing = 2
+    assert run(*flags)[0] == 130
+    (tmp_path / "out/0000.png").write_text("precious")
+    status, _, err = run(*flags)
+    assert status == 1 and "something else (0000.png)" in err
+    assert seen(tmp_path / "out") == {"0000.png": b"precious"}
+    (tmp_path / "out/0000.png").unlink()
+    painted.calls.clear()
+    assert run(*flags)[0] == 0 and painted.calls == [(1, 4, 4)]
+
+
 def test_many_pictures_of_one_caption_go_on_amid_it(run, tmp_path, painted):
     flags = (CAPTION, "--count=11", "--seed=2", "--batch=1")
     painted.failing, painted.failure = 2, OSError("No space left on device")
@@ -154,7 +176,33 @@ def test_many_pictures_of_one_caption_go_on_amid_it(run, tmp_path, painted):
     assert all(seen(tmp_path / "whole")[n] == seen(tmp_path / "out")[n] for n in pngs)
 
 
-@pytest.mark.parametrize("damage", ["picture", "empty", "note", "torn"])
+def test_a_run_stopped_while_it_moves_its_pictures_paints_none_again(
+    run, tmp_path, painted, monkeypatch
+):
+    flags = (CAPTION, "--batch=1", "--output", "out")
+    assert run(*flags, "--count=7", "--seed=9")[0] == 0  # older samples, more of them
+    moved, move = [], mas.sample_folder.Path.replace
+
+    def stop(path, target):
+        if path.parent.name.startswith(".writing.") and target.parent.name == "out":
+            if len(moved) == 3:
+                raise KeyboardInterrupt
+            moved.append(target.name)
+        return move(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mas.sample_folder.Path, "replace", stop)
+        assert run(*flags, "--count=5")[0] == 130
+    assert sorted(seen(tmp_path / "out")) == moved == ["0000.png", "0000.scene.png", "0001.png"]
+    painted.calls.clear()
+    assert run(*flags, "--count=5")[0] == 0 and not painted.calls
+    assert run(*flags[:-1], "whole", "--count=5")[0] == 0
+    out, whole = files(tmp_path / "out"), files(tmp_path / "whole")
+    assert out.keys() == whole.keys()
+    assert all(out[name] == whole[name] for name in whole if name.endswith(".png"))
+
+
+@pytest.mark.parametrize("damage", ["picture", "empty", "cut", "note", "torn"])
 def test_what_is_not_whole_is_painted_again(run, tmp_path, painted, damage):
     flags = (CAPTION, "--count=12", "--batch=1", "--output", "out")
     painted.failing = 3
@@ -164,6 +212,8 @@ def test_what_is_not_whole_is_painted_again(run, tmp_path, painted, damage):
         (kept / "0005.scene.png").unlink()
     elif damage == "empty":
         (kept / "0007.png").write_bytes(b"")
+    elif damage == "cut":
+        (kept / "0007.png").write_bytes((kept / "0007.png").read_bytes()[:-100])
     elif damage == "note":
         (kept / "00000004.part.json").unlink()
     else:
@@ -209,6 +259,45 @@ def test_ranked_runs_go_on_with_whole_captions(run, tmp_path, painted, clip_fold
     assert out["pictures"] == whole["pictures"] and out["dropped"] == whole["dropped"]
     assert len(out["pictures"]) == 6 and len(out["dropped"]) == 12
     assert (tmp_path / "out/grid.png").read_bytes() == (tmp_path / "whole/grid.png").read_bytes()
+
+
+def test_pictures_ranked_by_another_clip_of_the_same_name_are_not_taken(
+    run, tmp_path, painted, clip_folder
+):
+    clip = shutil.copytree(clip_folder, tmp_path / "clip")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = ("--prompts", "prompts.txt", "--count=2", "--rerank=clip", "--clip", str(clip))
+    flags += ("--batch=1", "--output", "out")
+    painted.failing = 2
+    assert run(*flags)[0] == 130
+    weights = load_file(clip / "model.safetensors")
+    weights["logit_scale"] += 1
+    save_file(weights, clip / "model.safetensors", metadata={"format": "pt"})
+    painted.failing = 0
+    painted.calls.clear()
+    assert run(*flags)[0] == 0 and painted.calls == [(2, 0, 2), (1, 0, 2)]
+
+
+def test_a_digest_is_of_what_is_given_and_not_of_its_file(tmp_path):
+    labels_HW = np.full((32, 32), 5, np.uint8)
+    free_HW = np.zeros((32, 32), np.bool_)
+    scenes = [SceneMap.from_labels(labels_HW.copy())]
+    labels_HW[3, 4] = 6
+    scenes += [SceneMap.from_labels(labels_HW), SceneMap(labels_HW, free_HW)]
+    given = [Given(path=tmp_path / "a", content=scene, free_HW=None) for scene in scenes]
+    given += [replace(given[0], free_HW=free_HW), replace(given[0], free_HW=~free_HW)]
+    given.append(replace(given[0], content=Image.new("RGB", (32, 32)), free_HW=free_HW))
+    digests = [some.digest for some in given]
+    assert len(set(digests)) == len(given)
+    assert digests == [replace(some, path=tmp_path / "b").digest for some in given]
+
+
+def test_the_bar_of_a_run_that_goes_on_begins_where_it_was():
+    bar = tqdm(file=io.StringIO())
+    for first, done, shown in ((4, 1, 129), (4, 64, 192), (6, 1, 193), (6, 64, 256)):
+        advance(bar, SimpleNamespace(done=done, total=64), first=first, pictures=2, total=8)
+        assert (bar.n, bar.initial, bar.total) == (shown, 128, 256)
+        assert bar.last_print_n >= 128  # from where it takes the speed
 
 
 def test_warnings_come_once_and_the_bar_counts_all(run, tmp_path, caplog, monkeypatch):
