@@ -34,7 +34,7 @@ from mas.sample_folder import writing
 from mas.scene import MAX_PIXELS, VOID, SceneMap, read_scene
 
 OPAQUE = 255  # alpha of a pixel that is given
-STRETCH = 4  # batches that are painted before their pictures are kept
+STRETCH = 8  # batches, at most, that are painted before their pictures are kept
 
 
 def sample(
@@ -211,11 +211,11 @@ def paint(
         if name in given:
             given[name].check_side(tokenizer.config.grid)
             conditions |= {name: given[name].content, f"{name}_free": given[name].free_HW}
-    total, most = len(captions) * knobs["count"], STRETCH * knobs["batch"]
+    total = len(captions) * knobs["count"]
     with said_once(), tqdm(desc="sample", unit=" tokens", disable=None) as bar:
         network.tokenizer.encode(captions)  # says of all that are too long, not of some
         while first < total:
-            part = next_stretch(captions, knobs, first=first, most=most, whole=whole)
+            part = next_stretch(captions, knobs, first=first, whole=whole)
             tell = partial(advance, bar, first=first, pictures=part.pictures, total=total)
             options = conditions | knobs | {"seed": part.seed, "count": part.count}
             yield network.generate(part.captions, **options, on_progress=tell)
@@ -235,17 +235,17 @@ class Stretch:
         return len(self.captions) * self.count
 
 
-def next_stretch(
-    captions: list[str], knobs: dict[str, Any], *, first: int, most: int, whole: bool
-) -> Stretch:
-    """At most `most` pictures from number `first` on; more only where a caption's stay whole."""
-    count, seed = knobs["count"], knobs["seed"]
+def next_stretch(captions: list[str], knobs: dict[str, Any], *, first: int, whole: bool) -> Stretch:
+    """A few batches of pictures from number `first` on; more only where a caption's stay whole."""
+    count, seed, batch = knobs["count"], knobs["seed"], knobs["batch"]
     caption, done = divmod(first, count)
+    most = STRETCH * batch
     if done or (count > most and not whole):
         chosen, left = captions[caption : caption + 1], min(count - done, most)
         return Stretch(captions=chosen, seed=seed + done, count=left)
-    chosen = captions[caption : caption + max(1, most // count)]
-    return Stretch(captions=chosen, seed=seed, count=count)
+    # Of as many captions as leave the least of the last batch empty.
+    many = max(range(1, max(1, most // count) + 1), key=lambda n: (-(-n * count % batch) / n, n))
+    return Stretch(captions=captions[caption : caption + many], seed=seed, count=count)
 
 
 @contextmanager

@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import mas.sample
 import mas.sample_folder
 from mas.model import MakeAScene
-from mas.sample import Given, advance, next_stretch
+from mas.sample import STRETCH, Given, advance, next_stretch
 from mas.scene import SceneMap
 
 CAPTION = "two dogs on a bench"
@@ -35,6 +36,7 @@ def painted(monkeypatch):
 
     watch.failing, watch.failure = 0, KeyboardInterrupt()
     monkeypatch.setattr(MakeAScene, "generate", watch)
+    monkeypatch.setattr(mas.sample, "STRETCH", 4)
     watch.calls = calls
     return watch
 
@@ -315,15 +317,23 @@ def test_stretches_cover_every_picture_once(whole):
     for captions in (1, 2, 7):
         names = [f"caption {i}" for i in range(captions)]
         for count in (1, 3, 10):
-            for most in (1, 4, 64):
+            for batch in (1, 4, 16):
                 got, first = [], 0
-                knobs = {"count": count, "seed": 100}
+                knobs = {"count": count, "seed": 100, "batch": batch}
                 while first < captions * count:
-                    part = next_stretch(names, knobs, first=first, most=most, whole=whole)
-                    assert part.pictures <= max(most, count if whole else 1)
+                    part = next_stretch(names, knobs, first=first, whole=whole)
+                    assert part.pictures <= max(STRETCH * batch, count if whole else 1)
                     got += [(c, part.seed + i) for c in part.captions for i in range(part.count)]
                     first += part.pictures
                 assert got == [(c, 100 + i) for c in names for i in range(count)]
+
+
+def test_stretches_fill_their_batches():
+    """Where captions have several pictures, of as many as leave the least of a batch empty."""
+    for count, pictures in ((1, 128), (3, 96), (11, 110), (33, 99), (128, 128), (200, 128)):
+        knobs = {"count": count, "seed": 0, "batch": 16}
+        assert next_stretch(["a"] * 500, knobs, first=0, whole=False).pictures == pictures
+    assert next_stretch(["a"] * 500, knobs, first=0, whole=True).pictures == 200
 
 
 def test_an_unwritable_place_is_one_line(run, tmp_path, monkeypatch):
