@@ -130,7 +130,7 @@ class Page:
         with gr.Accordion("More settings", open=False):
             self.negative = gr.Textbox(
                 label="Not in the picture",
-                placeholder="a dog at night",
+                placeholder="at night",
                 max_length=LONGEST_CAPTION,
             )
             self.sampling = {

@@ -46,6 +46,7 @@ CHOSEN = (
     "two birds on the farm in the morning",
     "a white dog to the left of a red car on the street",
 )
+APART = "a dog in the park"
 CELL = 128  # pixels
 LARGEST = 150_000  # bytes of a file
 UNSEEN = 4711  # seed of a park world that no training uses
@@ -184,6 +185,15 @@ def seeds(model: MakeAScene, given: Given) -> Image.Image:
     return contact_sheet(rows, cell=CELL, header=("", *(f"seed {seed}" for seed in out.seeds)))
 
 
+def negative(model: MakeAScene, given: Given) -> Image.Image:
+    """Pictures of one caption, and of the same seeds away from what some of them show."""
+    rows: list[list[Image.Image | str]] = []
+    for text in ("", "at night", "at sunset", f"{APART} at night"):
+        out = model.generate(APART, count=6, negative_prompt=text)
+        rows.append([f"not:\n{text}" if text else APART, *out.images])
+    return contact_sheet(rows, cell=CELL, header=("", *(f"seed {seed}" for seed in range(6))))
+
+
 def candidates(model: MakeAScene, given: Given) -> Image.Image:
     """Four scenes of each caption, what the judge says of them, and their pictures.
 
@@ -317,6 +327,7 @@ FIGURES: dict[str, Callable[[MakeAScene, Given], Image.Image]] = {
         partial,
         completed,
         seeds,
+        negative,
         candidates,
         refined,
         guidance,
