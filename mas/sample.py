@@ -213,7 +213,8 @@ def paint(
             conditions |= {name: given[name].content, f"{name}_free": given[name].free_HW}
     total = len(captions) * knobs["count"]
     with said_once(), tqdm(desc="sample", unit=" tokens", disable=None) as bar:
-        network.tokenizer.encode(captions)  # says of all that are too long, not of some
+        texts = [*captions, *filter(None, [knobs["negative_prompt"]])]
+        network.tokenizer.encode(texts)  # says of all that are too long, not of some
         while first < total:
             part = next_stretch(captions, knobs, first=first, whole=whole)
             tell = partial(advance, bar, first=first, pictures=part.pictures, total=total)

@@ -85,7 +85,7 @@ def test_pictures_of_the_gpt_follow_from_tokenizers_with_the_right_hashes(words,
         ({"trainer__min_epochs": 1}, "leave trainer.min_epochs alone"),
         ({"trainer__precision": "16-mixed"}, "trainer.precision 16-mixed needs a scaled loss"),
         ({"data__batch_size": 21}, "24 pictures .20 without those held out. are fewer than one"),
-        ({"model__network__image_vocabulary": 64}, "image vocabulary 32, the network 64: set"),
+        ({"model__network__image_vocabulary": 64}, r"image vocabulary 32 \(the network 64\): set"),
         ({"ckpt_path": "last"}, "there is no checkpoint .*last.ckpt: start without --ckpt_path"),
         ({"ckpt_path": "other.ckpt"}, "there is no checkpoint other.ckpt"),
         ({"data__input": "no/tokens"}, "no/tokens: no manifest.json"),
@@ -249,7 +249,7 @@ def test_a_file_is_no_run_folder(words, tmp_path):
 def test_refused_runs_leave_nothing_and_failed_ones_do_not_block_the_next(
     words, monkeypatch, tmp_path
 ):
-    with pytest.raises(ValueError, match="image vocabulary 32, the network 64"):
+    with pytest.raises(ValueError, match=r"image vocabulary 32 \(the network 64\)"):
         train(words("gpt", trainer__max_steps=1, model__network__image_vocabulary=64))
     assert not (tmp_path / "run").exists()
     with monkeypatch.context() as broken:
