@@ -42,7 +42,7 @@ def choose_scenes(
     sampling: Sampling,
     batch: int,
     decode: Callable[[Tensor], list[SceneMap]],
-    encode: Callable[[SceneMap], Tensor],
+    encode_mirrored: Callable[[Sequence[SceneMap]], Tensor],
     negative_1T: Tensor | None = None,
     watch: Callable[[], Report] | None = None,
 ) -> Tensor:
@@ -62,7 +62,7 @@ def choose_scenes(
         sampling: of the scene tokens.
         batch: sequences at a time.
         decode: of scene tokens, K T, to scenes.
-        encode: of a scene to its tokens, 1 T.
+        encode_mirrored: of scenes to the tokens of their mirror images, K T.
         negative_1T: text tokens that guidance moves away from; None: those of the empty caption.
         watch: makes what is called after every step of a batch.
     """
@@ -87,7 +87,7 @@ def choose_scenes(
     free_B = (scene_BT == FREE).all(1).tolist()
     for i, (sided, free) in enumerate(zip(sided_B, free_B, strict=True)):
         if sided and free:
-            mirrored_KT = torch.cat([encode(scene.mirrored()) for scene in scenes[i]])
+            mirrored_KT = encode_mirrored(scenes[i])
             groups[i] = torch.cat([groups[i], mirrored_KT.to(groups[i].device)])
             scenes[i] += decode(mirrored_KT)  # as the picture would show them
     best = judge.choose(text_BT.to(groups[0].device), scenes)

@@ -38,6 +38,10 @@ class Codec:
         edges_1HW = torch.from_numpy(scene.edges.copy())[None].to(self.device)
         return self.vqseg.encode(labels_1HW, edges_1HW).cpu()
 
+    def encode_mirrored(self, scenes: Sequence[SceneMap]) -> Tensor:
+        """Tokens of the mirror images of scenes, long B T on the CPU."""
+        return torch.cat([self.encode_scene(scene.mirrored()) for scene in scenes])
+
     def encode_image(self, image: Image.Image) -> Tensor:
         """Image tokens, long 1 T on the CPU; the picture is resized to the model's size."""
         if image.width != image.height:

@@ -395,7 +395,7 @@ class MakeAScene(Codec):
             sampling=sampling,
             batch=batch,
             decode=self.decode_scenes,
-            encode=self.encode_scene,
+            encode_mirrored=self.encode_mirrored,
             negative_1T=negative_1T,
             watch=watch,
         ).to(given.scene.device)

@@ -134,9 +134,10 @@ def sample(
                     result, dropped = rerank_pictures(result, judge, keep=keep)
                 run.add(result, about=about, dropped=dropped)
                 del result, dropped  # before the next ones are painted
-        run.finish(about=about)
+        done = run.finish(about=about)
     plural = "" if run.written == 1 else "s"
-    print(f"{output}: {run.written} picture{plural}, {run.seconds:.1f} s, {run.speed:.0f} tokens/s")
+    speed = f"{done['seconds']:.1f} s, {done['tokens_per_second']:.0f} tokens/s"
+    print(f"{output}: {run.written} picture{plural}, {speed}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,12 +52,16 @@ class Part:
     """What is noted of a stretch of a run once its pictures are written."""
 
     first: int  # pictures sampled before it
-    sampled: int  # pictures of its own, the dropped ones included
     pictures: list[About]
     dropped: list[About]  # candidates of which only seed and score are noted
     settings: dict[str, Any]
     seconds: float
     tokens: float  # sampled
+
+    @property
+    def sampled(self) -> int:
+        """Its pictures, the dropped ones included."""
+        return len(self.pictures) + len(self.dropped)
 
 
 class Run:
@@ -93,16 +97,6 @@ class Run:
         """Pictures in the folder so far."""
         return sum(len(part.pictures) for part in self.parts)
 
-    @property
-    def seconds(self) -> float:
-        """Of sampling and decoding."""
-        return sum(part.seconds for part in self.parts)
-
-    @property
-    def speed(self) -> float:
-        """Tokens sampled a second."""
-        return sum(part.tokens for part in self.parts) / self.seconds
-
     def add(
         self, result: Generation, *, about: Mapping[str, Any], dropped: Generation | None = None
     ) -> None:
@@ -119,11 +113,12 @@ class Run:
         write_json(self.folder / f"{part.first:08}{PART}", asdict(part))
         self.parts.append(part)
 
-    def finish(self, *, about: Mapping[str, Any]) -> None:
-        """Writes contact sheet and samples.json, and puts everything in the older ones' place."""
+    def finish(self, *, about: Mapping[str, Any]) -> dict[str, Any]:
+        """Puts everything in the older ones' place; returns what samples.json says."""
         assert self.folder is not None
-        write_summary(self.folder, self.parts, about=about)
+        content = write_summary(self.folder, self.parts, about=about)
         replace_samples(self.output, self.folder)
+        return content
 
     def give_up(self) -> None:
         """Leaves what is finished for the same run, begun again, and nothing else."""
@@ -283,13 +278,13 @@ def write_part(
     pictures = []
     for i, (image, scene) in enumerate(zip(result.images, result.scenes, strict=True)):
         files = {"image": f"{number + i:04}.png", "scene": f"{number + i:04}.scene.png"}
-        image.save(folder / files["image"], pnginfo=png_text(describe(result, i) | origin))
+        described = describe(result, i)
+        image.save(folder / files["image"], pnginfo=png_text(described | origin))
         scene.to_png(folder / files["scene"])
-        pictures.append(files | describe(result, i))
+        pictures.append(files | described)
     away = [] if dropped is None else [describe(dropped, i) for i in range(len(dropped.images))]
     return Part(
         first=first,
-        sampled=len(pictures) + len(away),
         pictures=pictures,
         dropped=away,
         settings=result.settings,
@@ -298,8 +293,13 @@ def write_part(
     )
 
 
-def write_summary(folder: Path, parts: Sequence[Part], *, about: Mapping[str, Any]) -> None:
-    """Writes contact sheet and samples.json of all parts, whose pictures are in the folder."""
+def write_summary(
+    folder: Path, parts: Sequence[Part], *, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Writes contact sheet and samples.json of all parts, whose pictures are in the folder.
+
+    Returns what samples.json says.
+    """
     pictures = [picture for part in parts for picture in part.pictures]
     dropped = [picture for part in parts for picture in part.dropped]
     captions = list(dict.fromkeys(picture["caption"] for picture in pictures))
@@ -322,6 +322,7 @@ def write_summary(folder: Path, parts: Sequence[Part], *, about: Mapping[str, An
     if "rerank" in about:
         content["dropped"] = dropped
     write_json(folder / SAMPLES, content)
+    return content
 
 
 def describe(result: Generation, i: int) -> About:

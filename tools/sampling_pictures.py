@@ -47,6 +47,7 @@ CHOSEN = (
     "a white dog to the left of a red car on the street",
 )
 APART = "a dog in the park"
+DRAWN = 4  # candidates of a caption
 CELL = 128  # pixels
 LARGEST = 150_000  # bytes of a file
 UNSEEN = 4711  # seed of a park world that no training uses
@@ -202,26 +203,26 @@ def candidates(model: MakeAScene, given: Given) -> Image.Image:
     assert model.judge is not None
     rows: list[list[Image.Image | str]] = []
     for caption in CHOSEN:
-        seeds = [candidate_seed(0, number) for number in range(4)]
-        made = [model.generate(caption, seed=seed, scene_candidates=1) for seed in seeds]
+        own = [candidate_seed(0, number) for number in range(DRAWN)]
+        made = [model.generate(caption, seed=seed, scene_candidates=1) for seed in own]
         if names_side(caption):
             turned = [out.scenes[0].mirrored() for out in made]
-            pairs = zip(seeds, turned, strict=True)
+            pairs = zip(own, turned, strict=True)
             made += [model.generate(caption, seed=seed, scene=scene) for seed, scene in pairs]
         scenes = model.decode_scenes(torch.cat([out.tokens.scene for out in made]))
         described = torch.from_numpy(describe_scenes(scenes))[None].to(model.device)
         words = model.tokenizer.encode([caption]).to(model.device)
         scores = model.judge(words, described)[0].tolist()
         said = [
-            f"{number % 4}: {score:+.1f}{'  kept' if score == max(scores) else ''}"
+            f"{number % DRAWN}: {score:+.1f}{'  kept' if score == max(scores) else ''}"
             for number, score in enumerate(scores)
         ]
-        for start in range(0, len(made), 4):
+        for start in range(0, len(made), DRAWN):
             name = "mirrored, scores" if start else "scores"
-            now = slice(start, start + 4)
+            now = slice(start, start + DRAWN)
             rows.append(["" if start else caption, *map(colours, scenes[now])])
             rows.append(["\n".join([name, *said[now]]), *(out.images[0] for out in made[now])])
-    return contact_sheet(rows, cell=CELL, header=("", *(f"candidate {k}" for k in range(4))))
+    return contact_sheet(rows, cell=CELL, header=("", *(f"candidate {k}" for k in range(DRAWN))))
 
 
 def refined(model: MakeAScene, given: Given) -> Image.Image:

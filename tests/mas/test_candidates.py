@@ -87,7 +87,7 @@ def choose(
         sampling=Sampling(),
         batch=batch,
         decode=model.decode_scenes,
-        encode=model.encode_scene,
+        encode_mirrored=model.encode_mirrored,
         **options,
     )
 
