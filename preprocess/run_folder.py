@@ -162,8 +162,9 @@ class RunFolder:
             raise
 
     def _check_content(self, command: str, settings: Mapping[str, Any]) -> None:
-        run = self.read(RUN)
+        # Names first: another run that begins in between has then written its run.json, too.
         names = [n for n in self.list_names() if n != LOCK and not n.startswith(f".{RUN}.")]
+        run = self.read(RUN)
         if run is None and names:
             listed = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             raise FolderError(

@@ -57,6 +57,20 @@ def test_of_runs_started_at_once_one_goes_on(tmp_path, left):
     assert [path.name for path in folder.iterdir()] == ["run.json"]
 
 
+def test_a_run_that_begins_while_the_folder_is_looked_at_is_no_stranger(tmp_path, monkeypatch):
+    folder = RunFolder(str(tmp_path / "out"))
+    list_names = RunFolder.list_names
+
+    def begin_beside(self):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out/run.json").write_text('{"command": "count", "settings": {}}')
+        return list_names(self)
+
+    monkeypatch.setattr(RunFolder, "list_names", begin_beside)
+    with folder.prepared("count", {}, shards=1):
+        assert folder.read("run.json")["shards"] == 1
+
+
 def hold(folder, name="lock.json", **fields):
     """A sign of life of another run."""
     sign = {"updated": time.time(), "host": HERE, "pid": os.getppid(), **fields}
