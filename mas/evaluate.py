@@ -21,6 +21,7 @@ from typing import Any
 import torchmetrics  # noqa: F401 - used far below; where it is missing, nothing is painted first
 from tqdm import tqdm
 
+import mas
 from mas.cases import Case, Cases, read_cases
 from mas.examiner import Examiner, Made
 from mas.features import Extractor
@@ -38,6 +39,7 @@ from mas.figures import (
     share_claims,
 )
 from mas.filter import Sampling
+from mas.kept_tokens import keeping
 from mas.model import MakeAScene
 from mas.model_folder import SHIPPED, find_folder
 from mas.obedience import CLAIMS, Obedience
@@ -110,6 +112,9 @@ def evaluate(
 ) -> None:
     """Measures a model on scene shards it was not trained on, and writes a report.
 
+    Stopped and begun again, it goes on: what was sampled lies in .NAME.tokens until the report is
+    written.
+
     Args:
         input: scene shards: folder, 'DIR/{00000..00009}.tar' or one tar; never of the training.
         output: report to write, NAME.json; NAME.md, NAME.samples.png and, for a sweep,
@@ -152,17 +157,19 @@ def evaluate(
         check_candidates(scene_candidates, network.judge)
         network.scene_candidates = scene_candidates
     start = time.perf_counter()
-    examiner = Examiner(network, eye, seed=seed, batch=batch)
-    figures, rows = examine(examiner, cases, others, plan, features, matcher)
-    if matcher:
-        figures["clip"]["model"] = clip
     about = {
         "model": {"name": model, "sha256": network.sha256, "precision": network.precision},
         "input": {"shards": input, "pictures": len(cases.cases), "unseen": unseen},
         "seed": seed,
     }
-    figures = plain({**about, **figures, "seconds": round(time.perf_counter() - start, 1)})
-    write_report(output, figures, rows)
+    decisive = {"model": about["model"], "device": network.device.type, "version": mas.__version__}
+    with keeping(output.with_name(f".{output.stem}.tokens"), decisive) as kept:
+        examiner = Examiner(network, eye, seed=seed, batch=batch, kept=kept)
+        figures, rows = examine(examiner, cases, others, plan, features, matcher)
+        if matcher:
+            figures["clip"]["model"] = clip
+        figures = plain({**about, **figures, "seconds": round(time.perf_counter() - start, 1)})
+        write_report(output, figures, rows)
     if "scene" in figures and (doubt := doubt_reader(figures["scene"])):
         logger.warning(doubt)
     print(json.dumps(figures) if as_json else f"{output}: {summary(figures)}")

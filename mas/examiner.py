@@ -7,7 +7,7 @@ Axes: B pictures, C colours, H W pixels, D features.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mas.cases import Case, resize
 from mas.filter import StreamSampling, by_stream
 from mas.generate import generate
+from mas.kept_tokens import KeptTokens
 from mas.model import MakeAScene
 from mas.reader import Reader
 from mas.request import room_for
@@ -41,8 +42,16 @@ class Made:
 class Examiner:
     """A model and a reader, put to work batch by batch."""
 
-    def __init__(self, model: MakeAScene, reader: Reader | None, *, seed: int, batch: int) -> None:
-        self.model, self.seed, self.batch = model, seed, batch
+    def __init__(
+        self,
+        model: MakeAScene,
+        reader: Reader | None,
+        *,
+        seed: int,
+        batch: int,
+        kept: KeptTokens | None = None,
+    ) -> None:
+        self.model, self.seed, self.batch, self.kept = model, seed, batch, kept
         self.reader = reader.to(model.device) if reader else None
         self.bar: tqdm = tqdm(disable=True)
         self._words: dict[str, Tensor] = {}  # caption -> text tokens, 1 T
@@ -94,14 +103,7 @@ class Examiner:
             now = slice(done, done + len(part))
             given = None if follow is None else [case.scene(self.size) for case in follow[now]]
             with room_for(self.at_a_time(len(part))):
-                tokens = generate(
-                    self.model.decoder,
-                    text_BT[now],
-                    seeds=seeds[now],
-                    scene_BT=self._choose(text_BT[now], given, seeds[now], sampling),
-                    scene=sampling.scene,
-                    image=sampling.image,
-                )
+                tokens = self._sample(text_BT[now], given, seeds[now], sampling)
             scenes = given or self.model.decode_scenes(tokens.scene)
             images = self.model.decode_images(tokens.image, scenes=scenes)
             made.tokens.append(Streams(*(stream.cpu() for stream in tokens)))
@@ -120,16 +122,36 @@ class Examiner:
             self._words |= zip(new, self.model.tokenizer.encode(new).split(1), strict=True)
         return torch.cat([self._words[caption] for caption in captions])
 
-    def _choose(
+    def _sample(
         self,
         text_BT: Tensor,
         scenes: Sequence[SceneMap] | None,
         seeds: Sequence[int],
         sampling: StreamSampling,
-    ) -> Tensor:
-        """Scene tokens: of the given scenes; else those the judge chose, or free ones."""
-        if scenes is not None:
-            return torch.cat([self.model.encode_scene(scene) for scene in scenes])
+    ) -> Streams:
+        """Tokens of a batch, sampled now or by an earlier run."""
+        what = {"text": text_BT, "seeds": [*seeds], "sampling": asdict(sampling)}
+        scene_BT = None
+        if scenes is None:
+            what["candidates"] = self.model.scene_candidates
+        else:
+            what["scene"] = scene_BT = torch.cat([self.model.encode_scene(s) for s in scenes])
+        if self.kept and (found := self.kept.find(what)):
+            return Streams(*(stream.to(self.model.device) for stream in found))
+        tokens = generate(
+            self.model.decoder,
+            text_BT,
+            seeds=seeds,
+            scene_BT=self._choose(text_BT, seeds, sampling) if scene_BT is None else scene_BT,
+            scene=sampling.scene,
+            image=sampling.image,
+        )
+        if self.kept:
+            self.kept.keep(what, tokens)
+        return tokens
+
+    def _choose(self, text_BT: Tensor, seeds: Sequence[int], sampling: StreamSampling) -> Tensor:
+        """Scene tokens that the judge chose, or free ones."""
         layout = self.model.decoder.layout
         free = (layout.free(stream, len(text_BT)) for stream in (layout.scene, layout.image))
         return self.model.choose_scenes(

@@ -18,8 +18,8 @@ MAS_ORDER = """
     sequence heap cache gpt filter quantize decoder fast_decoder generate candidates cuda_kernels
     cuda_blocks cuda_step cuda_decoder precision progress model_folder bench_sample codec request
     model rerank metrics weights_file sample_folder sample drawing painter studio_canvas
-    studio_guard studio_page studio obedience cases distances inception features examiner figures
-    report evaluate doctor
+    studio_guard studio_page studio obedience cases distances inception features kept_tokens
+    examiner figures report evaluate doctor
 """.split()
 FOREIGN_TO_MAS = {"ray", "detectron2", "face_alignment", "pytorch_lightning"}
 PREPROCESS_FROM_MAS = {"errors", "machine", "scene", "shards", "sheet"}
