@@ -3,7 +3,8 @@
 In: captions. Out: text tokens for the first stream of the sequence, padded with `PAD`. Byte-level,
 so no script and no emoji is ever unknown. The file is Hugging Face's tokenizer.json; length,
 padding and lowercasing are stored in it. Also reads minDALL-E's char-level BPE (`from_mindalle`).
-`mirror_caption` turns a caption into that of the mirrored picture.
+`mirror_caption` turns a caption into that of the mirrored picture, `contradict_caption` into one
+that says the opposite of where things stand.
 Axes: B captions, T tokens.
 """
 
@@ -53,6 +54,13 @@ _SURELY_SIDE = re.compile(
     r"(?:left|right)\s+(?:and|or|to))[\s-]+\Z",
     re.IGNORECASE,
 )
+
+_OPPOSITE = {"behind": "in front of", "in front of": "behind", "in front": "behind"} | {
+    a: b
+    for pair in (("above", "below"), ("in the foreground", "in the background"))
+    for a, b in (pair, pair[::-1])
+}
+_OPPOSED = re.compile(rf"\b(?:{'|'.join(sorted(_OPPOSITE, key=len)[::-1])})\b", re.IGNORECASE)
 
 
 class TokenizerError(ValueError):
@@ -268,6 +276,23 @@ def mirror_caption(caption: str) -> str:
 def names_side(caption: str) -> bool:
     """Whether left and right matter to a caption, as `mirror_caption` understands it."""
     return mirror_caption(caption) != caption
+
+
+def contradict_caption(caption: str) -> str:
+    """The caption with all it says of where things stand turned into the opposite.
+
+    Left for right as in `mirror_caption`, behind for in front of, above for below, foreground for
+    background. A caption that says nothing of the kind stays as it is.
+    """
+    return _OPPOSED.sub(_change_place, mirror_caption(caption))
+
+
+def _change_place(match: re.Match[str]) -> str:
+    words = match[0]
+    other = _OPPOSITE[words.lower()]
+    if words.isupper():
+        return other.upper()
+    return other[0].upper() + other[1:] if words[0].isupper() else other
 
 
 def _change_side(match: re.Match[str]) -> str:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,26 +24,86 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mas.judge import NOTHING, JudgeConfig, SceneJudge, describe_scenes
+from mas.judge import JudgeConfig, SceneJudge, describe_scenes
 from mas.scene import CLASS_NAMES, FACE_IDS, HUMAN_IDS, PERSON, THINGS, SceneMap
 from mas.shards import ShardIndex, expand_shards, read_captions
-from mas.text import Tokenizer, mirror_caption, names_side
+from mas.text import PAD, Tokenizer, contradict_caption, mirror_caption, names_side
 from train.data import Part, StreamData
+from train.spoil import mirror_entries, spoil
 from train.stage import Optimiser, Rows, Stage
 from train.start import start_from
 from train.stream import Items
+from train.totals import log_totals
 
 NEAR = 64  # pictures among which the other scene is looked for
 ALIKE = 2048  # pictures among which one of the same things is looked for
-HANDED = 3  # how much more often captions that name a side are drawn than others
+PLACED = 3  # how much more often captions that say where things stand are drawn than others
 KEPT = 200_000  # pictures whose entries a loader process keeps, about a kilobyte each
-APART = 0.1  # of the picture's width: how far a thing is moved at least, if it has that room
 LOOKS = 20  # at pictures of the same kinds of things, until one has as many of each
-TRIES = 10  # to spoil a scene; a way may leave it as it is, as a class put for itself does
 # Kind of thing of every class that is one, or part of one.
 KINDS = {name: name for name in CLASS_NAMES[:THINGS]} | {
     name: CLASS_NAMES[PERSON] for name in CLASS_NAMES[HUMAN_IDS.start : FACE_IDS.stop]
 }
+
+
+class Scores(NamedTuple):
+    """What the judge says of a batch."""
+
+    scenes_BK: Tensor  # of a caption's scenes, the true one first
+    ahead_P: Tensor  # of the opposite caption, of P captions that have one
+
+    @property
+    def scene_loss(self) -> Tensor:
+        """Cross-entropy of which scene is true."""
+        true_B = torch.zeros(len(self.scenes_BK), dtype=torch.long, device=self.scenes_BK.device)
+        return F.cross_entropy(self.scenes_BK, true_B)
+
+    @property
+    def caption_loss(self) -> Tensor:
+        """Cross-entropy of which caption is true; 0 where none has an opposite."""
+        return F.softplus(-self.ahead_P).sum() / max(1, len(self.ahead_P))
+
+    @property
+    def best(self) -> Tensor:
+        """How often the true scene wins."""
+        return (self.scenes_BK.argmax(1) == 0).float().mean()
+
+    @property
+    def pairs(self) -> Tensor:
+        """How often it is better than one that is not true."""
+        return (self.scenes_BK[:, :1] > self.scenes_BK[:, 1:]).float().mean()
+
+    @property
+    def told(self) -> Tensor:
+        """How often a true caption is better than its opposite; 0 where none has one."""
+        return (self.ahead_P > 0).float().sum() / max(1, len(self.ahead_P))
+
+
+class JudgeTotals:
+    """Losses and hits over a whole validation set; few captions have an opposite."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(5, dtype=torch.double)
+        self.counts = torch.zeros(5, dtype=torch.double)
+
+    def update(self, scores: Scores) -> None:
+        """Adds a batch."""
+        captions, opposed = len(scores.scenes_BK), len(scores.ahead_P)
+        counts = torch.tensor([captions] * 3 + [opposed] * 2)
+        means = (scores.scene_loss, scores.best, scores.pairs, scores.caption_loss, scores.told)
+        self.sums += torch.stack(means).detach().cpu() * counts
+        self.counts += counts
+
+    @property
+    def totals(self) -> tuple[Tensor, ...]:
+        """What is summed up over ranks."""
+        return self.sums, self.counts
+
+    def compute(self) -> dict[str, float]:
+        """`loss`, `accuracy` and `pairs`; `captions`, where any has an opposite."""
+        scenes, accuracy, pairs, captions, told = (self.sums / self.counts).tolist()
+        loss = scenes if math.isnan(captions) else scenes + captions
+        return {"loss": loss, "accuracy": accuracy, "pairs": pairs, "captions": told}
 
 
 class JudgeTraining(Stage):
@@ -85,13 +146,21 @@ class JudgeTraining(Stage):
                 )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        losses = self._losses(batch)
-        self.check(losses["loss"], batch)
+        scores = self._score(batch)
+        loss = scores.scene_loss + scores.caption_loss
+        self.check(loss, batch)
+        losses = {"loss": loss, "accuracy": scores.best, "pairs": scores.pairs}
         self.log_losses("train", losses, count=len(batch["text"]))
-        return losses["loss"]
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._totals = JudgeTotals()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.log_losses("validation", self._losses(batch), count=len(batch["text"]))
+        self._totals.update(self._score(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        log_totals(self, [self._totals])
 
     def rows(self, batch: dict[str, Any]) -> Rows:
         """Nothing: a score cannot be looked at."""
@@ -100,15 +169,15 @@ class JudgeTraining(Stage):
     def header(self) -> list[str]:
         return []
 
-    def _losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The cross-entropy; how often the true scene wins, and of each pair by itself."""
+    def _score(self, batch: dict[str, Any]) -> Scores:
         scores_BK = self.network(batch["text"], batch["scenes"]).float()
-        true_B = torch.zeros(len(scores_BK), dtype=torch.long, device=scores_BK.device)
-        return {
-            "loss": F.cross_entropy(scores_BK, true_B),
-            "accuracy": (scores_BK.argmax(1) == 0).float().mean(),
-            "pairs": (scores_BK[:, :1] > scores_BK[:, 1:]).float().mean(),
-        }
+        placed_B = (batch["opposite"] != PAD).any(1)
+        opposite_PT, scenes_PKNF = batch["opposite"][placed_B], batch["scenes"][placed_B, :1]
+        if len(opposite_PT):
+            opposed_P = self.network(opposite_PT, scenes_PKNF).float()[:, 0]
+        else:
+            opposed_P = scores_BK[placed_B, 0]
+        return Scores(scores_BK, scores_BK[placed_B, 0] - opposed_P)
 
 
 class _Seen(NamedTuple):
@@ -142,7 +211,10 @@ class JudgeItems:
         return len(self.part)
 
     def item(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
-        """`key`, `text` (long T) and `scenes` (float K N F, the true one first).
+        """`key`, `text` (long T), `opposite` and `scenes` (float K N F, the true one first).
+
+        `opposite` is the caption that contradicts the true scene, all padding where `text` says
+        nothing of where things stand.
 
         Raises:
             ShardError, SceneError: a sample that cannot be read.
@@ -161,11 +233,17 @@ class JudgeItems:
         spoilt = [spoil(true_NF, other_NF, rng) for _ in range(self.candidates - 1)]
         if alike_NF is not None and not np.array_equal(alike_NF, true_NF):
             spoilt[-1] = alike_NF
+        opposite = contradict_caption(caption)
         if names_side(caption):  # only here left and right can be told
             spoilt[0] = mirror_entries(true_NF)
+        elif opposite != caption:  # and here near and far
+            spoilt[0] = spoil(true_NF, other_NF, rng, way="swap")
+        texts = [caption, "" if opposite == caption else opposite]
+        text_T, opposite_T = self.tokenizer.encode(texts, warn=False)
         return {
             "key": seen.key,
-            "text": self.tokenizer.encode([caption], warn=False)[0],
+            "text": text_T,
+            "opposite": opposite_T,
             "scenes": torch.from_numpy(np.stack([true_NF, *spoilt])),
         }
 
@@ -285,132 +363,12 @@ class JudgeData(StreamData):
         return any(naming.search(caption) for caption in read_captions(self.index.read(index)))
 
 
-def spoil(true_NF: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A scene that is not the true one, if only just; float32 N F as `describe_scenes` writes.
-
-    A thing the caption does not speak of may be spoilt, too: nobody knows which one that is.
-
-    Args:
-        true_NF: entries of the true scene.
-        other_NF: entries of any other scene.
-        rng: of what is done.
-    """
-    ways = [way for least, way in WAYS.values() if _count_things(true_NF) >= least]
-    for _ in range(TRIES):
-        spoilt_NF = ways[rng.integers(len(ways))](true_NF.copy(), other_NF, rng)
-        if not np.array_equal(spoilt_NF, true_NF):
-            return spoilt_NF
-    return _invent(true_NF, rng)
-
-
-def mirror_entries(entries_NF: np.ndarray) -> np.ndarray:
-    """The entries of the mirrored scene."""
-    mirrored_NF = entries_NF.copy()
-    present = entries_NF[:, 0] != NOTHING
-    mirrored_NF[present, 1] = 1 - entries_NF[present, 3]
-    mirrored_NF[present, 3] = 1 - entries_NF[present, 1]
-    return mirrored_NF
-
-
 def _draw_caption(captions: Sequence[str], rng: np.random.Generator) -> str:
-    weights = np.where([names_side(caption) for caption in captions], HANDED, 1)
+    placed = [contradict_caption(caption) != caption for caption in captions]
+    weights = np.where(placed, PLACED, 1)
     return captions[rng.choice(len(captions), p=weights / weights.sum())]
 
 
 def _list_classes(entries_NF: np.ndarray) -> tuple[float, ...]:
     """The classes of the things, in order of number, each as often as there is one."""
     return tuple(sorted(entries_NF[entries_NF[:, 0] < THINGS, 0].tolist()))
-
-
-def _count_things(entries_NF: np.ndarray) -> int:
-    return int((entries_NF[:, 0] < THINGS).sum())
-
-
-def _draw_thing(entries_NF: np.ndarray, rng: np.random.Generator) -> int:
-    return int(rng.integers(_count_things(entries_NF)))  # things come first
-
-
-def _shift(entry: np.ndarray, across: float, down: float) -> None:
-    """Moves an entry's box, as far as the picture goes."""
-    entry[[1, 3]] += np.clip(across, -entry[1], 1 - entry[3])
-    entry[[2, 4]] += np.clip(down, -entry[2], 1 - entry[4])
-
-
-def _add(entries_NF: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One more of something, elsewhere and up to a third smaller."""
-    more = entries_NF[_draw_thing(entries_NF, rng)].copy()
-    _shift(more, _far(more, rng), rng.normal(0, 0.03))
-    scale = rng.uniform(0.7, 1.0)  # about its feet
-    middle, half = (more[1] + more[3]) / 2, (more[3] - more[1]) / 2 * scale
-    more[[1, 3]] = middle - half, middle + half
-    more[2] = more[4] - (more[4] - more[2]) * scale
-    more[5] *= scale**2
-    return np.concatenate([more[None], entries_NF[:-1]])
-
-
-def _invent(entries_NF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A thing where there may be none at all."""
-    (x, y), (width, height) = rng.uniform(0, 0.5, 2), rng.uniform(0.1, 0.5, 2)
-    thing = (rng.integers(THINGS), x, y, x + width, y + height, width * height)
-    return np.concatenate([np.array([thing], entries_NF.dtype), entries_NF[:-1]])
-
-
-def _remove(entries_NF: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    kept_NF = np.delete(entries_NF, _draw_thing(entries_NF, rng), axis=0)
-    nothing = np.zeros_like(entries_NF[:1])
-    nothing[0, 0] = NOTHING
-    return np.concatenate([kept_NF, nothing])
-
-
-def _move(entries_NF: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    entry = entries_NF[_draw_thing(entries_NF, rng)]
-    _shift(entry, _far(entry, rng), rng.normal(0, 0.08))
-    return entries_NF
-
-
-def _swap(entries_NF: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Two things of two classes in each other's places: middles across, feet down."""
-    a = _draw_thing(entries_NF, rng)
-    others = np.flatnonzero((entries_NF[:, 0] < THINGS) & (entries_NF[:, 0] != entries_NF[a, 0]))
-    if not len(others):
-        return _move(entries_NF, other_NF, rng)
-    b = rng.choice(others)
-    across = (entries_NF[b, [1, 3]].sum() - entries_NF[a, [1, 3]].sum()) / 2
-    down = entries_NF[b, 4] - entries_NF[a, 4]
-    _shift(entries_NF[a], across, down)
-    _shift(entries_NF[b], -across, -down)
-    return entries_NF
-
-
-def _replace(entries_NF: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """All things of one class become another class, one of the other scene if it has things."""
-    old = entries_NF[_draw_thing(entries_NF, rng), 0]
-    things = _count_things(other_NF)
-    new = other_NF[rng.integers(things), 0] if things else rng.integers(THINGS)
-    entries_NF[entries_NF[:, 0] == old, 0] = new
-    return entries_NF
-
-
-def _exchange(_: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return other_NF
-
-
-def _far(entry: np.ndarray, rng: np.random.Generator) -> float:
-    """How far across, to the other side where the drawn one leaves no room."""
-    side, distance = rng.choice([-1, 1]), rng.uniform(APART, 0.6)
-    room = entry[1] if side < 0 else 1 - entry[3]
-    return float((side if room >= APART else -side) * distance)
-
-
-Way = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
-# How a scene is spoilt: the things it takes, and what is done. What GPTs do most comes twice.
-WAYS: Mapping[str, tuple[int, Way]] = {
-    "add": (1, _add),
-    "add again": (1, _add),
-    "remove": (1, _remove),
-    "move": (1, _move),
-    "move again": (1, _move),
-    "swap": (2, _swap),
-    "replace": (1, _replace),
-    "exchange": (0, _exchange),
-}

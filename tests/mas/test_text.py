@@ -4,7 +4,7 @@ import logging
 import pytest
 import torch
 
-from mas.text import PAD, Tokenizer, TokenizerError, mirror_caption
+from mas.text import PAD, Tokenizer, TokenizerError, contradict_caption, mirror_caption
 
 CAPTIONS = [
     "two brown dogs and a woman with a red umbrella on the beach at sunset",
@@ -184,3 +184,24 @@ def test_a_tokenizer_without_length_or_padding_is_refused(tokenizer, tmp_path):
 def test_a_mirrored_caption_exchanges_the_sides_and_nothing_else(caption, mirrored):
     assert mirror_caption(caption) == mirrored
     assert mirror_caption(mirrored) == caption
+
+
+@pytest.mark.parametrize(
+    ("caption", "opposite"),
+    [
+        ("a zebra behind a tiny cow at noon", "a zebra in front of a tiny cow at noon"),
+        ("Behind the bus is a dog", "In front of the bus is a dog"),
+        ("IN FRONT OF a farm", "BEHIND a farm"),
+        ("a man with a dog in front", "a man with a dog behind"),
+        ("a kite above a cat, a ball below", "a kite below a cat, a ball above"),
+        ("a cow in the foreground on the left", "a cow in the background on the right"),
+        ("a dog left of a cat behind a car", "a dog right of a cat in front of a car"),
+    ],
+)
+def test_an_opposite_caption_turns_every_place_round(caption, opposite):
+    assert contradict_caption(caption) == opposite
+
+
+@pytest.mark.parametrize("caption", ["", "two dogs next to a car", "a bag left on a bench", "слон"])
+def test_what_says_nothing_of_places_has_no_opposite(caption):
+    assert contradict_caption(caption) == caption

@@ -14,7 +14,8 @@ from mas.shards import Sample, ShardIndex, ShardWriter
 from mas.text import Tokenizer
 from tests.train.conftest import COMMON, DOG, GRASS, SKY, encoded
 from train.cli import train
-from train.judge import APART, WAYS, JudgeData, JudgeItems, spoil
+from train.judge import JudgeData, JudgeItems
+from train.spoil import APART, WAYS, spoil
 
 CAT = DOG - 1
 COUNTS = ("one", "two", "three")
