@@ -3,7 +3,7 @@
     python tools/choice.py --model park --input data/held-out
 
 In: a model with a judge, scene shards of the park world it has not seen (docs/evaluation.md says
-how to make them). Out: for 1 to 8 candidates, which share of the claims holds in the scene that the
+how to make them). Out: for 1 to 12 candidates, which share of the claims holds in the scene that the
 judge keeps, and in the one that would be best if one knew. Numbers are those of captions spread
 over the shards, relations those of others that claim one between two classes. Where a caption names
 a side, mirror images are chosen from, too, as when sampling; what they bring is said of captions
@@ -27,8 +27,8 @@ from mas.obedience import Seen, judge
 from mas.scene import SceneMap
 from mas.text import names_side
 
-MOST = 8  # candidates
-SHOWN = (1, 2, 4, 6, MOST)
+MOST = 12  # candidates
+SHOWN = (1, 2, 4, 6, 9, MOST)
 SEED = 1000  # of the first candidate of all
 BATCH = 4  # captions at a time
 Verdict = dict[str, list[bool]]  # of `mas.obedience.judge`
