@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,6 @@ from typing import Any
 import torchmetrics  # noqa: F401 - used far below; where it is missing, nothing is painted first
 from tqdm import tqdm
 
-import mas
 from mas.cases import Case, Cases, read_cases
 from mas.examiner import Examiner, Made
 from mas.features import Extractor
@@ -39,7 +37,7 @@ from mas.figures import (
     share_claims,
 )
 from mas.filter import Sampling
-from mas.kept_tokens import keeping
+from mas.kept_tokens import check_writable, describe_machine, keeping
 from mas.model import MakeAScene
 from mas.model_folder import SHIPPED, find_folder
 from mas.obedience import CLAIMS, Obedience
@@ -113,7 +111,7 @@ def evaluate(
     """Measures a model on scene shards it was not trained on, and writes a report.
 
     Stopped and begun again, it goes on: what was sampled lies in .NAME.tokens until the report is
-    written.
+    written. `seconds` are those of the last run then.
 
     Args:
         input: scene shards: folder, 'DIR/{00000..00009}.tar' or one tar; never of the training.
@@ -162,12 +160,14 @@ def evaluate(
         "input": {"shards": input, "pictures": len(cases.cases), "unseen": unseen},
         "seed": seed,
     }
-    decisive = {"model": about["model"], "device": network.device.type, "version": mas.__version__}
+    decisive = {"model": about["model"], "machine": describe_machine(network.device)}
     with keeping(output.with_name(f".{output.stem}.tokens"), decisive) as kept:
         examiner = Examiner(network, eye, seed=seed, batch=batch, kept=kept)
         figures, rows = examine(examiner, cases, others, plan, features, matcher)
         if matcher:
             figures["clip"]["model"] = clip
+        if kept.found:
+            figures["pictures_of_earlier_runs"] = kept.found
         figures = plain({**about, **figures, "seconds": round(time.perf_counter() - start, 1)})
         write_report(output, figures, rows)
     if "scene" in figures and (doubt := doubt_reader(figures["scene"])):
@@ -321,10 +321,7 @@ def check_place(output: Path) -> None:
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder; name a file in it")
     output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        tempfile.TemporaryFile(dir=output.parent).close()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(output)) from error
+    check_writable(output.parent, wanted=output)
 
 
 def _check_least(name: str, value: int, least: int) -> None:

@@ -129,26 +129,38 @@ class Examiner:
         seeds: Sequence[int],
         sampling: StreamSampling,
     ) -> Streams:
-        """Tokens of a batch, sampled now or by an earlier run."""
-        what = {"text": text_BT, "seeds": [*seeds], "sampling": asdict(sampling)}
-        scene_BT = None
-        if scenes is None:
-            what["candidates"] = self.model.scene_candidates
-        else:
-            what["scene"] = scene_BT = torch.cat([self.model.encode_scene(s) for s in scenes])
-        if self.kept and (found := self.kept.find(what)):
-            return Streams(*(stream.to(self.model.device) for stream in found))
-        tokens = generate(
-            self.model.decoder,
-            text_BT,
-            seeds=seeds,
-            scene_BT=self._choose(text_BT, seeds, sampling) if scene_BT is None else scene_BT,
-            scene=sampling.scene,
-            image=sampling.image,
-        )
-        if self.kept:
-            self.kept.keep(what, tokens)
-        return tokens
+        """Tokens of a batch; what an earlier run has sampled of it is taken from there."""
+        given_BT = None
+        if scenes is not None:
+            given_BT = torch.cat([self.model.encode_scene(scene) for scene in scenes])
+
+        def sample(rows: list[int]) -> Streams:
+            texts_RT, own = text_BT[rows], [seeds[row] for row in rows]
+            return generate(
+                self.model.decoder,
+                texts_RT,
+                seeds=own,
+                scene_BT=self._choose(texts_RT, own, sampling)
+                if given_BT is None
+                else given_BT[rows],
+                scene=sampling.scene,
+                image=sampling.image,
+            )
+
+        if self.kept is None:
+            return sample([*range(len(text_BT))])
+        common = {"sampling": asdict(sampling), "candidates": self.model.scene_candidates}
+        whats = [
+            {
+                **common,
+                "text": text_BT[i],
+                "seed": seed,
+                "scene": None if given_BT is None else given_BT[i],
+            }
+            for i, seed in enumerate(seeds)
+        ]
+        tokens = self.kept.complete(whats, sample)
+        return Streams(*(stream.to(self.model.device) for stream in tokens))
 
     def _choose(self, text_BT: Tensor, seeds: Sequence[int], sampling: StreamSampling) -> Tensor:
         """Scene tokens that the judge chose, or free ones."""

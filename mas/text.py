@@ -60,7 +60,8 @@ _OPPOSITE = {"behind": "in front of", "in front of": "behind", "in front": "behi
     for pair in (("above", "below"), ("in the foreground", "in the background"))
     for a, b in (pair, pair[::-1])
 }
-_OPPOSED = re.compile(rf"\b(?:{'|'.join(sorted(_OPPOSITE, key=len)[::-1])})\b", re.IGNORECASE)
+_OPPOSABLE = "|".join(sorted(_OPPOSITE, key=len)[::-1])  # longer ones first
+_OPPOSED = re.compile(rf"\b(?<!left )(?:{_OPPOSABLE})\b", re.IGNORECASE)
 
 
 class TokenizerError(ValueError):
@@ -282,7 +283,8 @@ def contradict_caption(caption: str) -> str:
     """The caption with all it says of where things stand turned into the opposite.
 
     Left for right as in `mirror_caption`, behind for in front of, above for below, foreground for
-    background. A caption that says nothing of the kind stays as it is.
+    background. A caption that says nothing of the kind stays as it is. Some are as true as their
+    opposite ("one behind the other"); these are not told.
     """
     return _OPPOSED.sub(_change_place, mirror_caption(caption))
 

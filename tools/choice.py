@@ -3,11 +3,11 @@
     python tools/choice.py --model park --input data/held-out
 
 In: a model with a judge, scene shards of the park world it has not seen (docs/evaluation.md says
-how to make them). Out: for 1 to 12 candidates, which share of the claims holds in the scene that the
-judge keeps, and in the one that would be best if one knew. Numbers are those of captions spread
+how to make them). Out: for 1 to 12 candidates, which share of the claims holds in the scene that
+the judge keeps, and in the one that would be best if one knew. Numbers are those of captions spread
 over the shards, relations those of others that claim one between two classes. Where a caption names
 a side, mirror images are chosen from, too, as when sampling; what they bring is said of captions
-that name one. No picture is painted. Cost: 1,900 scenes of docs/evaluation.md's held-out set, nine
+that name one. No picture is painted. Cost: 2,900 scenes of docs/evaluation.md's held-out set, NN
 minutes of two cores.
 """
 

@@ -5,7 +5,8 @@ In: scene shards with captions, the text tokenizer. Out: a run folder that
 spoilt the way a GPT errs: one thing too many or too few, things in each other's places, another
 class, another picture's scene, left for right where the caption names a side; and with another
 picture of the very same things, which differs in all else a caption may say. The loss is the
-cross-entropy of which one is true.
+cross-entropy of which one is true, and, where a caption says how things stand to each other, of
+which caption is true of the scene, this one or its opposite.
 Axes: B captions, T text tokens, K scenes of a caption, N entries of a scene, F numbers an entry.
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -102,7 +102,7 @@ class JudgeTotals:
     def compute(self) -> dict[str, float]:
         """`loss`, `accuracy` and `pairs`; `captions`, where any has an opposite."""
         scenes, accuracy, pairs, captions, told = (self.sums / self.counts).tolist()
-        loss = scenes if math.isnan(captions) else scenes + captions
+        loss = scenes + captions if self.counts[-1] else scenes
         return {"loss": loss, "accuracy": accuracy, "pairs": pairs, "captions": told}
 
 
@@ -222,7 +222,8 @@ class JudgeItems:
         fixed = rng is None
         rng = np.random.default_rng(index) if rng is None else rng
         seen = self._describe(index)
-        true_NF, caption = seen.entries_NF, seen.captions[0]
+        # Validation takes them in turn: first captions seldom say where things stand.
+        true_NF, caption = seen.entries_NF, seen.captions[index % len(seen.captions)]
         alike_NF = self._find_alike(index, rng)
         if not fixed:
             caption = _draw_caption(seen.captions, rng)
@@ -234,12 +235,13 @@ class JudgeItems:
         if alike_NF is not None and not np.array_equal(alike_NF, true_NF):
             spoilt[-1] = alike_NF
         opposite = contradict_caption(caption)
+        text_T, opposite_T = self.tokenizer.encode([caption, opposite], warn=False)
+        if torch.equal(text_T, opposite_T):  # it says nothing of that, or is cut before it does
+            opposite_T = torch.full_like(text_T, PAD)
         if names_side(caption):  # only here left and right can be told
             spoilt[0] = mirror_entries(true_NF)
         elif opposite != caption:  # and here near and far
             spoilt[0] = spoil(true_NF, other_NF, rng, way="swap")
-        texts = [caption, "" if opposite == caption else opposite]
-        text_T, opposite_T = self.tokenizer.encode(texts, warn=False)
         return {
             "key": seen.key,
             "text": text_T,

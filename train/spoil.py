@@ -97,7 +97,7 @@ def _move(entries_NF: np.ndarray, _: np.ndarray, rng: np.random.Generator) -> np
     return entries_NF
 
 
-def swap(entries_NF: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _swap(entries_NF: np.ndarray, other_NF: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Two things of two classes in each other's places: middles across, feet down."""
     a = _draw_thing(entries_NF, rng)
     others = np.flatnonzero((entries_NF[:, 0] < THINGS) & (entries_NF[:, 0] != entries_NF[a, 0]))
@@ -139,7 +139,7 @@ WAYS: Mapping[str, tuple[int, Way]] = {
     "remove": (1, _remove),
     "move": (1, _move),
     "move again": (1, _move),
-    "swap": (2, swap),
+    "swap": (2, _swap),
     "replace": (1, _replace),
     "exchange": (0, _exchange),
 }
