@@ -7,7 +7,7 @@ how to make them). Out: for 1 to 12 candidates, which share of the claims holds 
 the judge keeps, and in the one that would be best if one knew. Numbers are those of captions spread
 over the shards, relations those of others that claim one between two classes. Where a caption names
 a side, mirror images are chosen from, too, as when sampling; what they bring is said of captions
-that name one. No picture is painted. Cost: 2,900 scenes of docs/evaluation.md's held-out set, NN
+that name one. No picture is painted. Cost: 2,900 scenes of docs/evaluation.md's held-out set, 12
 minutes of two cores.
 """
 
