@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 MOST_GUIDANCE = 1000  # far beyond any use; without a limit the logits would overflow
-FIRST_SORT = 512  # tokens sorted first by top-p
+FIRST_SORT = 128  # tokens of a row sorted first by top-p
 FILTERS = ("top_k", "top_p")  # settings that may be off
 
 
@@ -128,9 +128,9 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     if kept < logits_BV.shape[-1]:
         result_BV = keep_k(result_BV, kept)
     if sampling.top_p is not None:
-        result_BV = torch.cat(
-            [keep_p(row_1V, sampling.top_p, kept) for row_1V in result_BV.split(1)]
-        )
+        together = len(result_BV) if result_BV.device.type == "cpu" else 1
+        parts = (keep_p(part, sampling.top_p, kept) for part in result_BV.split(together))
+        result_BV = torch.cat([*parts])
     return result_BV
 
 
@@ -145,26 +145,30 @@ def keep_k(probabilities_BV: Tensor, count: int) -> Tensor:
     return torch.zeros_like(probabilities_BV).scatter_(-1, indices_BK, values_BK)
 
 
-def keep_p(probabilities_1V: Tensor, top_p: float, largest: int) -> Tensor:
-    """Keeps the likeliest tokens of a row until they have `top_p` together; at least one.
+def keep_p(
+    probabilities_BV: Tensor, top_p: float, largest: int, *, size: int | None = None
+) -> Tensor:
+    """Keeps the likeliest tokens of each row until they have `top_p` together; at least one.
 
     Args:
-        probabilities_1V: sums to 1.
+        probabilities_BV: rows that sum to 1.
         top_p: 0 < p ≤ 1.
-        largest: how many tokens have a probability above 0 at most.
+        largest: how many tokens of a row have a probability above 0 at most.
+        size: how many are sorted first; None: as many as is fast.
     """
-    # Mostly few tokens suffice, so a short list is sorted first and a longer one when it did not.
-    size = FIRST_SORT if probabilities_1V.device.type == "cpu" else largest
-    while True:
-        sorted_1K, indices_1K = probabilities_1V.topk(min(size, largest), dim=-1)
-        cumulative_1K = sorted_1K.cumsum(-1)
-        if size >= largest or cumulative_1K[0, -1] >= top_p:
-            break
-        size *= 8
+    # Mostly few tokens suffice, so a short list is sorted first, and longer ones of the rows where
+    # it did not.
+    if size is None:
+        size = FIRST_SORT if probabilities_BV.device.type == "cpu" else largest
+    sorted_BK, indices_BK = probabilities_BV.topk(min(size, largest), dim=-1)
+    cumulative_BK = sorted_BK.cumsum(-1)
     # The first token always stays: nothing comes before it.
-    sorted_1K = sorted_1K.masked_fill(cumulative_1K - sorted_1K >= top_p, 0.0)
-    sorted_1K = sorted_1K / sorted_1K.sum(-1, keepdim=True)
-    return torch.zeros_like(probabilities_1V).scatter_(-1, indices_1K, sorted_1K)
+    kept_BK = sorted_BK.masked_fill(cumulative_BK - sorted_BK >= top_p, 0.0)
+    kept_BK = kept_BK / kept_BK.sum(-1, keepdim=True)
+    result_BV = torch.zeros_like(probabilities_BV).scatter_(-1, indices_BK, kept_BK)
+    if size < largest and (short_B := cumulative_BK[:, -1] < top_p).any():
+        result_BV[short_B] = keep_p(probabilities_BV[short_B], top_p, largest, size=8 * size)
+    return result_BV
 
 
 def count_kept(top_k: float | None, vocabulary: int) -> int:

@@ -58,6 +58,16 @@ def test_top_p_does_not_depend_on_how_much_is_sorted_at_once(monkeypatch):
         assert all(torch.equal(results[0], result) for result in results[1:])
 
 
+def test_a_row_that_needs_more_sorting_changes_no_other():
+    flatness_B1 = torch.tensor([[8.0], [0.1], [3.0], [0.5]])
+    logits_BV = torch.randn(4, 3000, generator=torch.Generator().manual_seed(2)) * flatness_B1
+    for sampling in (Sampling(top_p=0.9), Sampling(top_p=0.99, top_k=2000)):
+        together_BV = probabilities(logits_BV, sampling)
+        assert len({int(kept) for kept in (together_BV > 0).sum(-1)}) == 4
+        for row_1V, alone_1V in zip(logits_BV.split(1), together_BV.split(1), strict=True):
+            assert torch.equal(probabilities(row_1V, sampling), alone_1V)
+
+
 def test_top_k_of_one_and_temperature_zero_are_greedy():
     for sampling in (Sampling(top_k=1), Sampling(temperature=0), Sampling(top_p=1e-12)):
         for seed in range(20):
