@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,12 @@ _HOMES = {
     "Progress": "mas.progress",
     "SceneMap": "mas.scene",
 }
+
+# Threads that wait must spin a little, or every small operation waits for the scheduler; but not
+# long, or they take the cores from those that work (docs/sampling.md). torch reads it when it is
+# imported, which is later unless a program has done so before.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def __getattr__(name: str) -> Any:

@@ -93,10 +93,6 @@ FLAGS = {"json": "as_json"}  # option -> parameter, where Python's name for it i
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit status."""
-    # Threads that wait must spin a little, or every small operation waits for the scheduler; but
-    # not long, or two busy processes stand still (docs/sampling.md). Before torch is imported.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     logging.basicConfig(level=logging.WARNING, format="mas: %(levelname)s: %(message)s")
     for package in ("mas", "preprocess", "train"):
         logging.getLogger(package).setLevel(logging.INFO)

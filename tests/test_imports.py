@@ -1,6 +1,7 @@
 """The import rule: who may import whom, imports inside functions included."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -121,3 +122,23 @@ def test_importing_mas_loads_nothing_heavy():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")],
+)
+def test_threads_that_wait_spin_a_little_unless_somebody_says_otherwise(said, found):
+    """Without it sampling in Python is a third slower (docs/sampling.md)."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | said
+    code = "import mas, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == found
