@@ -31,7 +31,7 @@ class KeptTokens:
     """A folder of pictures' tokens, each under a hash of what they were sampled from.
 
     Args:
-        folder: is there.
+        folder: made with the first picture.
         about: what all pictures depend on: model, precision, …; plain values.
     """
 
@@ -73,6 +73,7 @@ class KeptTokens:
         """Writes a picture's tokens; from then on they are not lost."""
         path = self._path(what)
         streams = {name: x.cpu().int().contiguous() for name, x in tokens._asdict().items()}
+        self.folder.mkdir(exist_ok=True)  # the same command, run twice, removes it when it is done
         write_file(str(path), save(streams))
         self.used.add(path)
 

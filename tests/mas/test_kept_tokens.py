@@ -134,6 +134,17 @@ def test_other_models_find_no_tokens(tmp_path):
     assert KeptTokens(tmp_path, {"model": "b"}).find(what) is None
 
 
+def test_the_same_evaluation_twice_takes_nothing_from_under_the_other(tmp_path):
+    tokens = Streams(*(torch.arange(3) + i for i in range(3)))
+    with keeping(tmp_path / "kept", {}) as slow:
+        with keeping(tmp_path / "kept", {}) as fast:
+            fast.keep({"seed": 0}, tokens)
+        assert not (tmp_path / "kept").exists()
+        slow.keep({"seed": 1}, tokens)
+        assert slow.find({"seed": 1})
+    assert not (tmp_path / "kept").exists()
+
+
 def test_what_failed_before_anything_was_kept_says_nothing_of_it(tmp_path, caplog):
     with pytest.raises(ValueError), keeping(tmp_path / "kept", {}):
         raise ValueError
