@@ -262,6 +262,6 @@ class _Loop:
             self.steps = self.decoder.start_steps(self.tokens_BT, self.uniforms_BT, rows=rows)
             self.cache, self.tokens_BT = self.steps.cache, self.steps.tokens_BT
         else:
-            self.cache = self.decoder.new_cache(len(sources))
+            self.cache = self.decoder.new_cache(len(sources), length=self.stop)
         self.cache.copy_rows(shared, sources, length=self.position)
         self.state_RD = state_RD[sources]
