@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mas.scene import PALETTE, SceneMap
+from mas.scene import CLASS_NAMES, PALETTE, SceneMap
 from mas.shards import Sample, ShardWriter, write_token_shard
 from mas.storage import parse_config
 from mas.text import Tokenizer
@@ -32,6 +32,22 @@ def encoded(save, **options):
     buffer = io.BytesIO()
     save(buffer, **options)
     return buffer.getvalue()
+
+
+def write_scenes(folder, pictures, *, length):
+    """A shard of scenes with one caption each, and a tokenizer of 270 entries that knows these."""
+    captions = [caption for _, caption in pictures]
+    with ShardWriter(str(folder / "00000.tar")) as writer:
+        for number, (scene, caption) in enumerate(pictures):
+            classes = {CLASS_NAMES[k]: 1 for k in np.unique(scene.labels).tolist()}
+            content = {"captions": [caption], "scene": {"classes": classes}}
+            files = {
+                "scene.png": encoded(scene.to_png),
+                "txt": caption.encode(),
+                "json": json.dumps(content).encode(),
+            }
+            writer.write(Sample(f"{number:05}", files))
+    Tokenizer.fit(captions, vocab_size=270, length=length).save(folder / "tokenizer.json")
 
 
 @pytest.fixture(scope="session")

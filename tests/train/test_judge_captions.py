@@ -1,7 +1,6 @@
 """The judge learns from captions that say the opposite of where things stand."""
 
 import csv
-import json
 import math
 
 import numpy as np
@@ -10,9 +9,9 @@ import torch
 
 from mas.judge import SceneJudge
 from mas.scene import SceneMap
-from mas.shards import Sample, ShardIndex, ShardWriter
+from mas.shards import ShardIndex
 from mas.text import PAD, Tokenizer
-from tests.train.conftest import COMMON, DOG, GRASS, SKY, encoded
+from tests.train.conftest import COMMON, DOG, GRASS, SKY, write_scenes
 from train.cli import train
 from train.judge import JudgeItems, JudgeTotals, Scores
 
@@ -29,8 +28,8 @@ def draw_depth(rng):
     x, y = rng.integers(4, 40, 2) // (1, 2)
     labels[y + 12 : y + 28, x : x + 12] = far
     labels[y + 24 : y + 40, x + 3 : x + 17] = near
-    first, relation = ("dog", "behind") if far == DOG else ("dog", "in front of")
-    return SceneMap.from_labels(labels), f"{first} {relation} cat"
+    relation = "behind" if far == DOG else "in front of"
+    return SceneMap.from_labels(labels), f"dog {relation} cat"
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +37,9 @@ def yard(tmp_path_factory):
     """Scene shards of dogs and cats that stand behind each other, and their tokenizer."""
     folder = tmp_path_factory.mktemp("yard")
     rng = np.random.default_rng(0)
-    captions = []
-    with ShardWriter(str(folder / "00000.tar")) as writer:
-        for number in range(PICTURES):
-            scene, caption = draw_depth(rng)
-            captions.append(caption)
-            content = {"captions": [caption] if number % 50 else ["dog and cat"]}
-            files = {
-                "scene.png": encoded(scene.to_png),
-                "txt": b"",
-                "json": json.dumps(content).encode(),
-            }
-            writer.write(Sample(f"{number:05}", files))
-    Tokenizer.fit(captions, vocab_size=270, length=LENGTH).save(folder / "tokenizer.json")
+    pictures = [draw_depth(rng) for _ in range(PICTURES)]
+    pictures[::50] = [(scene, "dog and cat") for scene, _ in pictures[::50]]
+    write_scenes(folder, pictures, length=LENGTH)
     return folder
 
 

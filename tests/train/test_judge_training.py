@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mas.judge import ENTRIES, NOTHING, NUMBERS, SceneJudge, describe_scenes
-from mas.scene import CLASS_NAMES, THINGS, SceneMap
+from mas.scene import THINGS, SceneMap
 from mas.shards import Sample, ShardIndex, ShardWriter
 from mas.text import Tokenizer
-from tests.train.conftest import COMMON, DOG, GRASS, SKY, encoded
+from tests.train.conftest import COMMON, DOG, GRASS, SKY, encoded, write_scenes
 from train.cli import train
 from train.judge import JudgeData, JudgeItems
 from train.spoil import APART, WAYS, spoil
@@ -34,27 +34,12 @@ def draw_pets(rng):
     return SceneMap.from_labels(labels), " ".join(words)
 
 
-def describe(scene):
-    return {"classes": {CLASS_NAMES[k]: 1 for k in np.unique(scene.labels).tolist()}}
-
-
 @pytest.fixture(scope="module")
 def pets(tmp_path_factory):
     """Scene shards and their tokenizer."""
     folder = tmp_path_factory.mktemp("pets")
     rng = np.random.default_rng(0)
-    captions = []
-    with ShardWriter(str(folder / "00000.tar")) as writer:
-        for number in range(PICTURES):
-            scene, caption = draw_pets(rng)
-            captions.append(caption)
-            files = {
-                "scene.png": encoded(scene.to_png),
-                "txt": caption.encode(),
-                "json": json.dumps({"captions": [caption], "scene": describe(scene)}).encode(),
-            }
-            writer.write(Sample(f"{number:05}", files))
-    Tokenizer.fit(captions, vocab_size=270, length=12).save(folder / "tokenizer.json")
+    write_scenes(folder, [draw_pets(rng) for _ in range(PICTURES)], length=12)
     return folder
 
 
