@@ -3,7 +3,8 @@
 Each actor holds one worker and writes its shards itself; only outcomes come back. An actor that is
 killed is started again by Ray and its shard with it; what was half written has a temporary name.
 One that has met an error which is not the data's leaves, so that a fresh process makes the next
-attempt.
+attempt. One that cannot work where it is keeps its shard until the others have nothing else to do;
+then that is made on other nodes.
 """
 
 from __future__ import annotations
@@ -14,58 +15,28 @@ import os
 import pickle
 import re
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mas.errors import first_line
-from mas.machine import usable_cores
 from preprocess.executor import ExecutorConfig
-from preprocess.needs import EXTRA
+from preprocess.needs import EXTRA, NeedsError
 from preprocess.progress import ProgressBar
-from preprocess.ray_nodes import Nodes, find_fit_nodes, find_unlike
-from preprocess.run_folder import RunFolder
+from preprocess.ray_counter import Counter, sit_out
+from preprocess.ray_nodes import LEFT_OUT, Nodes, find_fit_nodes, find_unlike, list_nodes
+from preprocess.ray_start import REACH_SECONDS, TOKEN_MEND, silence, start_ray
 from preprocess.runner import Job, Outcome, Runner
 from preprocess.termination import catch_sigterm
 from preprocess.weights import FOLDER_VARIABLE
 
 logger = logging.getLogger(__name__)
 
-REACH_SECONDS = 10.0
 START_SECONDS = 30.0  # without a worker; then a line says so
-TOKEN_MEND = (
-    "RAY_AUTH_MODE and RAY_AUTH_TOKEN must be here what they are on its nodes; where they are not "
-    "set, `ray start` takes the token of ~/.ray/auth_token if there is one: then set "
-    "RAY_AUTH_MODE=token here, else RAY_AUTH_MODE=disabled (docs/cluster.md)"
-)
-LOCAL_MEND = (
-    "it needs a HOME that can be written to, and a temporary folder with a short path "
-    "(RAY_TMPDIR); --executor serial does without Ray"
-)
-OBJECT_STORE_BYTES = 100 * 2**20  # jobs and outcomes are small
-
-
-class _Counter:
-    """Adds up what the workers report."""
-
-    def __init__(self) -> None:
-        self.items: int | None = None  # None = no word since the last `take`
-        self.started = False  # a worker's process has come up
-
-    def start(self) -> None:
-        self.started = True
-
-    def add(self, items: int) -> None:
-        self.items = (self.items or 0) + items
-
-    def take(self) -> tuple[int | None, bool]:
-        items, self.items = self.items, None
-        return items, self.started
 
 
 class _Head:
@@ -79,7 +50,7 @@ class _Head:
     def look(self) -> None:
         if time.monotonic() < self.next_look:
             return
-        answers = _silence(self.address) is None
+        answers = silence(self.address) is None
         if self.answered and not answers:
             logger.warning(
                 "the head node of Ray, %s, does not answer; if it has gone, this command ends "
@@ -91,13 +62,28 @@ class _Head:
 
 
 class _Watch:
-    """Asks a counter for the progress bar, and warns when no worker comes up or the head goes."""
+    """Asks a counter for the progress bar; warns when no worker comes up, or nodes or the head go.
 
-    def __init__(self, counter: Any, config: ExecutorConfig) -> None:
+    Args:
+        counter: handle of a `Counter`.
+        config: of the run.
+        others_remain: tells whether any node is up that has not failed.
+        failed: nodes on which no worker can be made, by id, each with a line; grows.
+    """
+
+    def __init__(
+        self,
+        counter: Any,
+        config: ExecutorConfig,
+        others_remain: Callable[[], bool],
+        failed: dict[str, str],
+    ) -> None:
         import ray
 
         self.counter = counter
         self.config = config
+        self.others_remain = others_remain
+        self.failed = failed
         self.deadline = time.monotonic() + START_SECONDS
         self.head = _Head(ray.get_runtime_context().gcs_address)
 
@@ -106,9 +92,10 @@ class _Watch:
 
         self.head.look()
         try:
-            items, started = ray.get(self.counter.take.remote())
+            items, started, failed = ray.get(self.counter.take.remote())
         except ray.exceptions.RayError:  # its process was killed: only the rate suffers
             return None
+        self._leave_out(failed)
         if not started and time.monotonic() > self.deadline:
             self.deadline = math.inf
             logger.warning(
@@ -118,6 +105,15 @@ class _Watch:
             )
         return items
 
+    def _leave_out(self, failed: Mapping[str, str]) -> None:
+        """Tells of nodes that have failed since; where no other is left, nothing waits for one."""
+        known = set(self.failed.values())
+        for line in dict.fromkeys(line for line in failed.values() if line not in known):
+            logger.warning("%s: %s", LEFT_OUT, line)
+        self.failed |= failed
+        if failed and not self.others_remain():
+            self.counter.release.remote()
+
 
 class _RayRunner:
     """A `Runner` in the shape Ray Data wants: a batch of one pickled job in, one outcome out.
@@ -126,10 +122,11 @@ class _RayRunner:
     traces, an outcome one line.
     """
 
-    def __init__(self, make_runner: Callable[..., Runner], counter: Any) -> None:
+    def __init__(self, make_runner: Callable[..., Runner], counter: Any, alone: bool) -> None:
         self.make_runner = partial(make_runner, leave=_leave)
         self.runner: Runner | None = None
         self.counter = counter
+        self.alone = alone  # on the only machine: what cannot work here works nowhere
         counter.start.remote()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
@@ -138,9 +135,14 @@ class _RayRunner:
         try:
             self.runner = self.runner or self.make_runner()
         except Exception as error:  # missing weights or packages, on this machine
-            outcome = Outcome(job.name, error=f"{socket.gethostname()}: {error}", fatal=True)
+            where = socket.gethostname()
+            outcome = Outcome(job.name, error=f"{where}: {error}", fatal=True, here=True)
         else:
             outcome = self.runner.run(job, self.counter.add.remote)
+        if not outcome.here:
+            self.counter.settle.remote(job.name)
+        elif not self.alone:
+            sit_out(outcome, self.counter)
         return {"outcome": [pickle.dumps(outcome)]}
 
 
@@ -171,7 +173,8 @@ def run_on_ray(
 
     Raises:
         NeedsError: all nodes lack something.
-        OSError: no cluster can be joined, or Ray cannot start workers or has lost them for good.
+        OSError: no cluster can be joined, or Ray cannot start workers or has lost them for good, on
+            all nodes.
         ValueError: GPUs are asked for that Ray does not see.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -183,18 +186,9 @@ def run_on_ray(
     started = not ray.is_initialized()
     try:
         if started:
-            _start(config)
+            start_ray(config)
             catch_sigterm()
-        nodes = _choose_nodes(config, bar.folder, lacks)
-        counter = _start_counter()
-        watch = _Watch(counter, config)
-        bar.pull = watch.pull
-        _warn_of_idle_gpus(config, nodes.resources)
-        bar.workers = min(_count_workers(config, nodes.resources), len(jobs))
-        arguments = make_runner, counter
-        for row in _dataset(jobs, arguments, bar.workers, nodes.options).iter_rows():
-            yield pickle.loads(row["outcome"])
-        bar.add(watch.pull())
+        yield from _Rounds(make_runner, config, bar, lacks).make(jobs)
     except ray.exceptions.RayError as error:
         raise OSError(f"{_explain(error)}; finished shards are kept") from error
     finally:
@@ -203,20 +197,62 @@ def run_on_ray(
             ray.shutdown()
 
 
-def _choose_nodes(
-    config: ExecutorConfig, folder: RunFolder, lacks: Callable[[], list[str]]
-) -> Nodes:
-    """Where workers may be started, and with which options."""
-    import ray
+@dataclass
+class _Rounds:
+    """Makes jobs on all nodes that can work, then what is left on those that still can."""
 
-    options = {
-        "num_cpus": 1,
-        "num_gpus": config.gpus_per_worker or None,
-        **_handed_on(config),
-    }
-    if config.here:  # the driver has looked
-        return Nodes(ray.cluster_resources(), options)
-    return find_fit_nodes(lacks, folder, options)
+    make_runner: Callable[..., Runner]
+    config: ExecutorConfig
+    bar: ProgressBar
+    lacks: Callable[[], list[str]]
+    failed: dict[str, str] = field(default_factory=dict)  # nodes, by id, that cannot: why
+
+    def make(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        """One outcome of each job."""
+        left = {job.name: job for job in jobs}
+        while left:
+            for outcome in self._make_round(list(left.values())):
+                if outcome.here and self._others_remain():
+                    continue
+                del left[outcome.name]
+                yield outcome
+
+    def _make_round(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        nodes = self._choose_nodes()
+        counter = _start_counter([job.name for job in jobs])
+        watch = _Watch(counter, self.config, self._others_remain, self.failed)
+        if not self.failed:
+            _warn_of_idle_gpus(self.config, nodes.resources)
+        self.bar.pull = watch.pull
+        self.bar.workers = min(_count_workers(self.config, nodes.resources), len(jobs))
+        arguments = self.make_runner, counter, self.config.here
+        for row in _dataset(jobs, arguments, self.bar.workers, nodes.options).iter_rows():
+            yield pickle.loads(row["outcome"])
+        self.bar.add(watch.pull())
+
+    def _choose_nodes(self) -> Nodes:
+        """Where workers may be started, and with which options."""
+        import ray
+
+        options = _options(self.config)
+        if self.config.here:  # the driver has looked
+            return Nodes(ray.cluster_resources(), options)
+        try:
+            return find_fit_nodes(self.lacks, self.bar.folder, options, self.failed)
+        except NeedsError as error:
+            if not self.failed:
+                raise
+            raise OSError(f"{error}; finished shards are kept: mend it and run again") from error
+
+    def _others_remain(self) -> bool:
+        """Whether what cannot be made on one node may be made on another that is up."""
+        nodes = [] if self.config.here else list_nodes(_options(self.config))
+        return any(node["NodeID"] not in self.failed for node in nodes)
+
+
+def _options(config: ExecutorConfig) -> dict[str, Any]:
+    """What every worker is started with, of Ray's options."""
+    return {"num_cpus": 1, "num_gpus": config.gpus_per_worker or None, **_handed_on(config)}
 
 
 def _dataset(
@@ -288,92 +324,11 @@ def _warn_of_idle_gpus(config: ExecutorConfig, resources: Mapping[str, float]) -
         )
 
 
-def _start_counter() -> Any:
-    """A counter beside the driver, so that no other node takes it along when it goes."""
+def _start_counter(names: Sequence[str]) -> Any:
+    """One of these jobs, beside the driver, so that no other node takes it along when it goes."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(_Counter)
-    return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
-
-
-def _start(config: ExecutorConfig) -> None:
-    import ray
-
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if config.address not in (None, "local"):
-        address = _find_cluster(config.address)
-        try:
-            ray.init(address=address, **quiet)
-        except Exception as error:  # Ray has no common base class for what it raises here
-            raise OSError(
-                f"cannot join the Ray cluster {address}: {first_line(error)}; {TOKEN_MEND}"
-            ) from error
-        resources = ray.cluster_resources()
-        sums = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-        logger.info("joined the Ray cluster %s: %g CPUs, %g GPUs", address, *sums)
-        return
-    own = quiet | {
-        "address": "local",  # never one that `ray start` or RAY_ADDRESS offers unasked
-        "object_store_memory": OBJECT_STORE_BYTES,
-        "include_dashboard": False,
-    }
-    try:
-        ray.init(num_cpus=config.workers or _bound_cores(), **own)
-        if not ray.cluster_resources().get("CPU"):  # it rounds a quota of half a CPU down
-            ray.shutdown()
-            ray.init(num_cpus=1, **own)
-    except Exception as error:  # the same
-        raise OSError(f"Ray cannot start: {first_line(error)}; {LOCAL_MEND}") from error
-
-
-def _bound_cores() -> int | None:
-    """CPUs this process is bound to, as by SLURM; None = Ray finds out, from a container's quota.
-
-    Of the former Ray knows nothing.
-    """
-    cores = usable_cores()
-    return cores if cores < (os.cpu_count() or 1) else None
-
-
-def _find_cluster(address: str) -> str:
-    """HOST:PORT of a cluster that answers; Ray itself tries for two minutes and shows a trace.
-
-    Raises:
-        OSError: there is none, or it does not answer.
-    """
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS") or _started_here()
-    host, _, port = address.rpartition(":")
-    if "/" in address or not host or not port.isdigit():
-        raise ValueError(
-            f"--address {address}: give auto, or HOST:PORT of the head node, on a machine of the "
-            "cluster"
-        )
-    if error := _silence(address):
-        raise OSError(f"no Ray cluster answers at {address}: {error}") from error
-    return address
-
-
-def _silence(address: str) -> OSError | None:
-    """Why nothing can be reached at HOST:PORT; None where something can."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
-    except OSError as error:
-        return error
-    return None
-
-
-def _started_here() -> str:
-    """What `ray start` has noted; Ray's own search would also find other runs' private Rays."""
-    own = os.environ.get("TMPDIR") if sys.platform == "linux" else None
-    folder = os.environ.get("RAY_TMPDIR") or own or "/tmp"
-    note = Path(folder, "ray", "ray_current_cluster")
-    if not note.is_file():
-        raise OSError(
-            "--address auto: `ray start` was not called on this machine; call it, or give "
-            "HOST:PORT of the head node"
-        )
-    return note.read_text().strip()
+    actor = ray.remote(Counter)
+    return actor.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(names)

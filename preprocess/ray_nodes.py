@@ -1,9 +1,8 @@
 """Which nodes of a cluster may work: each is asked what it lacks before any gets a worker.
 
-In: a function that tells what a worker would miss where it is called. Out: what the fit nodes have,
-and the option that keeps Ray's workers from the others, each of which is told of. A node without a
-package or weights would otherwise end the run; one that was left to fail would draw all jobs to
-itself.
+In: a function that tells what a worker would miss where it is called, and the nodes on which no
+worker could be made before. Out: what the fit nodes have, and the option that keeps Ray's workers
+from the others, each of which is told of.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ logger = logging.getLogger(__name__)
 ANSWER_SECONDS = 60.0  # a node that has not answered by then is not left out
 NODE_LABEL = "ray.io/node-id"  # Ray gives it to every node
 NAMED = 3  # nodes in one line
+LEFT_OUT = "left out until it is mended and the command given again"
 
 
 class Nodes(NamedTuple):
@@ -31,7 +31,10 @@ class Nodes(NamedTuple):
 
 
 def find_fit_nodes(
-    lacks: Callable[[], list[str]], folder: RunFolder, options: dict[str, Any]
+    lacks: Callable[[], list[str]],
+    folder: RunFolder,
+    options: dict[str, Any],
+    failed: Mapping[str, str],
 ) -> Nodes:
     """Asks all nodes that have what a worker takes.
 
@@ -39,30 +42,43 @@ def find_fit_nodes(
         lacks: tells what a worker would miss where it is called; must pickle.
         folder: the output, which must be seen there as well.
         options: of Ray, that workers are started with.
+        failed: of nodes on which workers could not be made, by id, a line that names the node.
 
     Raises:
         NeedsError: all nodes lack something.
     """
     import ray
 
+    nodes = list_nodes(options)
+    asked = [node for node in nodes if node["NodeID"] not in failed]
+    unfit = _ask(asked, lacks, folder, options)
+    lacking = _describe(nodes, unfit)
+    unfit |= {node["NodeID"]: failed[node["NodeID"]] for node in nodes if node not in asked}
+    if unfit and len(unfit) == len(nodes):
+        reasons = [*lacking, *dict.fromkeys(failed.values())]
+        raise NeedsError(f"no node can work: {'; '.join(reasons)}")
+    for line in lacking:
+        logger.warning("%s: %s", LEFT_OUT, line)
+    resources = dict(ray.cluster_resources())
+    for node in nodes:
+        if node["NodeID"] in unfit:
+            own = node["Resources"]
+            resources |= {k: resources.get(k, 0.0) - own.get(k, 0.0) for k in ("CPU", "GPU")}
+    if not unfit:
+        return Nodes(resources, options)
+    return Nodes(resources, {**options, "label_selector": {NODE_LABEL: f"!in({','.join(unfit)})"}})
+
+
+def list_nodes(options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Nodes that are up and have what a worker takes, though others may hold it."""
+    import ray
+
     taken = {"CPU": options["num_cpus"], "GPU": options["num_gpus"] or 0}
-    nodes = [
+    return [
         node
         for node in ray.nodes()
         if node["Alive"] and all(node["Resources"].get(k, 0) >= n for k, n in taken.items())
     ]
-    unfit = _ask(nodes, lacks, folder, options)
-    if unfit and len(unfit) == len(nodes):
-        raise NeedsError(f"no node can work: {'; '.join(_describe(nodes, unfit))}")
-    for line in _describe(nodes, unfit):
-        logger.warning("left out until it is mended and the command given again: %s", line)
-    resources = dict(ray.cluster_resources())
-    for node in nodes:
-        if node["NodeID"] in unfit:
-            resources |= {k: resources.get(k, 0.0) - node["Resources"].get(k, 0.0) for k in taken}
-    if not unfit:
-        return Nodes(resources, options)
-    return Nodes(resources, {**options, "label_selector": {NODE_LABEL: f"!in({','.join(unfit)})"}})
 
 
 def find_unlike(error: Exception) -> str:

@@ -54,6 +54,7 @@ class Outcome:
     error: str = ""
     host: str = ""  # where it failed, unless the data were the cause
     fatal: bool = False  # the other jobs would fail as well: full disk, missing weights
+    here: bool = False  # … though perhaps on this machine alone
 
 
 class StartError(Exception):
@@ -100,12 +101,15 @@ class Runner:
                 return Outcome(job.name, stats=stats)  # made, but word of it was lost on its way
             return self._try(job, report)
         except StartError as error:
-            return Outcome(job.name, error=str(error), fatal=True)
+            return self._give_up(job, str(error), here=True)
         except OSError as error:  # the evidence can be neither read nor written
             text = f"{self.folder.path} on {socket.gethostname()}: {error.strerror or error}"
-            with contextlib.suppress(OSError):
-                self.folder.remove(job.name + RUNNING)
-            return Outcome(job.name, error=text, fatal=True)
+            return self._give_up(job, text, here=error.errno not in OUTPUT_FULL)
+
+    def _give_up(self, job: Job, text: str, *, here: bool) -> Outcome:
+        with contextlib.suppress(OSError):  # no attempt that the shard was the cause of
+            self.folder.remove(job.name + RUNNING)
+        return Outcome(job.name, error=text, fatal=True, here=here)
 
     def _try(self, job: Job, report: Report) -> Outcome:
         """Up to `ATTEMPTS` times.

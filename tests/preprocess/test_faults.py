@@ -209,6 +209,43 @@ def test_a_node_that_lacks_something_is_left_out_and_told_of(
     assert_as_if_nothing_happened(run, undisturbed)
 
 
+def test_a_node_on_which_no_worker_can_be_made_any_more_is_left_out(
+    cluster, photos, undisturbed, tmp_path
+):
+    """Its worker keeps its shard until the other one has made all that it can."""
+    run = Run(photos, tmp_path, address=cluster.address)
+    run.stop_at(key(0, 4), key(1, 4))
+    run.start()
+    workers = [run.reached(key(shard, 4)) for shard in (0, 1)]
+    (lost,) = (worker for worker in workers if worker["node"] == cluster.second.node_id)
+    (run.gates / f"{lost['node']}.lacks").write_text("the GPU is lost")
+    os.kill(lost["pid"], signal.SIGKILL)
+    run.go_on()
+    assert run.finish() == 0, run.printed
+    assert run.printed.count("the GPU is lost") == 1 and "left out until" in run.printed
+    assert f"{SHARDS} of {SHARDS} shards done" in run.printed
+    assert_as_if_nothing_happened(run, undisturbed)
+
+
+def test_the_last_node_that_fails_ends_the_run_in_one_line(cluster, photos, undisturbed, tmp_path):
+    run = Run(photos, tmp_path, address=cluster.address)
+    run.stop_at(key(1, 4), key(2, 4))
+    run.start()
+    workers = [run.reached(key(shard, 4)) for shard in (1, 2)]
+    for worker in workers:
+        (run.gates / f"{worker['node']}.lacks").write_text("the GPU is lost")
+        os.kill(worker["pid"], signal.SIGKILL)
+    run.go_on()
+    assert run.finish() == 1
+    last = run.printed.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "the GPU is lost; finished shards are kept" in last
+    assert [path.name for path in run.output.glob("*.stats.json")] == ["00000.stats.json"]
+    for path in run.gates.glob("*.lacks"):
+        path.unlink()
+    assert run.start().finish() == 0, run.printed
+    assert_as_if_nothing_happened(run, undisturbed)
+
+
 def test_nodes_that_all_lack_something_end_the_run_in_one_line(cluster, photos, tmp_path):
     run = Run(photos, tmp_path, address=cluster.address)
     for node in (cluster.head_node, cluster.second):

@@ -27,7 +27,7 @@ def ask(local_ray, output):
     """Asks the only node of a Ray that is up."""
 
     def ask(lacks=list, folder=output):
-        return find_fit_nodes(lacks, folder, OPTIONS)
+        return find_fit_nodes(lacks, folder, OPTIONS, {})
 
     return ask
 
@@ -90,7 +90,7 @@ def test_workers_are_counted_and_started_on_the_fit_nodes_alone(
     monkeypatch.setattr(local_ray, "nodes", lambda: nodes)
     monkeypatch.setattr(local_ray, "cluster_resources", lambda: {"CPU": 32.0, "GPU": 7.0, "x": 1.0})
     monkeypatch.setattr("preprocess.ray_nodes._ask", answer)
-    fit = find_fit_nodes(list, output, {"num_cpus": 1, "num_gpus": 0.5})
+    fit = find_fit_nodes(list, output, {"num_cpus": 1, "num_gpus": 0.5}, {})
     assert asked == [f"node{i}" for i in range(7)]
     assert fit.resources == {"CPU": 12.0, "GPU": 2.0, "x": 1.0}
     listed = ",".join(f"{i:056x}" for i in range(5))

@@ -9,7 +9,7 @@ import pytest
 
 from preprocess.executor import ExecutorConfig
 from preprocess.ray_executor import _explain as explain
-from preprocess.ray_executor import _start as start
+from preprocess.ray_start import start_ray as start
 from preprocess.termination import terminated_in_order
 
 SLOW = "The current node timed out during startup. This could happen because …"
@@ -73,7 +73,7 @@ def test_half_a_cpu_of_a_container_is_one(monkeypatch):
     monkeypatch.setattr(ray, "init", lambda **options: done.append(options["num_cpus"]))
     monkeypatch.setattr(ray, "shutdown", lambda: done.append("end"))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0} if done[-1] else {})
-    monkeypatch.setattr("preprocess.ray_executor.usable_cores", os.cpu_count)
+    monkeypatch.setattr("preprocess.ray_start.usable_cores", os.cpu_count)
     start(ExecutorConfig())
     assert done == [None, "end", 1]
 

@@ -142,7 +142,7 @@ def test_a_cluster_that_cannot_be_joined_is_named_at_once(shards, tmp_path, addr
 def test_auto_joins_what_ray_start_has_started_and_nothing_else(
     tmp_path, monkeypatch, note, variables, said
 ):
-    from preprocess import ray_executor
+    from preprocess import ray_start
 
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -152,7 +152,7 @@ def test_auto_joins_what_ray_start_has_started_and_nothing_else(
         (tmp_path / "ray").mkdir()
         (tmp_path / "ray" / "ray_current_cluster").write_text(f"{note}\n")
     with pytest.raises(OSError, match=said):
-        ray_executor._find_cluster("auto")
+        ray_start._find_cluster("auto")
 
 
 def test_a_truncated_tar_fails_alone_and_can_be_mended(shards, undisturbed, tmp_path, capsys):
