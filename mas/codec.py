@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mas.model_folder import ModelError
 from mas.refiner import Refiner
+from mas.request import GivenScene, warn_of_loss
 from mas.scene import SceneMap
 from mas.sequence import FREE
 from mas.vqgan import VQGAN
@@ -37,6 +38,18 @@ class Codec:
         labels_1HW = torch.from_numpy(scene.labels.copy())[None].to(self.device)
         edges_1HW = torch.from_numpy(scene.edges.copy())[None].to(self.device)
         return self.vqseg.encode(labels_1HW, edges_1HW).cpu()
+
+    def encode_given(self, given: GivenScene) -> Tensor:
+        """Scene tokens, long 1 T on the CPU, of a scene of which a part may be the model's.
+
+        Of the ways to fill that part the one is taken by which the rest comes through best.
+        """
+        tokens_N1T = [self.encode_scene(filled) for filled in given.fillings()]
+        shown = self.decode_scenes(torch.cat(tokens_N1T))
+        kept = [given.share_kept(scene) for scene in shown]
+        best = kept.index(max(kept))
+        warn_of_loss(given, shown[best])
+        return tokens_N1T[best]
 
     def encode_mirrored(self, scenes: Sequence[SceneMap]) -> Tensor:
         """Tokens of the mirror images of scenes, long B T on the CPU."""

@@ -320,6 +320,8 @@ class MakeAScene(Codec):
         tokens = self._sample(request, given, tally, self._decoders(request, kept_T))
         if followed is None:
             scenes = self.decode_scenes(tokens.scene)
+            if request.scene is not None:
+                scenes = [request.scene.put_back(scene) for scene in scenes]
         else:
             scenes = [followed] * len(request.seeds)
         refined_by = scenes if request.refine else None
@@ -342,7 +344,7 @@ class MakeAScene(Codec):
         layout, scene, image = self.decoder.layout, request.scene, request.image
         scene_1T, image_1T = layout.free(layout.scene, 1), layout.free(layout.image, 1)
         if scene is not None:
-            scene_1T = release(self.encode_scene(scene.filled), scene.free_hw)
+            scene_1T = release(self.encode_given(scene), scene.free_hw)
         if image is not None:
             image_1T = release(self.encode_image(image.filled), image.free_hw)
         text_BT = self.tokenizer.encode(request.captions).repeat_interleave(request.count, dim=0)

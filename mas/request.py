@@ -27,12 +27,15 @@ from mas.filter import StreamSampling
 from mas.judge import SceneJudge
 from mas.model_folder import ModelError
 from mas.progress import Progress
-from mas.scene import VOID, SceneMap, find_edges
+from mas.scene import CLASS_NAMES, VOID, SceneMap, find_edges
 from mas.sequence import FREE, Streams
 
 LARGEST_SEED = 2**63 - 1
 MOST_CANDIDATES = 256  # scenes drawn for a picture; a model folder names its own number
 MUCH_VOID = 0.05  # of a scene; the park has none
+MUCH_LOST = 0.3  # of what is drawn, on the way through the tokens
+REACH = 2  # cells into which what is drawn goes on where the rest is the model's
+BEYOND = (VOID, *map(CLASS_NAMES.index, ("sky-other-merged", "grass-merged", "wall-other-merged")))
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # how torch's error begins when the CPU's memory is used up
 NO_COLOURS = ("I", "F")  # how Pillow's modes begin whose numbers are cut off at 255 as RGB
 
@@ -46,10 +49,40 @@ class GivenScene:
     scene: SceneMap
     free_hw: np.ndarray  # bool; nowhere: the scene is followed as it is
 
+    def fillings(self) -> list[SceneMap]:
+        """What its tokens may be made of: ways to fill the void that the model chooses anew.
+
+        A token knows of far more than its cell. What was never seen, such as a sea up to the top of
+        a picture, spoils tokens of what is drawn, too; which way it is, only a try can tell.
+        """
+        if not (self.scene.labels[~self.kept_HW] == VOID).any():
+            return [self.scene]
+        reach = REACH * len(self.scene.labels) // len(self.free_hw)
+        near = [fill_void(self.scene, self.free_hw, reach=reach, beyond=i) for i in BEYOND]
+        return [fill_void(self.scene, self.free_hw), *near]
+
     @property
-    def filled(self) -> SceneMap:
-        """What its tokens are made of."""
-        return fill_void(self.scene, self.free_hw) if self.free_hw.any() else self.scene
+    def kept_HW(self) -> np.ndarray:
+        """Which pixels the model leaves as they are, bool."""
+        return ~_stretch(self.free_hw, *self.scene.labels.shape)
+
+    @property
+    def drawn_HW(self) -> np.ndarray:
+        """Which of them have a label, bool."""
+        return self.kept_HW & (self.scene.labels != VOID)
+
+    def share_kept(self, shown: SceneMap) -> float:
+        """How much of what is drawn and stays is there in `shown`, 0 to 1; a mean over classes."""
+        drawn_N = self.scene.labels[self.drawn_HW]
+        right_N = drawn_N == shown.labels[self.drawn_HW]
+        shares = [right_N[drawn_N == i].mean() for i in np.unique(drawn_N)]
+        return float(np.mean(shares)) if shares else 1.0
+
+    def put_back(self, shown: SceneMap) -> SceneMap:
+        """A scene that the model has completed, with what was drawn as it was drawn."""
+        labels = np.where(self.drawn_HW, self.scene.labels, shown.labels)
+        inner = [scene.edges & ~find_edges(scene.labels) for scene in (self.scene, shown)]
+        return SceneMap(labels, find_edges(labels) | np.where(self.drawn_HW, *inner))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +317,26 @@ def warn_of_void(scene: SceneMap) -> None:
         )
 
 
+def warn_of_loss(given: GivenScene, shown: SceneMap) -> None:
+    """Says so where the scene tokens hold another scene than the one that shall be followed.
+
+    Args:
+        given: what was drawn.
+        shown: what its tokens are decoded to.
+    """
+    drawn_N, read_N = (scene.labels[given.drawn_HW] for scene in (given.scene, shown))
+    wrong_N = drawn_N != read_N
+    if not len(drawn_N) or wrong_N.mean() <= MUCH_LOST:
+        return
+    pairs, counts = np.unique([drawn_N[wrong_N], read_N[wrong_N]], axis=1, return_counts=True)
+    drawn, read = (CLASS_NAMES[i] if i != VOID else "void" for i in pairs[:, counts.argmax()])
+    logger.warning(
+        "%.0f %% of the scene are lost on the way through its tokens, and so for the picture: most "
+        "of all %s is read as %s; VQ-SEG was not trained on scenes like it, or not for long",
+        *(100 * wrong_N.mean(), drawn, read),
+    )
+
+
 @contextmanager
 def room_for(pictures: int) -> Iterator[None]:
     """Says what to do when the memory runs out all the same: others take from it, too."""
@@ -342,12 +395,25 @@ def fill_free(image: Image.Image, free_HW: np.ndarray) -> Image.Image:
     return Image.fromarray(_spread(np.asarray(image.convert("RGB")), ~free_HW))
 
 
-def fill_void(scene: SceneMap, free_hw: np.ndarray) -> SceneMap:
+def fill_void(
+    scene: SceneMap, free_hw: np.ndarray, *, reach: int | None = None, beyond: int = VOID
+) -> SceneMap:
     """The scene with void in free cells replaced by what is nearest, as if that went on there.
 
     A token knows what lies beside its cell. Void there reads like the rim of a thing.
+
+    Args:
+        scene: with void.
+        free_hw: bool.
+        reach: in pixels, how far that goes on; None: all over.
+        beyond: label of what lies farther away.
     """
-    labels = spread_labels(scene.labels, _stretch(free_hw, *scene.labels.shape))
+    free_HW = _stretch(free_hw, *scene.labels.shape)
+    labels = spread_labels(scene.labels, free_HW)
+    known_HW = scene.labels != VOID
+    if reach is not None and known_HW.any():
+        far_HW = distance_transform_edt(~known_HW) > reach
+        labels = np.where(far_HW & free_HW, np.uint8(beyond), labels)
     between_things = scene.edges & ~find_edges(scene.labels)
     return SceneMap(labels, find_edges(labels) | between_things)
 

@@ -394,10 +394,10 @@ def test_much_void_that_is_not_freed_is_warned_of_once(tiny_model, caplog, rows,
     labels[:rows] = VOID
     scene = SceneMap.from_labels(labels)
     tiny_model.generate(CAPTION, scene=scene, count=2)
-    messages = [record.getMessage() for record in caplog.records]
+    messages = [text for text in caplog.messages if "is void" in text]  # else it is untrained
     assert len(messages) == warned
     for message in messages:
         assert f"{rows / 32:.0%}".replace("%", " %") in message and "--fill-void" in message
     caplog.clear()
     tiny_model.generate(CAPTION, scene=scene, scene_free=labels == VOID)
-    assert not caplog.records
+    assert not any("is void" in text for text in caplog.messages)
