@@ -125,7 +125,8 @@ def execute(
         bar.skip(summary.skipped, failed=len(summary.failed))
         _check_machine(pending, config, lacks)
         common = {"settings": settings_hash(settings), "python": platform.python_version()}
-        outcomes = _outcomes(pending, partial(Runner, factory, folder, common), config, bar, lacks)
+        make_runner = partial(Runner, factory, folder, common, lacks=lacks)
+        outcomes = _outcomes(pending, make_runner, config, bar, lacks)
         made = _take_in(stack.enter_context(contextlib.closing(outcomes)), summary, bar)
     _check_visible(made, folder)
     return summary
@@ -185,7 +186,7 @@ def _take_in(outcomes: Iterable[Outcome], summary: Summary, bar: ProgressBar) ->
             logger.error("shard %s failed: %s%s", outcome.name, outcome.error, where)
             troubled += bool(outcome.host)
             left = summary.shards - summary.skipped - len(summary.failed)
-            if troubled == max(TROUBLED, bar.workers) and left and not made:
+            if troubled >= max(TROUBLED, bar.workers) and left and not made:
                 raise OSError(
                     f"{troubled} shards failed and none was made; it is not their data, the last "
                     f"one says: {outcome.error}{where}; mend it, then add --retry-failed"

@@ -7,13 +7,18 @@ has lost its GPU or lacks weights must neither end the run nor take job after jo
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+from collections import Counter as Tally
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from preprocess.runner import Outcome
 
 SIT_OUT_SECONDS = 1.0  # between two questions of a worker that waits
+IDLE_SECONDS = 10.0  # in which nobody is at work: more than it takes to be given the next job
+BEAT_SECONDS = 5.0  # between two words of a worker that is at work
+SILENT_SECONDS = 60.0  # after which one without a word counts as gone
 
 
 class News(NamedTuple):
@@ -21,7 +26,7 @@ class News(NamedTuple):
 
     items: int | None  # seen since it last asked; None = no word of any
     started: bool  # whether a worker's process has come up
-    failed: dict[str, str]  # nodes, by Ray's id, on which no worker could be made: why
+    failed: dict[str, str]  # nodes, by Ray's id, on which a worker could not be made: why
 
 
 class Counter:
@@ -33,45 +38,92 @@ class Counter:
 
     def __init__(self, names: Collection[str]) -> None:
         self.left = set(names)
-        self.kept: set[str] = set()  # jobs of workers that sit out
-        self.released = _is_restarted()  # it does not know what was made before
+        self.heard: dict[str, float] = {}  # of a worker with a job: when it spoke last
+        self.kept: set[str] = set()  # jobs of workers that wait
+        self.idle_since: float | None = None
+        self.begun: Tally[str] = Tally()  # of a worker: processes since it last was made
         self.news = News(None, started=False, failed={})
 
     def start(self) -> None:
         self.news = self.news._replace(started=True)
 
-    def add(self, items: int) -> None:
+    def begin(self, worker: str) -> int:
+        """Somebody makes a worker; how many of its processes have tried, this one included.
+
+        Args:
+            worker: Ray's id of the actor, which stays the same when it is started again.
+        """
+        self.hear(worker)
+        self.begun[worker] += 1
+        return self.begun[worker]
+
+    def ready(self, worker: str) -> None:
+        """It was made."""
+        self.begun[worker] = 0
+
+    def add(self, worker: str, items: int) -> None:
+        self.hear(worker)
         self.news = self.news._replace(items=(self.news.items or 0) + items)
 
-    def settle(self, name: str) -> None:
+    def settle(self, worker: str, name: str) -> None:
         """A job that is made, or set aside for good."""
         self.left.discard(name)
         self.kept.discard(name)
+        self.heard.pop(worker, None)
 
-    def may_leave(self, name: str, node: str, error: str) -> bool:
-        """Whether a worker that cannot work may give its job back: when nothing else is left.
+    def may_leave(self, worker: str, name: str, node: str, error: str) -> bool:
+        """Whether a worker that cannot work may give its job back: when nobody else is at work.
 
         Args:
+            worker: Ray's id of the actor.
             name: of the job.
             node: Ray's id of the worker's node.
             error: why it cannot, with the node's name.
         """
         self.news.failed.setdefault(node, error)
         self.kept.add(name)
-        return self.released or self.left <= self.kept
-
-    def release(self) -> None:
-        """Nobody else is there to wait for."""
-        self.released = True
+        self.heard.pop(worker, None)
+        now = time.monotonic()
+        if any(now - when < SILENT_SECONDS for when in self.heard.values()):
+            self.idle_since = None
+        elif self.idle_since is None:
+            self.idle_since = now
+        idle = self.idle_since is not None and now - self.idle_since >= IDLE_SECONDS
+        return idle or self.left <= self.kept
 
     def take(self) -> News:
         news = self.news
         self.news = news._replace(items=None)
         return news
 
+    def hear(self, worker: str) -> None:
+        """It is at work."""
+        self.heard[worker] = time.monotonic()
+        self.idle_since = None
+
+
+class Beat:
+    """Tells a counter now and then that a worker is at work; it may have gone before it can say so.
+
+    Args:
+        counter: handle of the `Counter`.
+        worker: Ray's id of the actor.
+    """
+
+    def __init__(self, counter: Any, worker: str) -> None:
+        self.counter, self.worker = counter, worker
+        self.at_work = False
+        threading.Thread(target=self._loop, daemon=True).start()
+
+    def _loop(self) -> None:
+        while True:
+            time.sleep(BEAT_SECONDS)
+            if self.at_work:
+                self.counter.hear.remote(self.worker)
+
 
 def sit_out(outcome: Outcome, counter: Any) -> None:
-    """Waits, with the job it could not make, until the others have made all that they can.
+    """Waits, with the job it could not make, while others are at work.
 
     Args:
         outcome: of the job; `here`.
@@ -79,17 +131,10 @@ def sit_out(outcome: Outcome, counter: Any) -> None:
     """
     import ray
 
-    node = ray.get_runtime_context().get_node_id()
+    context = ray.get_runtime_context()
+    words = context.get_actor_id(), outcome.name, context.get_node_id(), outcome.error
     while True:
         with contextlib.suppress(ray.exceptions.RayError):  # the counter is being started again
-            if ray.get(counter.may_leave.remote(outcome.name, node, outcome.error)):
+            if ray.get(counter.may_leave.remote(*words)):
                 return
         time.sleep(SIT_OUT_SECONDS)
-
-
-def _is_restarted() -> bool:
-    """Whether this is an actor that was killed before."""
-    import ray
-
-    context = ray.get_runtime_context() if ray.is_initialized() else None
-    return bool(context and context.get_actor_id() and context.was_current_actor_reconstructed)

@@ -3,12 +3,13 @@
 Each actor holds one worker and writes its shards itself; only outcomes come back. An actor that is
 killed is started again by Ray and its shard with it; what was half written has a temporary name.
 One that has met an error which is not the data's leaves, so that a fresh process makes the next
-attempt. One that cannot work where it is keeps its shard until the others have nothing else to do;
-then that is made on other nodes.
+attempt. One that cannot work where it is keeps its shard while others are at work; then that is
+made on other nodes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ import pickle
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,16 +28,18 @@ from mas.errors import first_line
 from preprocess.executor import ExecutorConfig
 from preprocess.needs import EXTRA, NeedsError
 from preprocess.progress import ProgressBar
-from preprocess.ray_counter import Counter, sit_out
-from preprocess.ray_nodes import LEFT_OUT, Nodes, find_fit_nodes, find_unlike, list_nodes
+from preprocess.ray_counter import Beat, Counter, sit_out
+from preprocess.ray_nodes import LEFT_OUT, Nodes, find_fit_nodes, find_unlike
 from preprocess.ray_start import REACH_SECONDS, TOKEN_MEND, silence, start_ray
-from preprocess.runner import Job, Outcome, Runner
+from preprocess.run_folder import RunFolder
+from preprocess.runner import Job, Outcome, Runner, mark_waiting, say
 from preprocess.termination import catch_sigterm
 from preprocess.weights import FOLDER_VARIABLE
 
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 30.0  # without a worker; then a line says so
+PROCESSES = 3  # of a worker that are killed while it is made, as by the OOM killer
 
 
 class _Head:
@@ -67,23 +70,14 @@ class _Watch:
     Args:
         counter: handle of a `Counter`.
         config: of the run.
-        others_remain: tells whether any node is up that has not failed.
-        failed: nodes on which no worker can be made, by id, each with a line; grows.
     """
 
-    def __init__(
-        self,
-        counter: Any,
-        config: ExecutorConfig,
-        others_remain: Callable[[], bool],
-        failed: dict[str, str],
-    ) -> None:
+    def __init__(self, counter: Any, config: ExecutorConfig) -> None:
         import ray
 
         self.counter = counter
         self.config = config
-        self.others_remain = others_remain
-        self.failed = failed
+        self.failed: dict[str, str] = {}  # nodes, by id, on which a worker could not be made: why
         self.deadline = time.monotonic() + START_SECONDS
         self.head = _Head(ray.get_runtime_context().gcs_address)
 
@@ -91,12 +85,19 @@ class _Watch:
         import ray
 
         self.head.look()
+        if not ray.is_initialized():  # it would start another one
+            return None
         try:
             items, started, failed = ray.get(self.counter.take.remote())
         except ray.exceptions.RayError:  # its process was killed: only the rate suffers
             return None
-        self._leave_out(failed)
-        if not started and time.monotonic() > self.deadline:
+        known = set(self.failed.values())
+        for line in dict.fromkeys(line for line in failed.values() if line not in known):
+            logger.warning("%s: %s", LEFT_OUT, line)
+        self.failed |= failed
+        if started:
+            self.deadline = math.inf
+        if time.monotonic() > self.deadline:
             self.deadline = math.inf
             logger.warning(
                 "no worker has started after %g s; each waits for a free CPU and %g GPUs",
@@ -104,15 +105,6 @@ class _Watch:
                 self.config.gpus_per_worker,
             )
         return items
-
-    def _leave_out(self, failed: Mapping[str, str]) -> None:
-        """Tells of nodes that have failed since; where no other is left, nothing waits for one."""
-        known = set(self.failed.values())
-        for line in dict.fromkeys(line for line in failed.values() if line not in known):
-            logger.warning("%s: %s", LEFT_OUT, line)
-        self.failed |= failed
-        if failed and not self.others_remain():
-            self.counter.release.remote()
 
 
 class _RayRunner:
@@ -122,28 +114,57 @@ class _RayRunner:
     traces, an outcome one line.
     """
 
-    def __init__(self, make_runner: Callable[..., Runner], counter: Any, alone: bool) -> None:
+    def __init__(
+        self, make_runner: Callable[..., Runner], folder: RunFolder, counter: Any, alone: bool
+    ) -> None:
+        import ray
+
         self.make_runner = partial(make_runner, leave=_leave)
+        self.folder = folder
         self.runner: Runner | None = None
+        self.unable = ""  # why it cannot work where it is
         self.counter = counter
         self.alone = alone  # on the only machine: what cannot work here works nowhere
+        self.name = str(ray.get_runtime_context().get_actor_id())
+        self.beat = Beat(counter, self.name)
         counter.start.remote()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
         (content,) = batch["job"]
         job = pickle.loads(content)
-        try:
-            self.runner = self.runner or self.make_runner()
-        except Exception as error:  # missing weights or packages, on this machine
-            where = socket.gethostname()
-            outcome = Outcome(job.name, error=f"{where}: {error}", fatal=True, here=True)
-        else:
-            outcome = self.runner.run(job, self.counter.add.remote)
-        if not outcome.here:
-            self.counter.settle.remote(job.name)
-        elif not self.alone:
+        self.beat.at_work = True
+        outcome = self._run(job)
+        self.beat.at_work = False
+        if outcome.here and not self.alone:
+            self.unable = outcome.error
             sit_out(outcome, self.counter)
+        else:
+            self.counter.settle.remote(self.name, job.name)
         return {"outcome": [pickle.dumps(outcome)]}
+
+    def _run(self, job: Job) -> Outcome:
+        try:
+            if self.unable:
+                raise OSError(self.unable)
+            self.runner = self.runner or self._make_runner()
+        except Exception as error:  # missing weights or packages, on this machine
+            mark_waiting(self.folder, job.name)
+            text = self.unable or f"{socket.gethostname()}: {say(error)}"
+            return Outcome(job.name, error=text, fatal=True, here=True)
+        return self.runner.run(job, partial(self.counter.add.remote, self.name))
+
+    def _make_runner(self) -> Runner:
+        """Raises whatever the worker raises, and OSError after `PROCESSES` that did not live."""
+        import ray
+
+        processes = 1
+        with contextlib.suppress(ray.exceptions.RayError):  # the counter is being started again
+            processes = ray.get(self.counter.begin.remote(self.name))
+        if processes > PROCESSES:
+            raise OSError(f"{PROCESSES} processes were killed while they made a worker")
+        runner = self.make_runner()
+        self.counter.ready.remote(self.name)
+        return runner
 
 
 def _leave() -> None:
@@ -205,49 +226,69 @@ class _Rounds:
     config: ExecutorConfig
     bar: ProgressBar
     lacks: Callable[[], list[str]]
-    failed: dict[str, str] = field(default_factory=dict)  # nodes, by id, that cannot: why
+    failed: dict[str, str] = field(default_factory=dict)  # nodes, by id, that could not: why
+    lacking: set[str] = field(default_factory=set)  # lines that were told
+    begun: bool = False
 
     def make(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
         """One outcome of each job."""
         left = {job.name: job for job in jobs}
+        made = False
         while left:
-            for outcome in self._make_round(list(left.values())):
-                if outcome.here and self._others_remain():
-                    continue
-                del left[outcome.name]
-                yield outcome
+            nodes = self._choose_nodes(made=made)
+            made = False
+            with contextlib.closing(self._make_round(list(left.values()), nodes)) as outcomes:
+                for outcome in outcomes:
+                    if outcome.here and not self.config.here:  # and nobody else is at work
+                        break
+                    made = True
+                    del left[outcome.name]
+                    yield outcome
 
-    def _make_round(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
-        nodes = self._choose_nodes()
+    def _make_round(self, jobs: Sequence[Job], nodes: Nodes) -> Generator[Outcome, None, None]:
         counter = _start_counter([job.name for job in jobs])
-        watch = _Watch(counter, self.config, self._others_remain, self.failed)
+        watch = _Watch(counter, self.config)
         if not self.failed:
             _warn_of_idle_gpus(self.config, nodes.resources)
         self.bar.pull = watch.pull
         self.bar.workers = min(_count_workers(self.config, nodes.resources), len(jobs))
-        arguments = self.make_runner, counter, self.config.here
-        for row in _dataset(jobs, arguments, self.bar.workers, nodes.options).iter_rows():
-            yield pickle.loads(row["outcome"])
+        arguments = self.make_runner, self.bar.folder, counter, self.config.here
+        rows = _dataset(jobs, arguments, self.bar.workers, nodes.options).iter_rows()
+        with contextlib.closing(iter(rows)) as outcomes:  # which ends the workers
+            for row in outcomes:
+                outcome = pickle.loads(row["outcome"])
+                if outcome.here:  # what is known of its node comes first
+                    self.bar.add(watch.pull())
+                    self.failed |= watch.failed
+                yield outcome
         self.bar.add(watch.pull())
 
-    def _choose_nodes(self) -> Nodes:
-        """Where workers may be started, and with which options."""
+    def _choose_nodes(self, *, made: bool) -> Nodes:
+        """Where workers may be started, and with which options.
+
+        Args:
+            made: the round before has made something.
+        """
         import ray
 
         options = _options(self.config)
         if self.config.here:  # the driver has looked
-            return Nodes(ray.cluster_resources(), options)
+            return Nodes(ray.cluster_resources(), options, [])
         try:
-            return find_fit_nodes(self.lacks, self.bar.folder, options, self.failed)
+            nodes = find_fit_nodes(self.lacks, self.bar.folder, options, self.failed)
         except NeedsError as error:
-            if not self.failed:
+            if self.failed and made:  # a node may have lost one of its GPUs and work with others
+                self.failed.clear()
+                return self._choose_nodes(made=False)
+            if not self.begun:
                 raise
             raise OSError(f"{error}; finished shards are kept: mend it and run again") from error
-
-    def _others_remain(self) -> bool:
-        """Whether what cannot be made on one node may be made on another that is up."""
-        nodes = [] if self.config.here else list_nodes(_options(self.config))
-        return any(node["NodeID"] not in self.failed for node in nodes)
+        for line in nodes.lacking:
+            if line not in self.lacking:
+                logger.warning("%s: %s", LEFT_OUT, line)
+        self.lacking |= {*nodes.lacking}
+        self.begun = True
+        return nodes
 
 
 def _options(config: ExecutorConfig) -> dict[str, Any]:

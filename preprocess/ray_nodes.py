@@ -7,15 +7,12 @@ from the others, each of which is told of.
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from preprocess.needs import EXTRA, NeedsError, tell
 from preprocess.run_folder import RUN, RunFolder
-
-logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 60.0  # a node that has not answered by then is not left out
 NODE_LABEL = "ray.io/node-id"  # Ray gives it to every node
@@ -28,6 +25,7 @@ class Nodes(NamedTuple):
 
     resources: Mapping[str, float]  # of all of them together
     options: dict[str, Any]  # of Ray, for every worker
+    lacking: list[str]  # a line for each thing that others lack
 
 
 def find_fit_nodes(
@@ -49,36 +47,26 @@ def find_fit_nodes(
     """
     import ray
 
-    nodes = list_nodes(options)
-    asked = [node for node in nodes if node["NodeID"] not in failed]
-    unfit = _ask(asked, lacks, folder, options)
-    lacking = _describe(nodes, unfit)
-    unfit |= {node["NodeID"]: failed[node["NodeID"]] for node in nodes if node not in asked}
-    if unfit and len(unfit) == len(nodes):
-        reasons = [*lacking, *dict.fromkeys(failed.values())]
-        raise NeedsError(f"no node can work: {'; '.join(reasons)}")
-    for line in lacking:
-        logger.warning("%s: %s", LEFT_OUT, line)
-    resources = dict(ray.cluster_resources())
-    for node in nodes:
-        if node["NodeID"] in unfit:
-            own = node["Resources"]
-            resources |= {k: resources.get(k, 0.0) - own.get(k, 0.0) for k in ("CPU", "GPU")}
-    if not unfit:
-        return Nodes(resources, options)
-    return Nodes(resources, {**options, "label_selector": {NODE_LABEL: f"!in({','.join(unfit)})"}})
-
-
-def list_nodes(options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Nodes that are up and have what a worker takes, though others may hold it."""
-    import ray
-
     taken = {"CPU": options["num_cpus"], "GPU": options["num_gpus"] or 0}
-    return [
+    nodes = [
         node
         for node in ray.nodes()
         if node["Alive"] and all(node["Resources"].get(k, 0) >= n for k, n in taken.items())
     ]
+    unfit = _ask([n for n in nodes if n["NodeID"] not in failed], lacks, folder, options)
+    lacking = _describe(nodes, unfit)
+    known = {node["NodeID"]: failed[node["NodeID"]] for node in nodes if node["NodeID"] in failed}
+    unfit |= known
+    if unfit and len(unfit) == len(nodes):
+        reasons = [*lacking, *_shorten([*dict.fromkeys(known.values())])]
+        raise NeedsError(f"no node can work: {'; '.join(reasons)}")
+    resources = dict(ray.cluster_resources())
+    for node in nodes:
+        if node["NodeID"] in unfit:
+            resources |= {k: resources.get(k, 0.0) - node["Resources"].get(k, 0.0) for k in taken}
+    if unfit:
+        options = {**options, "label_selector": {NODE_LABEL: f"!in({','.join(unfit)})"}}
+    return Nodes(resources, options, lacking)
 
 
 def find_unlike(error: Exception) -> str:
@@ -140,7 +128,13 @@ def _describe(nodes: Sequence[Mapping[str, Any]], unfit: Mapping[str, str]) -> l
     for node, what in unfit.items():
         lacking[what].append(names[node])
     return [
-        f"{', '.join(where[:NAMED])}{f' and {len(where) - NAMED} more' * (len(where) > NAMED)}"
-        f" ({len(where)} of {len(nodes)} nodes): {what}"
+        f"{', '.join(_shorten(where))} ({len(where)} of {len(nodes)} nodes): {what}"
         for what, where in lacking.items()
     ]
+
+
+def _shorten(names: Sequence[str]) -> list[str]:
+    """The first few, and how many more there are."""
+    if len(names) <= NAMED:
+        return [*names]
+    return [*names[: NAMED - 1], f"{names[NAMED - 1]} and {len(names) - NAMED} more"]

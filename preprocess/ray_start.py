@@ -82,13 +82,16 @@ def _find_cluster(address: str) -> str:
     Raises:
         OSError: there is none, or it does not answer.
     """
+    named = os.environ.get("RAY_ADDRESS") if address == "auto" else None
     if address == "auto":
-        address = os.environ.get("RAY_ADDRESS") or _started_here()
+        address = named or _started_here()
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdigit():
         raise ValueError(
-            f"--address {address}: give auto, or HOST:PORT of the head node, on a machine of the "
-            "cluster"
+            f"RAY_ADDRESS is {named}: set it to HOST:PORT of the head node, or leave it out"
+            if named
+            else f"--address {address}: give auto, or HOST:PORT of the head node, on a machine of "
+            "the cluster"
         )
     if error := silence(address):
         raise OSError(f"no Ray cluster answers at {address}: {error}") from error

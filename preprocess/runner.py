@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from mas.errors import first_line
 from mas.machine import peak_rss_mb
+from preprocess.needs import tell
 from preprocess.run_folder import ERROR, RUNNING, STATS, RunFolder
 
 Report = Callable[[int], None]  # a worker tells how many more items it has seen
@@ -74,6 +76,7 @@ class Runner:
         folder: RunFolder,
         common: Mapping[str, Any],
         *,
+        lacks: Callable[[], list[str]] = list,
         leave: Callable[[], Any] | None = None,
     ) -> None:
         """Makes the worker.
@@ -82,12 +85,14 @@ class Runner:
             factory: makes it, once more after each such error.
             folder: of the evidence.
             common: goes into every stats.json.
+            lacks: tells what a worker would miss on this machine.
             leave: ends this process, after which the next attempt is another one's; None = all
                 attempts are made here.
         """
         self.factory = factory
         self.folder = folder
         self.common = common
+        self.lacks = lacks
         self.leave = leave
         self.worker: Worker | None = self._make_worker()
 
@@ -109,6 +114,8 @@ class Runner:
     def _give_up(self, job: Job, text: str, *, here: bool) -> Outcome:
         with contextlib.suppress(OSError):  # no attempt that the shard was the cause of
             self.folder.remove(job.name + RUNNING)
+        if here:
+            mark_waiting(self.folder, job.name)
         return Outcome(job.name, error=text, fatal=True, here=here)
 
     def _try(self, job: Job, report: Report) -> Outcome:
@@ -116,7 +123,7 @@ class Runner:
 
         Raises:
             OSError: nothing can be written to the output.
-            StartError: the worker cannot be made again, or a package is missing.
+            StartError: the worker cannot be made again, or something is missing on this machine.
         """
         name = job.name + RUNNING
         mark = self.folder.read(name) or {"attempt": 0}  # of an attempt in another process
@@ -141,6 +148,8 @@ class Runner:
                 self.worker = None
             if attempt < ATTEMPTS:
                 self._wait_for(attempt, name, mark)
+        if errors and (lacking := self.lacks()):  # a mount has gone: of this machine again
+            raise StartError(f"{socket.gethostname()}: {tell(lacking)}")
         return self._set_aside(job, text, {**mark, "traceback": trace}, host=mark["host"])
 
     def _make_worker(self) -> Worker:
@@ -164,7 +173,7 @@ class Runner:
         try:
             self.worker = self.worker or self._make_worker()
         except Exception as error:  # what the worker has lost, no shard is the cause of
-            raise StartError(f"{socket.gethostname()}: {error}") from error
+            raise StartError(f"{socket.gethostname()}: {say(error)}") from error
 
     def _wait_for(self, attempt: int, name: str, mark: Mapping[str, Any]) -> None:
         """Until the attempt after this one may be made, by another process where there is one."""
@@ -193,6 +202,20 @@ class Runner:
         self.folder.write(job.name + STATS, stats)
         self.folder.remove(job.name + RUNNING, job.name + ERROR)
         return Outcome(job.name, stats=stats)
+
+
+def mark_waiting(folder: RunFolder, name: str) -> None:
+    """Says that a shard waits for another machine; what was tried on it before is kept."""
+    with contextlib.suppress(OSError):
+        mark = folder.read(name + RUNNING) or {"attempt": 0, "errors": []}
+        folder.write(name + RUNNING, {**mark, **_whereabouts(), "waiting": True})
+
+
+def say(error: BaseException) -> str:
+    """One line of an error, with its kind where the words may not tell it."""
+    plain = isinstance(error, (ValueError, OSError, ImportError))
+    line, kind = first_line(error), type(error).__name__
+    return line if plain or line == kind else f"{kind}: {line}"
 
 
 def _whereabouts() -> dict[str, Any]:

@@ -43,11 +43,14 @@ def preprocess_status(folder: str, *, as_json: bool = False) -> int:
     totals = collect(run_folder)
     shards = max(run.get("shards", 0), len(made) + len(failed))
     left = shards - len(made) - len(failed)
-    running = _running(run_folder, names) if alive else {}
+    marked = _read_marks(run_folder, names) if alive else {}
+    running = {name: mark for name, mark in marked.items() if not mark.get("waiting")}
+    waiting = {name: mark["host"] for name, mark in marked.items() if mark.get("waiting")}
     status = {
         "shards": shards,
         "done": len(made),
         "running": len(running),
+        "waiting": waiting,
         "left": left,
         "failed": errors,
         "longest": dict(list(running.items())[:LONGEST_SHOWN]),
@@ -120,8 +123,8 @@ def _seconds_left(progress: dict[str, Any], left: int) -> float | None:
     return round(progress["seconds"] / made * left) if made else None
 
 
-def _running(folder: RunFolder, names: list[str]) -> dict[str, dict[str, Any]]:
-    """The shards that workers are at, the longest first."""
+def _read_marks(folder: RunFolder, names: list[str]) -> dict[str, dict[str, Any]]:
+    """The shards that workers are at, or wait with, the longest first."""
     marks = {name.removesuffix(RUNNING): name for name in names if name.endswith(RUNNING)}
     found = {shard: folder.read(mark) for shard, mark in marks.items()}
     shards = {
@@ -148,6 +151,11 @@ def _describe(status: dict[str, Any]) -> str:
         lines.append(
             f"longest at work: {name}, for {tqdm.format_interval(mark['seconds'])}, "
             f"attempt {mark['attempt']}, process {mark['pid']} on {mark['host']}"
+        )
+    if waiting := status["waiting"]:
+        hosts = ", ".join(sorted(set(waiting.values())))
+        lines.append(
+            f"waiting for another machine: {len(waiting)} shards, since {hosts} cannot work"
         )
     if state == "stopped":
         lines.append("the run is not at work; give the same command again to go on")

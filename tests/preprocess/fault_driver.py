@@ -1,6 +1,7 @@
 """Runs `mas preprocess` on a cluster with gated workers: INPUT OUTPUT GATES [ADDRESS]."""
 
 import logging
+import os
 import sys
 from functools import partial
 
@@ -25,7 +26,7 @@ def main(input, output, gates, address=None):
             face=FaceConfig(source="none"),
             batch_size=2,
             executor="ray" if address else "serial",
-            workers=2,
+            workers=int(os.environ.get("WORKERS", 2)),
             address=address,
         )
     )

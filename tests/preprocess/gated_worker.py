@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -17,12 +18,24 @@ class GatedWorker(SceneWorker):
     """Waits before a photo while `gates/KEY.stop` is there, and tells so in `gates/KEY.reached`."""
 
     def __init__(self, gates, *args, **options):
-        if lacks(gates):
-            raise OSError("; ".join(lacks(gates)))
+        deadly = Path(gates) / f"{node_id()}.deadly"
+        if deadly.exists():
+            deadly.write_text(f"{deadly.read_text()}x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        lacking = Path(gates) / f"{node_id()}.lacks"
+        if lacking.exists():
+            raise OSError(lacking.read_text())
         super().__init__(*args, **options)
         self.gates, self.segment = Path(gates), self.panoptic
         self.panoptic = self.wait_and_segment
         mas.shard_files.open = lambda path, mode: open_on_bad_disk(path, mode, self.gates)
+
+    def __call__(self, job, report):
+        if (self.gates / f"{node_id()}.broken").exists():
+            raise ImportError("No module named 'x'")
+        if (self.gates / f"{node_id()}.unmounted").exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), job.source.name)
+        return super().__call__(job, report)
 
     def wait_and_segment(self, photos):
         for photo in photos:
@@ -45,9 +58,9 @@ class GatedWorker(SceneWorker):
 
 
 def lacks(gates, *_):
-    """What `gates/NODE.lacks` says of this node."""
-    path = Path(gates) / f"{node_id()}.lacks"
-    return [path.read_text()] if path.exists() else []
+    """What `gates/NODE.lacks` and `gates/NODE.unmounted` say of this node."""
+    paths = [Path(gates) / f"{node_id()}.{what}" for what in ("lacks", "unmounted")]
+    return [path.read_text() for path in paths if path.exists()]
 
 
 def node_id():

@@ -228,21 +228,67 @@ def test_a_node_on_which_no_worker_can_be_made_any_more_is_left_out(
 
 
 def test_the_last_node_that_fails_ends_the_run_in_one_line(cluster, photos, undisturbed, tmp_path):
+    """One lacks something from the start: it is up, but nobody to wait for."""
     run = Run(photos, tmp_path, address=cluster.address)
-    run.stop_at(key(1, 4), key(2, 4))
-    run.start()
-    workers = [run.reached(key(shard, 4)) for shard in (1, 2)]
-    for worker in workers:
-        (run.gates / f"{worker['node']}.lacks").write_text("the GPU is lost")
-        os.kill(worker["pid"], signal.SIGKILL)
+    (run.gates / f"{cluster.second.node_id}.lacks").write_text("no weights: fetch them")
+    run.stop_at(key(1, 4))
+    worker = run.start(WORKERS="1").reached(key(1, 4))
+    (run.gates / f"{worker['node']}.lacks").write_text("the GPU is lost")
+    os.kill(worker["pid"], signal.SIGKILL)
     run.go_on()
     assert run.finish() == 1
     last = run.printed.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "the GPU is lost; finished shards are kept" in last
+    assert last.startswith("error: no node can work: ") and "no weights: fetch them" in last
+    assert "the GPU is lost" in last and "finished shards are kept" in last
     assert [path.name for path in run.output.glob("*.stats.json")] == ["00000.stats.json"]
     for path in run.gates.glob("*.lacks"):
         path.unlink()
     assert run.start().finish() == 0, run.printed
+    assert_as_if_nothing_happened(run, undisturbed)
+
+
+def test_work_moves_on_to_a_node_that_had_no_worker(cluster, photos, undisturbed, tmp_path):
+    """Where all workers that there are wait, nobody is waited for."""
+    run = Run(photos, tmp_path, address=cluster.address)
+    run.stop_at(key(0, 4))
+    worker = run.start(WORKERS="1").reached(key(0, 4))
+    (run.gates / f"{worker['node']}.broken").touch()
+    run.go_on()
+    assert run.finish() == 0, run.printed
+    assert run.printed.count("left out until") == run.printed.count("No module named 'x'") == 1
+    assert_as_if_nothing_happened(run, undisturbed)
+
+
+def test_a_worker_that_is_killed_while_it_is_made_is_given_up(
+    cluster, photos, undisturbed, tmp_path
+):
+    """As by the OOM killer, each time: no mark of a shard tells of it."""
+    run = Run(photos, tmp_path, address=cluster.address)
+    deadly = run.gates / f"{cluster.second.node_id}.deadly"
+    deadly.touch()
+    run.stop_at(*(key(shard, 4) for shard in range(SHARDS)))
+    run.start()
+    wait_until(lambda: deadly.read_text() == "xxx")
+    run.go_on()
+    assert run.finish() == 0, run.printed
+    assert "3 processes were killed while they made a worker" in run.printed
+    assert_as_if_nothing_happened(run, undisturbed)
+
+
+def test_an_input_that_is_gone_on_one_node_costs_no_shard(cluster, photos, undisturbed, tmp_path):
+    """A mount; the worker itself can be made there."""
+    run = Run(photos, tmp_path, address=cluster.address)
+    run.stop_at(key(0, 4), key(1, 4))
+    run.start()
+    workers = [run.reached(key(shard, 4)) for shard in (0, 1)]
+    (lost,) = (worker for worker in workers if worker["node"] == cluster.second.node_id)
+    (run.gates / f"{lost['node']}.unmounted").write_text("the input is not there: mount it")
+    (run.gates / f"{key(workers.index(lost), 4)}.stop").unlink()
+    wait_until(lambda: any('"waiting"' in p.read_text() for p in run.output.glob("*.running.json")))
+    run.go_on()
+    assert run.finish() == 0, run.printed
+    assert run.printed.count("the input is not there: mount it") == 1
+    assert not list(run.output.glob("*.error.json"))
     assert_as_if_nothing_happened(run, undisturbed)
 
 

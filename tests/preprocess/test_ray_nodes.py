@@ -40,7 +40,7 @@ class Elsewhere:
 
 
 def test_a_node_that_lacks_nothing_may_work(ask, local_ray):
-    assert ask() == (local_ray.cluster_resources(), OPTIONS)
+    assert ask() == (local_ray.cluster_resources(), OPTIONS, [])
 
 
 def test_all_that_nodes_lack_is_told_of(ask, tmp_path):
@@ -69,9 +69,13 @@ def test_a_cluster_whose_nodes_are_yet_to_come_is_not_asked(monkeypatch, local_r
     assert ask().options == OPTIONS
 
 
-def test_workers_are_counted_and_started_on_the_fit_nodes_alone(
-    monkeypatch, local_ray, output, caplog
-):
+@pytest.fixture
+def cluster(monkeypatch, local_ray):
+    """Nine nodes: seven that would do, one without a GPU, one that is gone; the first five lack x.
+
+    Yields the names of those that were asked.
+    """
+
     def node(number, **resources):
         return {
             "NodeID": f"{number:056x}",
@@ -90,10 +94,28 @@ def test_workers_are_counted_and_started_on_the_fit_nodes_alone(
     monkeypatch.setattr(local_ray, "nodes", lambda: nodes)
     monkeypatch.setattr(local_ray, "cluster_resources", lambda: {"CPU": 32.0, "GPU": 7.0, "x": 1.0})
     monkeypatch.setattr("preprocess.ray_nodes._ask", answer)
-    fit = find_fit_nodes(list, output, {"num_cpus": 1, "num_gpus": 0.5}, {})
-    assert asked == [f"node{i}" for i in range(7)]
+    return asked
+
+
+GPU = {"num_cpus": 1, "num_gpus": 0.5}
+
+
+def test_workers_are_counted_and_started_on_the_fit_nodes_alone(cluster, output):
+    fit = find_fit_nodes(list, output, GPU, {})
+    assert cluster == [f"node{i}" for i in range(7)]
     assert fit.resources == {"CPU": 12.0, "GPU": 2.0, "x": 1.0}
     listed = ",".join(f"{i:056x}" for i in range(5))
     assert fit.options["label_selector"] == {"ray.io/node-id": f"!in({listed})"}
-    (line,) = caplog.messages
+    (line,) = fit.lacking
     assert line.endswith("node0, node1, node2 and 2 more (5 of 7 nodes): it lacks x")
+
+
+def test_nodes_that_have_failed_are_not_asked_again(cluster, output):
+    failed = {f"{i:056x}": f"node{i}: the GPU is lost" for i in range(5, 7)}
+    with pytest.raises(NeedsError) as caught:
+        find_fit_nodes(list, output, GPU, failed)
+    assert cluster == [f"node{i}" for i in range(5)]
+    said = "it lacks x; node5: the GPU is lost; node6: the GPU is lost"
+    assert str(caught.value).endswith(said)
+    fit = find_fit_nodes(list, output, GPU, {f"{6:056x}": "node6: the GPU is lost"})
+    assert fit.resources["GPU"] == 1.0 and f"{6:056x}" in str(fit.options)
