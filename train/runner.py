@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from mas.errors import first_line
 from mas.field_help import explain_fields
 from mas.machine import usable_cores
+from train.alone import alone
 from train.averaging import Averaging
 from train.callbacks import (
     CONFIG,
@@ -88,8 +90,9 @@ def run(name: str, arguments: list[str]) -> int:
     """
     _quieten()
     try:
-        cli = TrainCLI(name, arguments)
-        cli.run()
+        with ExitStack() as held:
+            cli = TrainCLI(name, arguments, held)
+            cli.run()
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     return 128 + cli.signals.received if cli.signals.received else 0
@@ -98,8 +101,9 @@ def run(name: str, arguments: list[str]) -> int:
 class TrainCLI(LightningCLI):
     """LightningCLI for one stage, with this project's callbacks, loggers and run folder."""
 
-    def __init__(self, name: str, arguments: list[str]) -> None:
-        self.name = name
+    def __init__(self, name: str, arguments: list[str], held: ExitStack) -> None:
+        """`held` keeps the run folder from other trainings until it is closed."""
+        self.name, self.held = name, held
         self.signals = StopSignals()
         job = JOBS[name]
         super().__init__(
@@ -147,7 +151,9 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init.trainer
         check_trainer(settings)
-        self._find_start(Path(settings.default_root_dir))
+        folder = Path(settings.default_root_dir)
+        self.held.enter_context(alone(folder))
+        self._find_start(folder)
         self._tell_checkpoints()
         sharded = settings.strategy == "fsdp"
         if sharded:
