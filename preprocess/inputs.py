@@ -36,6 +36,7 @@ from mas.shards import (
     local_path,
     read_shard,
 )
+from preprocess.find import find_files
 from preprocess.photo import EXTENSIONS
 from preprocess.rejects import Reject, RejectError
 from preprocess.run_folder import HISTOGRAM
@@ -272,7 +273,7 @@ def _list_folder(folder: str) -> _Listing:
     listing = _Listing()
     groups: dict[str, dict[str, list[str]]] = defaultdict(dict)  # stem -> ending -> names
     urls: dict[str, str] = {}
-    for path, about in sorted(filesystem.find(inner, detail=True).items()):
+    for path, about in find_files(filesystem, inner).items():
         name = path.removeprefix(root)
         stem, ending = _split(name)
         groups[stem].setdefault(ending, []).append(name)

@@ -303,3 +303,24 @@ def test_a_store_may_tell_the_time_or_not(monkeypatch):
         monkeypatch.setattr(info, lambda *_, about=details: {"size": 1, "type": "file", **about})
         (job,) = find_jobs("memory://x/*.tar")
         assert job.modified == modified
+
+
+def test_photos_in_linked_folders_are_found_each_once(tmp_path, caplog):
+    photos, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    fill(photos, "b/1.jpg")
+    fill(elsewhere / "album", "2.jpg", "2.txt", "deep/3.jpg")
+    fill(tmp_path / "more", "4.jpg")
+    os.symlink(elsewhere / "album", photos / "a")
+    os.symlink(tmp_path / "more", elsewhere / "album/further")
+    os.symlink(tmp_path / "more/4.jpg", photos / "c.jpg")
+    samples, rejects = read(find_jobs(str(photos)))
+    assert list(samples) == ["a/2", "a/deep/3", "a/further/4", "b/1", "c"] and not rejects
+    assert samples["a/2"] == {"jpg": b"2.jpg", "txt": b"2.txt"}
+    assert not caplog.text
+
+    os.symlink(photos, elsewhere / "album/circle")
+    os.symlink(tmp_path, tmp_path / "more/above")
+    os.symlink(photos / "b", photos / "d")
+    os.symlink(tmp_path / "nowhere", photos / "e")
+    assert read(find_jobs(str(photos))) == (samples, [])
+    assert "3 linked folders are not entered" in caplog.text
