@@ -324,3 +324,25 @@ def test_photos_in_linked_folders_are_found_each_once(tmp_path, caplog):
     os.symlink(tmp_path / "nowhere", photos / "e")
     assert read(find_jobs(str(photos))) == (samples, [])
     assert "3 linked folders are not entered" in caplog.text
+
+
+PANOPTIC = {"images": [], "annotations": [{"image_id": 1, "segments_info": [], "file_name": "1"}]}
+INSTANCES = {"images": [], "annotations": [{"id": 1, "image_id": 1, "category_id": 3}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"images": "' + b"x" * 999 + b'\xe9"}', r"not UTF-8 \(byte 0xe9 at 1011\): save it as"),
+        (b"{", r"not COCO's captions JSON \(Expecting property name"),
+        (b"[]", r"not COCO's captions JSON \(list indices"),
+        (b'{"images": []}', r"not COCO's captions JSON \(it has no 'annotations'\)"),
+        (json.dumps(PANOPTIC).encode(), r"is COCO's panoptic JSON; give captions_train2017\.json"),
+        (json.dumps(INSTANCES).encode(), r"is COCO's instances JSON; give captions_train2017"),
+    ],
+)
+def test_what_is_no_captions_json_is_told_in_a_line(content, message, tmp_path):
+    (tmp_path / "captions.json").write_bytes(content)
+    with pytest.raises(ShardError, match=f"captions.json: {message}") as caught:
+        find_jobs(fill(tmp_path / "in", "a.jpg"), captions=str(tmp_path / "captions.json"))
+    assert len(str(caught.value)) < len(str(tmp_path)) + 200
