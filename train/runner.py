@@ -207,9 +207,7 @@ class TrainCLI(LightningCLI):
         step = self.start_step
         done = step >= self.trainer.max_steps
         if done or self.ended:
-            what = f"has its {step} steps" if done else f"ended at step {step}, out of patience"
-            key = "trainer.max_steps" if done else "checkpoints.patience"
-            logger.info("nothing to do: the run %s; raise %s to go on", what, key)
+            logger.info("nothing to do: %s", self._say_why(done=done))
             if self.trainer.is_global_zero:
                 self.checkpoints.export(self.folder, self.model.network)
             return
@@ -230,6 +228,16 @@ class TrainCLI(LightningCLI):
                         f"between them said: {first_line(error)}"
                     ) from error
                 raise
+
+    def _say_why(self, *, done: bool) -> str:
+        """Why nothing is trained, and what to set."""
+        step, most = self.start_step, self.trainer.max_steps
+        if not done:
+            ended = f"the run ended at step {step}, out of patience"
+            return f"{ended}; raise checkpoints.patience to go on"
+        if step == most and Path(str(self.checkpoint)).parent.parent == self.folder:
+            return f"the run has its {step} steps; raise trainer.max_steps to go on"
+        return f"the checkpoint is at step {step}, trainer.max_steps is {most}: raise it to go on"
 
     def _averaging(self, *, sharded: bool) -> list[Callback]:
         decay = self.config_init.ema_decay

@@ -152,7 +152,18 @@ def test_a_finished_run_is_left_as_it_is(words, tmp_path, caplog):
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
     assert train([*words("gpt", trainer__max_steps=2), "--ckpt_path=auto"]) == 0
     assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
-    assert "nothing to do: the run has its 2 steps" in caplog.text
+    assert "nothing to do: the run has its 2 steps; raise trainer.max_steps" in caplog.text
+
+
+def test_a_checkpoint_beyond_the_last_step_is_told_with_both_steps(words, tmp_path, caplog):
+    caplog.set_level("INFO", "train")
+    assert train(words("gpt", trainer__max_steps=2)) == 0
+    last = f"--ckpt_path={tmp_path}/run/checkpoints/last.ckpt"
+    for steps, folder in ((2, "second"), (1, "third")):
+        caplog.clear()
+        assert train([*words("gpt", folder, trainer__max_steps=steps), last]) == 0
+        told = f"nothing to do: the checkpoint is at step 2, trainer.max_steps is {steps}: raise it"
+        assert told in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half a zip file"])
