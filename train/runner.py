@@ -288,6 +288,18 @@ def check_trainer(settings: Any) -> None:
                 f"leave trainer.{name} alone: with it a run goes on that a signal or "
                 "checkpoints.patience was to end"
             )
+    interval = settings.val_check_interval
+    share = interval is None or isinstance(interval, float)
+    if share or (isinstance(interval, int) and interval < 1):
+        raise ValueError(
+            f"trainer.val_check_interval is {interval}: give the batches between two validations, "
+            "a whole number of 1 or more; the data stream has no epochs to take a share of"
+        )
+    if settings.accumulate_grad_batches < 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches is {settings.accumulate_grad_batches}: give the "
+            "batches whose gradients make a step, 1 or more"
+        )
     if str(settings.precision) in ("16", "16-mixed", "16-true"):
         raise ValueError(
             f"trainer.precision {settings.precision} needs a scaled loss, which is not "
