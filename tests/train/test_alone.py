@@ -72,10 +72,13 @@ def test_of_the_ranks_of_a_training_the_first_alone_takes_the_lock(
 
 def test_a_process_that_a_killed_training_leaves_behind_does_not_hold_its_folder(tmp_path):
     """Processes that read go on for seconds."""
+    ready, begun = os.pipe()
     with alone(tmp_path):
         child = os.fork()
         if not child:
+            os.write(begun, b"x")
             time.sleep(600)
+        os.read(ready, 1)
         path = tmp_path / LOCK
         os.rename(path, tmp_path / "kept")  # as if nobody were there to remove it
     try:
@@ -85,6 +88,8 @@ def test_a_process_that_a_killed_training_leaves_behind_does_not_hold_its_folder
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
+        os.close(ready)
+        os.close(begun)
 
 
 def test_without_locks_nobody_is_kept_out(tmp_path, monkeypatch):
