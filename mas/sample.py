@@ -25,6 +25,7 @@ import mas
 from mas.filter import StreamSampling, by_stream
 from mas.model import MakeAScene
 from mas.model_folder import ModelError, find_folder
+from mas.picture_file import why_no_picture
 from mas.precision import Precision
 from mas.progress import Progress
 from mas.request import Generation, check_seed
@@ -359,7 +360,8 @@ def read_picture(path: Path) -> tuple[Image.Image, np.ndarray]:
     except ModelError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable PNG or WebP ({error})") from error
+        why = why_no_picture(path, error, wanted="PNG or WebP")
+        raise ValueError(f"{path}: {why}") from error
     if image.width != image.height:
         raise ValueError(
             f"{path}: a picture must be square, this one is {image.width}x{image.height}; crop it"

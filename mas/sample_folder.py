@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,16 +21,12 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 import mas
+from mas.lock import locked
 from mas.model_folder import ModelError
 from mas.request import Generation
 from mas.scene import SceneMap
 from mas.sheet import contact_sheet
 from mas.storage import StorageError, read_json, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -197,24 +192,10 @@ def alone(output: Path) -> Iterator[None]:
 
     Without locks, as on Windows, nobody is kept out.
     """
-    if fcntl is None:
-        yield
-        return
-    path = output / LOCK
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = os.fstat(file.fileno()).st_nlink > 0  # else its run has ended this moment
-        except BlockingIOError:
-            free = False
-        except OSError:  # a file system without locks
-            free = True
-        if not free:
+    with locked(output / LOCK) as other:
+        if other is not None:
             raise ModelError(f"{output}: another run is writing there; choose another folder")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        yield
 
 
 def replace_samples(output: Path, finished: Path) -> None:

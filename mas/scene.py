@@ -20,6 +20,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from mas.picture_file import why_no_picture
+
 logger = logging.getLogger(__name__)
 
 
@@ -382,9 +384,7 @@ def snap_colours(rgba: np.ndarray, source: str | Path = "drawing") -> np.ndarray
         panoptic = "; a COCO panoptic PNG needs its JSON beside it" if far.mean() > 0.5 else ""
         logger.warning(
             "%s: %.1f %% of the pixels are in no palette colour and were snapped to the nearest%s",
-            source,
-            100 * far.mean(),
-            panoptic,
+            *(source, 100 * far.mean(), panoptic),
         )
     return np.where(opaque, nearest[inverse], VOID).astype(np.uint8)
 
@@ -400,7 +400,7 @@ def _open_png(path: str | Path | IO[bytes]) -> Image.Image:
     except SceneError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SceneError(f"{_name(path)}: not a readable PNG ({error})") from error
+        raise SceneError(f"{_name(path)}: {why_no_picture(path, error, wanted='PNG')}") from error
     return image
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ __all__ = [
     "is_safe_name",
     "is_too_large",
     "local_path",
+    "one_line",
     "read_captions",
     "read_shard",
     "remove_temporary",
@@ -112,7 +114,8 @@ def read_shard(path: str, *, on_reject: OnReject | None = None) -> Iterator[Samp
 
 
 def read_captions(sample: Sample) -> list[str]:
-    """The captions of a sample: `captions` of KEY.json when it has any, else KEY.txt; stripped.
+    """The captions of a sample: `captions` of KEY.json when it has any, else KEY.txt; stripped,
+    and of one line each.
 
     Blank captions are left out, so the list may be empty.
 
@@ -128,11 +131,16 @@ def read_captions(sample: Sample) -> list[str]:
             if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
                 raise ShardError(f"{sample.key}.json: `captions` is not a list of strings")
             if captions:
-                return [caption.strip() for caption in captions if caption.strip()]
-        caption = sample.files.get("txt", b"").decode("utf-8").strip()
+                return [one_line(caption) for caption in captions if caption.strip()]
+        caption = one_line(sample.files.get("txt", b"").decode("utf-8"))
     except (RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ShardError(f"{sample.key}: caption or JSON cannot be read ({error})") from error
     return [caption] if caption else []
+
+
+def one_line(caption: str) -> str:
+    """The caption stripped, its line breaks and the blanks around them single spaces."""
+    return re.sub(r"\s*[\r\n]\s*", " ", caption.strip())
 
 
 def is_safe_name(name: str) -> bool:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mas.shards import Sample, ShardError, is_too_large, read_captions
+from mas.shards import Sample, ShardError, is_too_large, one_line, read_captions
 from preprocess.rejects import Reject, RejectError
 
 
@@ -31,7 +31,7 @@ def read_texts(sample: Sample, *, max_bytes: int) -> Texts:
         RejectError: bad JSON; no, unreadable or too long captions.
     """
     try:
-        line = sample.files.get("txt", b"").decode("utf-8-sig").strip()
+        line = one_line(sample.files.get("txt", b"").decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise RejectError(Reject.CAPTION_NOT_TEXT, f"txt: {error}") from error
     fields = _read_fields(sample)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from mas.errors import first_line
 from mas.shards import (
     UNSAFE,
     OnReject,
@@ -36,6 +37,7 @@ from mas.shards import (
     local_path,
     read_shard,
 )
+from preprocess.find import find_files
 from preprocess.photo import EXTENSIONS
 from preprocess.rejects import Reject, RejectError
 from preprocess.run_folder import HISTOGRAM
@@ -272,7 +274,7 @@ def _list_folder(folder: str) -> _Listing:
     listing = _Listing()
     groups: dict[str, dict[str, list[str]]] = defaultdict(dict)  # stem -> ending -> names
     urls: dict[str, str] = {}
-    for path, about in sorted(filesystem.find(inner, detail=True).items()):
+    for path, about in find_files(filesystem, inner).items():
         name = path.removeprefix(root)
         stem, ending = _split(name)
         groups[stem].setdefault(ending, []).append(name)
@@ -334,6 +336,7 @@ def _list_coco(folder: str, captions: str) -> _Listing:
     listing = _Listing()
     try:
         content = json.loads(_read(captions))
+        _check_captions(captions, content)
         sentences: dict[int, list[str]] = defaultdict(list)
         for annotation in sorted(content["annotations"], key=lambda a: a["id"]):
             sentences[annotation["image_id"]].append(annotation["caption"].strip())
@@ -353,8 +356,15 @@ def _list_coco(folder: str, captions: str) -> _Listing:
             entries[key] = (key, paths, {"json": json.dumps(fields).encode()})
     except FileNotFoundError:
         raise ShardError(f"{captions}: no such file") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ShardError(f"{captions}: not COCO's captions JSON ({error!r})") from error
+    except ShardError:
+        raise
+    except UnicodeDecodeError as error:
+        place = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+        raise ShardError(f"{captions}: not UTF-8 ({place}): save it as UTF-8") from error
+    except KeyError as error:
+        raise ShardError(f"{captions}: not COCO's captions JSON (it has no {error})") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ShardError(f"{captions}: not COCO's captions JSON ({first_line(error)})") from error
     filesystem, inner = fsspec.core.url_to_fs(folder)
     if not filesystem.isdir(inner):
         raise ShardError(f"{folder}: no such folder")
@@ -362,6 +372,19 @@ def _list_coco(folder: str, captions: str) -> _Listing:
         raise ShardError(f"{captions}: names no image that could be used")
     listing.entries = [entries[key] for key in sorted(entries)]
     return listing
+
+
+def _check_captions(path: str, content: Any) -> None:
+    """Raises ShardError for COCO's JSON of masks or boxes in place of that of captions."""
+    annotations = content["annotations"]
+    first = annotations[0] if isinstance(annotations, list) and annotations else {}
+    if "caption" in first:
+        return
+    for key, kind in (("segments_info", "panoptic"), ("category_id", "instances")):
+        if key in first:
+            raise ShardError(
+                f"{path}: is COCO's {kind} JSON; give captions_train2017.json or the like"
+            )
 
 
 def absolute(path: str) -> str:

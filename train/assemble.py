@@ -2,12 +2,13 @@
 
 In: tokenizer.json and three run folders (or exported networks). Out: a model folder for
 `MakeAScene.from_pretrained`. Sizes are checked against each other, and the tokenizers against
-those whose tokens the GPT was trained on.
+those whose tokens the GPT was trained on, and with those that judge and refiner were trained for.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 from mas.vqseg_tune import tune_decisions
 
-TOKENIZERS = "tokens.json"  # in a GPT's run folder: which tokenizers wrote its training tokens
+logger = logging.getLogger(__name__)
+
+TOKENIZERS = "tokens.json"  # in a run folder: which tokenizers the network was trained with
 
 
 def assemble(
@@ -94,6 +97,11 @@ def assemble(
     manifest = Path(gpt) / TOKENIZERS
     if manifest.is_file():
         check_hashes(read_json(manifest), tokenizer=tokenizer, vqseg=vqseg, vqgan=vqgan)
+    if judge:
+        check_origin(judge, "judge", stream="text", path=tokenizer, instead="train the judge again")
+    if refiner:
+        weights_file, again = Path(vqgan) / WEIGHTS_FILE, "train the refiner again"
+        check_origin(refiner, "refiner", stream="image", path=weights_file, instead=again)
     model = MakeAScene(
         tokenizer=Tokenizer.from_file(tokenizer),
         vqseg=VQSEG.from_pretrained(vqseg),
@@ -162,6 +170,43 @@ def read_card(path: Path) -> str:
     if not text.strip():
         raise ValueError(f"{path}: the card is empty; say what the model learned from")
     return text
+
+
+def check_origin(
+    folder: str | Path, network: str, *, stream: str, path: str | Path, instead: str
+) -> None:
+    """Checks that judge or refiner goes with a tokenizer; for folders that note none it warns.
+
+    Args:
+        folder: of the run of the network.
+        network: judge or refiner.
+        stream: of the tokenizer.
+        path: tokenizer.json, or the weights of the tokenizer.
+        instead: what else can be done than to give the one of that run.
+
+    Raises:
+        ValueError: another tokenizer, or a damaged record.
+    """
+    record = Path(folder) / TOKENIZERS
+    if not record.is_file():
+        logger.warning(
+            "%s has no %s: that its %s was trained with %s cannot be checked",
+            *(folder, TOKENIZERS, network, path),
+        )
+        return
+    try:
+        wanted = read_json(record)[stream]["sha256"]
+    except (KeyError, TypeError, IndexError):
+        raise ValueError(
+            f"{record} names no {stream} tokenizer: it is damaged; remove it to go on unchecked"
+        ) from None
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    if file_hash(path) != wanted:
+        raise ValueError(
+            f"{path} is not what the {network} in {folder} was trained with: give that one, or "
+            f"{instead}"
+        )
 
 
 def check_hashes(manifest: Any, *, tokenizer: str, vqseg: str, vqgan: str) -> None:

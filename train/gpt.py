@@ -22,11 +22,10 @@ from mas.generate import generate
 from mas.gpt import GPT, GPTConfig, StreamLosses
 from mas.scene import SceneMap
 from mas.sequence import Streams
-from mas.storage import write_json
 from mas.text import PAD, Tokenizer
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
-from train.assemble import TOKENIZERS, check_hashes
+from train.assemble import check_hashes
 from train.flops import training_flops
 from train.sharding import shard
 from train.stage import Optimiser, Rows, Stage, to_step
@@ -210,13 +209,9 @@ class GPTTraining(Stage):
             check_tokens(self._manifest, run, instead="train a new GPT in another folder")
         elif self.init_from is not None:
             check_tokens(self._manifest, self.init_from, instead="leave out model.init_from")
+        self.origin = {name: self._manifest[name] for name in Streams._fields}
         if self.trainer.is_global_zero and self.preview.complete:
             self.painter = Painter(self.preview, self._manifest)
-
-    def on_fit_start(self) -> None:
-        if self.trainer.is_global_zero:
-            streams = {name: self._manifest[name] for name in Streams._fields}
-            write_json(Path(self.trainer.default_root_dir) / TOKENIZERS, streams)
 
     @property
     def _manifest(self) -> dict[str, Any]:

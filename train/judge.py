@@ -17,6 +17,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,9 @@ from torch import Tensor
 from mas.judge import JudgeConfig, SceneJudge, describe_scenes
 from mas.scene import CLASS_NAMES, FACE_IDS, HUMAN_IDS, PERSON, THINGS, SceneMap
 from mas.shards import ShardIndex, expand_shards, read_captions
+from mas.storage import file_hash
 from mas.text import PAD, Tokenizer, contradict_caption, mirror_caption, names_side
+from train.assemble import check_origin
 from train.data import Part, StreamData
 from train.spoil import mirror_entries, spoil
 from train.stage import Optimiser, Rows, Stage
@@ -112,7 +115,7 @@ class JudgeTraining(Stage):
     Args:
         network: sizes of the judge; vocabulary and length are the tokenizer's.
         optimiser: how it is trained.
-        init_from: folder of a trained judge to go on from.
+        init_from: folder of a trained judge to go on from, of the same tokenizer.
         seed: of the random numbers of a step; linked to seed_everything.
     """
 
@@ -128,11 +131,12 @@ class JudgeTraining(Stage):
         seed: int = 0,
     ) -> None:
         super().__init__(SceneJudge(network), optimiser, seed=seed)
+        self.init_from = init_from
         if init_from is not None:
             start_from(self.network, init_from)
 
     def setup(self, stage: str) -> None:
-        """Raises ValueError when the tokenizer is of other sizes than the network."""
+        """Raises ValueError when the tokenizer is of other sizes than the network, or another."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
         config, found = self.network.config, data.tokenizer
         for name, size in (
@@ -144,6 +148,14 @@ class JudgeTraining(Stage):
                     f"the tokenizer has {name} {size}, the network {getattr(config, name)}: set "
                     f"model.network.{name} to {size}"
                 )
+        before, instead = self.init_from, "leave out model.init_from"
+        if self.checkpoint is not None:
+            before = str(Path(self.checkpoint).parent.parent)
+            instead = "train a new judge in another folder"
+        if before is not None:
+            file = data.tokenizer_file
+            check_origin(before, "judge", stream="text", path=file, instead=instead)
+        self.origin = {"text": {"sha256": file_hash(data.tokenizer_file)}}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         scores = self._score(batch)
@@ -331,7 +343,7 @@ class JudgeData(StreamData):
         if candidates < 2:
             raise ValueError(f"data.candidates is {candidates}, use 2 or more")
         self.input, self.candidates, self.words, self.flip = input, candidates, words, flip
-        self.tokenizer = Tokenizer.from_file(tokenizer)
+        self.tokenizer_file, self.tokenizer = tokenizer, Tokenizer.from_file(tokenizer)
 
     def open(self) -> int:
         wanted = ("scene.png", "txt", "json")

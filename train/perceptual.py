@@ -10,12 +10,14 @@ Axes: B batch, C channels, H W pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mas.reader import Reader
+from mas.storage import CONFIG_FILE, StorageError
 from mas.weights_file import pick_tensors, read_tensors
 
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # (channels, convolutions) of VGG-16
@@ -146,6 +148,13 @@ def load_perceptual(config: PerceptualConfig) -> Perceptual | ReaderPerceptual:
         StorageError: the folder holds no reader.
     """
     if config.reader is not None:
+        source = Path(config.reader) / CONFIG_FILE
+        if not source.is_file():
+            raise StorageError(
+                f"model.perceptual.reader: {source}: no such file; train that reader first (mas "
+                "train reader), or train without the term: --model.perceptual.weight 0 (refiner: "
+                "--model.consistency 0, too)"
+            )
         return ReaderPerceptual(Reader.from_pretrained(config.reader))
     if config.vgg is None:
         raise ValueError(

@@ -10,6 +10,7 @@ Axes: B batch, C channels, H W pixels, T tokens, P sampled pixels, K classes.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from mas.metrics import PictureMetrics
 from mas.reader import pick_pixels
 from mas.refiner import Refiner, RefinerConfig
 from mas.scene import SceneMap
+from mas.storage import WEIGHTS_FILE, file_hash
 from mas.vqgan import VQGAN
 from train.adversary import AdversaryConfig
+from train.assemble import check_origin
 from train.crops import CropsConfig
 from train.focus import EVEN, FocusConfig
 from train.perceptual import PerceptualConfig, ReaderPerceptual
@@ -100,6 +103,7 @@ class RefinerTraining(PictureTraining):
                 "train reader and model.perceptual.weight above 0"
             )
         self.before = Before(vqgan)
+        self.vqgan_file = Path(vqgan) / WEIGHTS_FILE
         size = self.before.network.config.size
         if network.size != size:
             raise ValueError(
@@ -108,6 +112,15 @@ class RefinerTraining(PictureTraining):
             )
         if init_from is not None:
             start_from(self.network, init_from)
+
+    def setup(self, stage: str) -> None:
+        """Raises ValueError when the run goes on from one with another VQ-GAN, as `super` does."""
+        super().setup(stage)
+        if self.checkpoint is not None:
+            run, instead = Path(self.checkpoint).parent.parent, "train a new refiner from this one"
+            instead += " with model.init_from, in another folder"
+            check_origin(run, "refiner", stream="image", path=self.vqgan_file, instead=instead)
+        self.origin = {"image": {"sha256": file_hash(self.vqgan_file)}}
 
     def draw(self, batch: dict[str, Any], real_BCHW: Tensor) -> Drawn:
         decoded_BCHW = self.before.decode(

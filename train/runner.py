@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from mas.errors import first_line
 from mas.field_help import explain_fields
 from mas.machine import usable_cores
+from train.alone import alone
 from train.averaging import Averaging
 from train.callbacks import (
     CONFIG,
@@ -88,8 +90,9 @@ def run(name: str, arguments: list[str]) -> int:
     """
     _quieten()
     try:
-        cli = TrainCLI(name, arguments)
-        cli.run()
+        with ExitStack() as held:
+            cli = TrainCLI(name, arguments, held)
+            cli.run()
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     return 128 + cli.signals.received if cli.signals.received else 0
@@ -98,8 +101,9 @@ def run(name: str, arguments: list[str]) -> int:
 class TrainCLI(LightningCLI):
     """LightningCLI for one stage, with this project's callbacks, loggers and run folder."""
 
-    def __init__(self, name: str, arguments: list[str]) -> None:
-        self.name = name
+    def __init__(self, name: str, arguments: list[str], held: ExitStack) -> None:
+        """`held` keeps the run folder from other trainings until it is closed."""
+        self.name, self.held = name, held
         self.signals = StopSignals()
         job = JOBS[name]
         super().__init__(
@@ -147,7 +151,9 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self.config_init.trainer
         check_trainer(settings)
-        self._find_start(Path(settings.default_root_dir))
+        folder = Path(settings.default_root_dir)
+        self.held.enter_context(alone(folder))
+        self._find_start(folder)
         self._tell_checkpoints()
         sharded = settings.strategy == "fsdp"
         if sharded:
@@ -201,9 +207,7 @@ class TrainCLI(LightningCLI):
         step = self.start_step
         done = step >= self.trainer.max_steps
         if done or self.ended:
-            what = f"has its {step} steps" if done else f"ended at step {step}, out of patience"
-            key = "trainer.max_steps" if done else "checkpoints.patience"
-            logger.info("nothing to do: the run %s; raise %s to go on", what, key)
+            logger.info("nothing to do: %s", self._say_why(done=done))
             if self.trainer.is_global_zero:
                 self.checkpoints.export(self.folder, self.model.network)
             return
@@ -224,6 +228,16 @@ class TrainCLI(LightningCLI):
                         f"between them said: {first_line(error)}"
                     ) from error
                 raise
+
+    def _say_why(self, *, done: bool) -> str:
+        """Why nothing is trained, and what to set."""
+        step, most = self.start_step, self.trainer.max_steps
+        if not done:
+            ended = f"the run ended at step {step}, out of patience"
+            return f"{ended}; raise checkpoints.patience to go on"
+        if step == most and Path(str(self.checkpoint)).parent.parent == self.folder:
+            return f"the run has its {step} steps; raise trainer.max_steps to go on"
+        return f"the checkpoint is at step {step}, trainer.max_steps is {most}: raise it to go on"
 
     def _averaging(self, *, sharded: bool) -> list[Callback]:
         decay = self.config_init.ema_decay
@@ -274,6 +288,18 @@ def check_trainer(settings: Any) -> None:
                 f"leave trainer.{name} alone: with it a run goes on that a signal or "
                 "checkpoints.patience was to end"
             )
+    interval = settings.val_check_interval
+    share = interval is None or isinstance(interval, float)
+    if share or (isinstance(interval, int) and interval < 1):
+        raise ValueError(
+            f"trainer.val_check_interval is {interval}: give the batches between two validations, "
+            "a whole number of 1 or more; the data stream has no epochs to take a share of"
+        )
+    if settings.accumulate_grad_batches < 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches is {settings.accumulate_grad_batches}: give the "
+            "batches whose gradients make a step, 1 or more"
+        )
     if str(settings.precision) in ("16", "16-mixed", "16-true"):
         raise ValueError(
             f"trainer.precision {settings.precision} needs a scaled loss, which is not "

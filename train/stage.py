@@ -21,7 +21,9 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mas.storage import write_json
 from mas.vq_codebook import perplexity
+from train.assemble import TOKENIZERS
 from train.muon import MuonAdamW
 from train.stream import mix
 
@@ -135,6 +137,7 @@ class Stage(LightningModule):
         self.network = network
         self.optimiser = optimiser
         self.seed = seed
+        self.origin: dict[str, Any] = {}  # tokenizers that it is trained with, for TOKENIZERS
         self.held: list[nn.Module] = []  # parts of the network that the training leaves as they are
         # Batches and losses since the last step, to be saved should they break the run.
         self._batch: dict[str, Any] = {}
@@ -151,6 +154,10 @@ class Stage(LightningModule):
         for part in self.held:
             part.eval()
         return self
+
+    def on_fit_start(self) -> None:
+        if self.origin and self.trainer.is_global_zero:
+            write_json(Path(self.trainer.default_root_dir) / TOKENIZERS, self.origin)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["network"] = asdict(self.network.config)

@@ -279,6 +279,8 @@ def prepare_bad_input():
     words = PngImagePlugin.PngInfo()
     words.add_text("said", "x" * 2**21, zip=True)  # more than Pillow unpacks
     drawn().save("words.png", pnginfo=words)
+    for name in ("photo.jpg", "photo.png"):
+        Image.new("RGB", (32, 32)).save(name, "JPEG")
     with open("empty.txt", "w") as file:
         file.write("\n \n")
     with open("binary.txt", "wb") as file:
@@ -303,6 +305,8 @@ def prepare_bad_input():
         ([CAPTION, "--scene", "wide.png"], "wide.png: a scene must be square"),
         ([CAPTION, "--scene", "none.png"], "none.png: no such file"),
         ([CAPTION, "--scene", "file"], "not a readable PNG"),
+        ([CAPTION, "--scene", "photo.jpg"], "photo.jpg: is a JPEG; what is taken is a PNG: save"),
+        ([CAPTION, "--image", "photo.png"], "photo.png: is a JPEG; what is taken is a PNG or WebP"),
         ([CAPTION, "--fill-void"], "give one with --scene"),
         ([CAPTION, "--image", "wide-picture.png"], "a picture must be square, this one is 32x48"),
         ([CAPTION, "--image", "whole.png"], "whole.png: nothing is left to paint"),

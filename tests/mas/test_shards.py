@@ -295,6 +295,11 @@ def test_captions_come_from_the_json_before_the_txt():
     assert read_captions(Sample("a", {"json": fields, "txt": b"x"})) == ["a dog", "zwei Hunde ü"]
     assert read_captions(Sample("a", {"json": b'{"captions": []}', "txt": b" x\n"})) == ["x"]
     assert read_captions(Sample("a", {})) == []
+    lines = b"a dog \r\non the grass\n\nin  spring\r\n"
+    joined = "a dog on the grass in  spring"
+    assert read_captions(Sample("a", {"txt": lines})) == [joined]
+    listed = json.dumps({"captions": [lines.decode(), "\n"]}).encode()
+    assert read_captions(Sample("a", {"json": listed})) == [joined]
 
 
 @pytest.mark.parametrize(

@@ -303,3 +303,46 @@ def test_a_store_may_tell_the_time_or_not(monkeypatch):
         monkeypatch.setattr(info, lambda *_, about=details: {"size": 1, "type": "file", **about})
         (job,) = find_jobs("memory://x/*.tar")
         assert job.modified == modified
+
+
+def test_photos_in_linked_folders_are_found_each_once(tmp_path, caplog):
+    photos, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    fill(photos, "b/1.jpg")
+    fill(elsewhere / "album", "2.jpg", "2.txt", "deep/3.jpg")
+    fill(tmp_path / "more", "4.jpg")
+    os.symlink(elsewhere / "album", photos / "a")
+    os.symlink(tmp_path / "more", elsewhere / "album/further")
+    os.symlink(tmp_path / "more/4.jpg", photos / "c.jpg")
+    samples, rejects = read(find_jobs(str(photos)))
+    assert list(samples) == ["a/2", "a/deep/3", "a/further/4", "b/1", "c"] and not rejects
+    assert samples["a/2"] == {"jpg": b"2.jpg", "txt": b"2.txt"}
+    assert not caplog.text
+
+    os.symlink(photos, elsewhere / "album/circle")
+    os.symlink(tmp_path, tmp_path / "more/above")
+    os.symlink(photos / "b", photos / "d")
+    os.symlink(tmp_path / "nowhere", photos / "e")
+    assert read(find_jobs(str(photos))) == (samples, [])
+    assert "3 linked folders are not entered" in caplog.text
+
+
+PANOPTIC = {"images": [], "annotations": [{"image_id": 1, "segments_info": [], "file_name": "1"}]}
+INSTANCES = {"images": [], "annotations": [{"id": 1, "image_id": 1, "category_id": 3}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"images": "' + b"x" * 999 + b'\xe9"}', r"not UTF-8 \(byte 0xe9 at 1011\): save it as"),
+        (b"{", r"not COCO's captions JSON \(Expecting property name"),
+        (b"[]", r"not COCO's captions JSON \(list indices"),
+        (b'{"images": []}', r"not COCO's captions JSON \(it has no 'annotations'\)"),
+        (json.dumps(PANOPTIC).encode(), r"is COCO's panoptic JSON; give captions_train2017\.json"),
+        (json.dumps(INSTANCES).encode(), r"is COCO's instances JSON; give captions_train2017"),
+    ],
+)
+def test_what_is_no_captions_json_is_told_in_a_line(content, message, tmp_path):
+    (tmp_path / "captions.json").write_bytes(content)
+    with pytest.raises(ShardError, match=f"captions.json: {message}") as caught:
+        find_jobs(fill(tmp_path / "in", "a.jpg"), captions=str(tmp_path / "captions.json"))
+    assert len(str(caught.value)) < len(str(tmp_path)) + 200

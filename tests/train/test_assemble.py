@@ -217,3 +217,45 @@ def test_a_damaged_record_of_tokenizers_is_named(parts, tmp_path, content):
     with pytest.raises(ValueError, match=r"tokens\.json .* is damaged"):
         assemble(**arguments(parts, gpt=str(tmp_path / "gpt")), output=str(tmp_path / "model"))
     assert not (tmp_path / "model").exists()
+
+
+def test_a_judge_and_a_refiner_of_other_tokenizers_are_refused(parts, words, tmp_path, caplog):
+    (tmp_path / "text").mkdir()
+    tokenizer = tmp_path / "text/tokenizer.json"
+    shutil.copy(parts / "text/tokenizer.json", tokenizer)
+    files = {"judge": tokenizer, "refiner": parts / "vqgan/model.safetensors"}
+    settings = {
+        "judge": {
+            "data.tokenizer": tokenizer,
+            "model.network.text_vocabulary": _vocabulary(parts),
+        },
+        "refiner": {"model.vqgan": parts / "vqgan"},
+    }
+    trained = {}
+    for stage, file in files.items():
+        stream = {"judge": "text", "refiner": "image"}[stage]
+        command = words(stage, stage, **settings[stage], **{"trainer.max_steps": 1})
+        assert train(command) == 0
+        record = tmp_path / stage / "tokens.json"
+        assert json.loads(record.read_text()) == {stream: {"sha256": file_hash(file)}}
+        trained[stage] = str(tmp_path / stage)
+    output = str(tmp_path / "model")
+    assemble(**arguments(parts, **trained), output=output)
+    assert "cannot be checked" not in caplog.text
+
+    for stage in files:
+        record = tmp_path / stage / "tokens.json"
+        noted = record.read_text()
+        record.write_text(noted.replace('"sha256": "', '"sha256": "0'))
+        again = f"is not what the {stage} in .* was trained with: give that one, or train the"
+        with pytest.raises(ValueError, match=again):
+            assemble(**arguments(parts, **{stage: trained[stage]}), output=output)
+        more = words(stage, stage, **settings[stage], **{"trainer.max_steps": 2})
+        with pytest.raises(ValueError, match=rf"give that one, or train a new {stage}"):
+            train([*more, "--ckpt_path=last"])
+        record.write_text("[]")
+        with pytest.raises(ValueError, match=r"tokens\.json names no .* is damaged; remove it"):
+            assemble(**arguments(parts, **{stage: trained[stage]}), output=output)
+        record.unlink()
+        assemble(**arguments(parts, **{stage: trained[stage]}), output=output)
+        assert f"that its {stage} was trained with" in caplog.text

@@ -76,7 +76,8 @@ def test_best_holds_the_network_of_the_best_checkpoint(stage, ema, words, tmp_pa
     network = NETWORKS[stage].from_pretrained(run / "best")
     assert equal(dict(network.state_dict()), weights)
     assert not equal(load_file(run / "model.safetensors"), weights)
-    files = {"config.json", "model.safetensors"} | ({"tokens.json"} if stage == "gpt" else set())
+    files = {"config.json", "model.safetensors"}
+    files |= {"tokens.json"} if stage in ("gpt", "judge", "refiner") else set()
     assert {path.name for path in (run / "best").iterdir()} == files
     for name in files - {"model.safetensors"}:
         assert (run / "best" / name).read_bytes() == (run / name).read_bytes()

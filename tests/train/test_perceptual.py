@@ -197,3 +197,9 @@ def test_a_reader_and_files_of_vgg_are_not_used_together(reader_folder, tmp_path
             PerceptualConfig(reader=str(reader_folder), **{name: "vgg.pth"})
     with pytest.raises(StorageError, match=r"config\.json: no such file"):
         load_perceptual(PerceptualConfig(reader=str(tmp_path)))
+
+
+def test_a_missing_reader_is_named_with_the_way_out(tmp_path):
+    message = r"model\.perceptual\.reader: .*config\.json: no such file; .*perceptual\.weight 0"
+    with pytest.raises(StorageError, match=message):
+        load_perceptual(PerceptualConfig(weight=0.1, reader=str(tmp_path / "reader")))

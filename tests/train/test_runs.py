@@ -83,6 +83,11 @@ def test_pictures_of_the_gpt_follow_from_tokenizers_with_the_right_hashes(words,
         ({"trainer__max_epochs": 3}, "leave trainer.max_epochs alone"),
         ({"trainer__min_steps": 3}, "leave trainer.min_steps alone"),
         ({"trainer__min_epochs": 1}, "leave trainer.min_epochs alone"),
+        ({"trainer__val_check_interval": 0}, "trainer.val_check_interval is 0: give the batches"),
+        ({"trainer__val_check_interval": -3}, "trainer.val_check_interval is -3: give the batches"),
+        ({"trainer__val_check_interval": 0.5}, "trainer.val_check_interval is 0.5: give the batch"),
+        ({"trainer__val_check_interval": 1.0}, "a whole number of 1 or more"),
+        ({"trainer__accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches is 0: give the"),
         ({"trainer__precision": "16-mixed"}, "trainer.precision 16-mixed needs a scaled loss"),
         ({"data__batch_size": 21}, "24 pictures .20 without those held out. are fewer than one"),
         ({"model__network__image_vocabulary": 64}, r"image vocabulary 32 \(the network 64\): set"),
@@ -152,7 +157,18 @@ def test_a_finished_run_is_left_as_it_is(words, tmp_path, caplog):
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
     assert train([*words("gpt", trainer__max_steps=2), "--ckpt_path=auto"]) == 0
     assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
-    assert "nothing to do: the run has its 2 steps" in caplog.text
+    assert "nothing to do: the run has its 2 steps; raise trainer.max_steps" in caplog.text
+
+
+def test_a_checkpoint_beyond_the_last_step_is_told_with_both_steps(words, tmp_path, caplog):
+    caplog.set_level("INFO", "train")
+    assert train(words("gpt", trainer__max_steps=2)) == 0
+    last = f"--ckpt_path={tmp_path}/run/checkpoints/last.ckpt"
+    for steps, folder in ((2, "second"), (1, "third")):
+        caplog.clear()
+        assert train([*words("gpt", folder, trainer__max_steps=steps), last]) == 0
+        told = f"nothing to do: the checkpoint is at step 2, trainer.max_steps is {steps}: raise it"
+        assert told in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half a zip file"])
