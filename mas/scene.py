@@ -351,8 +351,11 @@ def read_scene(path: str | Path, *, segments: str | Path | None = None) -> Scene
         with naming(str(path)):
             return SceneMap.from_labels(labels)
     if image.mode == "L":
+        labels = np.array(image)
+        if "transparency" in image.info:  # the one grey that is
+            labels[labels == image.info["transparency"]] = VOID
         with naming(str(path)):
-            return SceneMap.from_labels(np.array(image))
+            return SceneMap.from_labels(labels)
     if image.mode in ("P", "RGB", "RGBA"):
         return SceneMap.from_labels(snap_colours(np.asarray(image.convert("RGBA")), path))
     raise SceneError(

@@ -77,3 +77,12 @@ def test_half_transparent_ids_are_transparent_and_no_edges(tmp_path):
     labels = np.full((SIZE, SIZE), VOID, np.uint8)
     labels[3:6] = DOG
     assert read_scene(tmp_path / "a.png") == SceneMap.from_labels(labels)
+
+
+@pytest.mark.parametrize("grey", [DOG, 200])  # 200 is no id
+def test_a_grey_that_the_file_calls_transparent_is_void(tmp_path, grey):
+    labels = halves()
+    labels[labels == DOG] = grey
+    Image.fromarray(labels).save(tmp_path / "a.png", transparency=grey)
+    labels[labels == grey] = VOID
+    assert read_scene(tmp_path / "a.png") == SceneMap.from_labels(labels)
