@@ -63,8 +63,9 @@ class Page:
         with gr.Blocks(
             title="mini Make-A-Scene", analytics_enabled=False, fill_width=True, delete_cache=KEPT
         ) as page:
-            # Of each visitor: the scenes and pictures painted last; which of them.
-            self.finished, self.chosen = gr.State(), gr.State(0)
+            # Of each visitor: the scenes and pictures painted last; which of them; the seed that
+            # the next ones replace, and theirs.
+            self.finished, self.chosen, self.renewed = gr.State(), gr.State(0), gr.State()
             gr.Markdown(f"## mini Make-A-Scene\n`{self.name}` on {self.model.device}")
             with gr.Row():
                 with gr.Column(scale=5):
@@ -163,8 +164,8 @@ class Page:
             *(part for parts in self.sampling.values() for part in parts.values()),
         }
         told = [self.pictures, self.scenes, self.colours, self.status, self.files]
-        told += [self.finished, self.chosen, self.seed]
-        gr.on(
+        told += [self.finished, self.chosen, self.renewed]
+        painted = gr.on(
             [self.start.click, self.caption.submit],
             self.paint,
             asked,
@@ -173,6 +174,8 @@ class Page:
             concurrency_limit=None,  # the painter serves one after the other
             **private,
         )
+        seeds = [self.seed, self.renewed]  # as they are by then: somebody may have typed meanwhile
+        painted.then(renew, seeds, seeds, show_progress="hidden", queue=False, **private)
         self.stop.click(self.end, queue=False, **private)
         self.caption.change(None, self.caption, None, js=REMEMBER, **private)
         for gallery in (self.pictures, self.scenes):
@@ -211,7 +214,7 @@ class Page:
         if shown is None or shown.result is None:
             yield {self.status: tell("Stopped.")}
         elif asked[self.advance]:
-            yield {self.seed: wish.seed + wish.count}
+            yield {self.renewed: (wish.seed, wish.seed + wish.count)}
 
     def end(self, request: gr.Request) -> None:
         """Ends what this visitor waits for."""
@@ -344,6 +347,13 @@ def address_of(request: gr.Request) -> str:
     """Where a visitor asks from; empty where it may be many, behind a proxy of this machine."""
     host = request.client.host if request.client else ""
     return "" if is_local(host) else host
+
+
+def renew(seed: float | None, renewed: tuple[int, int] | None) -> tuple[float | None, None]:
+    """The seed of the next pictures: another one only where that of the last still stands."""
+    if renewed is not None and seed == renewed[0]:
+        return renewed[1], None
+    return seed, None
 
 
 def choose(event: gr.SelectData) -> int:
