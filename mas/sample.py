@@ -319,10 +319,11 @@ def read_captions(caption: str | None, prompts: Path | None, *, empty_is_fine: b
     if caption is not None:
         raise ValueError("give a caption or --prompts, not both")
     try:
-        lines = prompts.read_text("utf-8-sig").splitlines()  # a BOM may begin it
+        # A BOM may begin it. Ends of lines are read as one sign, and no other sign ends a line.
+        lines = prompts.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{prompts}: not a UTF-8 text file ({error.reason})") from error
-    captions = [line.strip() for line in lines if line.strip()]
+    captions = [" ".join(line.split()) for line in lines if line.strip()]
     if not captions:
         raise ValueError(f"{prompts}: holds no caption; write one a line")
     return captions

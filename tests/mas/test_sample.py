@@ -180,6 +180,13 @@ def test_a_file_of_captions_may_begin_with_a_byte_order_mark(tmp_path):
     assert captions == ["a dog", "two cats"]
 
 
+def test_only_ends_of_lines_part_captions_and_white_space_is_one_space(tmp_path):
+    text = "a\u2028dog\r\ntwo\x0b\x0c cats\rone\x85\t  cow\na  sheep"
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
+    captions = mas.sample.read_captions(None, tmp_path / "prompts.txt", empty_is_fine=False)
+    assert captions == ["a dog", "two cats", "one cow", "a sheep"]
+
+
 def test_a_config_file_may_hold_the_caption_and_the_command_line_replaces_it(run, tmp_path):
     (tmp_path / "dog.yaml").write_text("caption: a dog\noutput: out\ncount: 1\n")
     for more, caption in (((), "a dog"), (("a cat",), "a cat")):
