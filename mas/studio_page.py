@@ -37,6 +37,21 @@ FOLDERS = 20  # of finished pictures that stay on the disk
 # A reload of the page keeps the caption, as the canvas keeps the drawing.
 REMEMBER = "caption => { sessionStorage.setItem('mas-studio-caption', caption); }"
 RECALL = "() => sessionStorage.getItem('mas-studio-caption') ?? ''"
+# gradio makes the lowest number of what a slider's field cannot be: it gets back what it held.
+KEEP_NUMBERS = """() => {
+  let held = "";
+  const isField = (x) => x.matches?.("input[type=number]") && x.max !== "";
+  document.addEventListener("focus", ({ target }) => {
+    if (isField(target)) held = target.value;
+  }, true);
+  document.addEventListener("blur", ({ target }) => {
+    if (!isField(target)) return;
+    const number = target.valueAsNumber;
+    if (number >= Number(target.min) && number <= Number(target.max)) return;
+    target.value = held;
+    target.dispatchEvent(new Event("input", { bubbles: true }));
+  }, true);
+}"""
 EXAMPLES = {  # captions, by the name of the model
     "park": (
         "the elephant is walking around in the park",
@@ -75,6 +90,7 @@ class Page:
                     self._put_settings()
             self._connect()
             page.load(None, None, self.caption, js=RECALL, api_visibility="private")
+            page.load(None, js=KEEP_NUMBERS, api_visibility="private")
         return page
 
     def _put_drawing(self) -> None:
@@ -126,7 +142,7 @@ class Page:
     def _put_settings(self) -> None:
         with gr.Row():
             self.count = gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures")
-            self.seed = gr.Number(0, precision=0, label="Seed of the first")
+            self.seed = gr.Number(0, label="Seed of the first")
             self.advance = gr.Checkbox(True, label="Take new seeds next time")
         with gr.Accordion("More settings", open=False):
             self.negative = gr.Textbox(
@@ -226,6 +242,8 @@ class Page:
         for part in numbers:
             if asked[part] is None:
                 raise ValueError(f"fill in a number: {part.label}")
+        if asked[self.seed] != int(asked[self.seed]):
+            raise ValueError(f"fill in a whole number: {self.seed.label}")
         sampling = {
             stream: {name: asked[part] for name, part in parts.items()}
             for stream, parts in self.sampling.items()

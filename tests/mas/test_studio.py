@@ -301,7 +301,25 @@ def test_all_results_are_seen_on_a_narrow_screen(chromium, address):
 
 def test_numbers_that_are_missing_or_impossible_are_said(visitor):
     visitor.page.get_by_label("Caption").fill("a giraffe")
-    for value, message in (("", "fill in a number: Seed of the first"), ("-3", "seed is -3")):
+    for value, message in (
+        ("", "fill in a number: Seed of the first"),
+        ("1.5", "fill in a whole number: Seed of the first"),
+        ("-3", "seed is -3"),
+    ):
         visitor.page.get_by_label("Seed of the first").fill(value)
         visitor.click("Paint")
         visitor.page.get_by_text(message).wait_for()
+
+
+def test_a_setting_that_cannot_be_is_again_what_it_was(visitor):
+    visitor.page.get_by_text("More settings").click()
+    field = visitor.page.get_by_label("number input for Guidance, picture")
+    for value, kept in (("4.5", "4.5"), ("", "4.5"), ("-3", "4.5"), ("11", "4.5"), ("0", "0")):
+        field.fill(value)
+        field.press("Tab")
+        assert field.input_value() == kept
+    field.fill("2")
+    field.press("Tab")
+    field.fill("")  # and nothing else before it is painted
+    settings = json.loads(visitor.paint("a giraffe")["samples.json"])["settings"]
+    assert settings["image"]["guidance"] == 2
