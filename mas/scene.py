@@ -168,8 +168,15 @@ class SceneMap:
 
     @classmethod
     def from_labels(cls, labels: np.ndarray, instances: np.ndarray | None = None) -> SceneMap:
-        """Computes the edges from the boundaries of `labels` (and of `instances`)."""
+        """Computes the edges from the boundaries of `labels` (and of `instances`).
+
+        Raises:
+            SceneError: labels that are not uint8 H W, instances that are not integers H W, an
+                unknown id.
+        """
         _check_labels(labels)
+        if instances is not None:
+            _check_ids("instances", instances, labels.shape)
         return cls(labels, find_edges(labels, instances))
 
     def to_png(self, path: str | Path | IO[bytes]) -> None:
@@ -201,7 +208,12 @@ class SceneMap:
 
         A pixel of the result is an edge where its labels change or, when shrinking, where an edge
         of the source falls into it.
+
+        Raises:
+            SceneError: a scene that is not square, or no such size.
         """
+        if not isinstance(size, (int, np.integer)) or size < 1:
+            raise SceneError(f"size is {size!r}, use a whole number of 1 or more pixels a side")
         width, height = self.size
         if (width, height) == (size, size):
             return self
@@ -240,6 +252,11 @@ def _check_labels(labels: np.ndarray) -> None:
         raise SceneError(f"labels must be a uint8 array of H x W, got {_kind(labels)}")
 
 
+def _check_ids(name: str, ids: object, shape: tuple[int, ...]) -> None:
+    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or ids.shape != shape:
+        raise SceneError(f"{name} must be integers of {shape} like labels, got {_kind(ids)}")
+
+
 def _kind(x: object) -> str:
     return f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
 
@@ -274,21 +291,29 @@ def merge(
         panoptic: the base.
         human: uint8 H W, LIP ids 0-19.
         face: uint8 H W, 0 = no face part, 1-5 = FACE_CLASSES.
+
+    Raises:
+        SceneError: anything else.
     """
+    if not isinstance(panoptic, Segments):
+        raise SceneError(f"panoptic must be Segments(labels, instances), got {_kind(panoptic)}")
+    _check_labels(panoptic.labels)
+    _check_ids("instances", panoptic.instances, panoptic.labels.shape)
     labels = panoptic.labels.copy()
     person = labels == PERSON
     if person.any():
         paintable = person | (labels == VOID)
-        for parts, offset, count in (
-            (human, HUMAN_OFFSET, len(HUMAN_CLASSES)),
-            (face, FACE_OFFSET, len(FACE_CLASSES)),
+        for name, parts, offset, count in (
+            ("human", human, HUMAN_OFFSET, len(HUMAN_CLASSES)),
+            ("face", face, FACE_OFFSET, len(FACE_CLASSES)),
         ):
             if parts is None:
                 continue
-            if parts.shape != labels.shape or parts.max() > count:
+            _check_ids(f"the {name} part map", parts, labels.shape)
+            if parts.min() < 0 or parts.max() > count:
                 raise SceneError(
-                    f"part map must be {labels.shape} with ids 0-{count}, "
-                    f"got {parts.shape} with ids up to {parts.max()}"
+                    f"the {name} part map must have ids 0-{count}, "
+                    f"got {parts.min()} to {parts.max()}"
                 )
             painted = paintable & (parts > 0)
             labels[painted] = parts[painted] + offset

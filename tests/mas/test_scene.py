@@ -119,6 +119,44 @@ def test_merge_refuses_part_maps_that_do_not_fit():
         merge(panoptic=segments([[PERSON]]), face=np.zeros((2, 2), np.uint8))
 
 
+PERSONS = Segments(np.zeros((2, 3), np.uint8), np.zeros((2, 3), np.int32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"panoptic": tuple(PERSONS)}, "panoptic must be Segments.*got tuple"),
+        ({"panoptic": Segments([[0]], [[0]])}, "labels must be a uint8 array of H x W, got list"),
+        (
+            {"panoptic": PERSONS._replace(instances=np.zeros((3, 2), np.int32))},
+            r"got int32 \(3, 2\)",
+        ),
+        (
+            {"panoptic": PERSONS._replace(instances=None)},
+            "instances must be integers.*got NoneType",
+        ),
+        ({"panoptic": PERSONS, "human": np.ones((2, 3))}, "human part map must be.*got float64"),
+        ({"panoptic": PERSONS, "face": [[0] * 3] * 2}, "face part map must be integers.*got list"),
+        ({"panoptic": PERSONS, "face": np.full((2, 3), -1)}, "ids 0-5, got -1 to -1"),
+    ],
+)
+def test_merge_says_what_it_was_given_instead_of_maps(arguments, message):
+    with pytest.raises(SceneError, match=message):
+        merge(**arguments)
+
+
+@pytest.mark.parametrize("instances", [np.ones((3, 2), int), np.ones((2, 3)), [[1] * 3] * 2, 5])
+def test_instances_that_do_not_fit_are_refused(instances):
+    with pytest.raises(SceneError, match=r"instances must be integers of \(2, 3\) like labels"):
+        SceneMap.from_labels(np.zeros((2, 3), np.uint8), instances)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "8", None])
+def test_scenes_have_no_such_size(size):
+    with pytest.raises(SceneError, match=r"size is .*, use a whole number of 1 or more"):
+        random_scene().resized(size)
+
+
 def test_merge_leaves_its_inputs_alone():
     panoptic = segments([[PERSON, PERSON]])
     merge(panoptic=panoptic, human=np.array([[HAT, HAT]], np.uint8))
