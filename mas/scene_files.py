@@ -77,7 +77,7 @@ def find_segments(path: Path) -> Path | None:
 def read_segments(path: Path, file_name: str) -> list[dict[str, Any]]:
     """`segments_info` of one annotation, or of `file_name` in a whole COCO panoptic JSON."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8-sig"))  # a BOM may begin it
     except (OSError, ValueError, RecursionError) as error:
         raise SceneError(f"{path}: not a readable JSON ({error})") from error
     try:

@@ -312,6 +312,13 @@ def test_coco_scene_is_recognised_by_its_json(tmp_path, name):
     assert scene.labels.tolist() == [[DOG, DOG]] and scene.edges.tolist() == [[True, False]]
 
 
+def test_the_json_of_a_scene_may_begin_with_a_byte_order_mark(tmp_path):
+    Image.fromarray(np.array([[[7, 0, 0]]], np.uint8)).save(tmp_path / "a.png")
+    content = json.dumps({"segments_info": [{"id": 7, "category_id": 18}]})
+    (tmp_path / "a.json").write_text(content, "utf-8-sig")
+    assert read_scene(tmp_path / "a.png").labels.tolist() == [[DOG]]
+
+
 def test_bad_scene_files_are_named_with_the_mend(tmp_path):
     def save(image, name):
         image.save(tmp_path / name)
