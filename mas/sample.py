@@ -32,6 +32,7 @@ from mas.rerank import CLIP, Clip, check_rerank
 from mas.rerank import rerank as rerank_pictures
 from mas.sample_folder import writing
 from mas.scene import MAX_PIXELS, VOID, SceneMap, read_scene
+from mas.scene_files import upright
 
 OPAQUE = 255  # alpha of a pixel that is given
 STRETCH = 8  # batches, at most, that are painted before their pictures are kept
@@ -345,7 +346,7 @@ def read_square_scene(path: Path) -> SceneMap:
 
 
 def read_picture(path: Path) -> tuple[Image.Image, np.ndarray]:
-    """A picture of which a part is given, and where it is not: bool H W.
+    """A picture of which a part is given, upright by EXIF, and where it is not: bool H W.
 
     Raises:
         ValueError: no readable square PNG or WebP with a transparent part; names the file.
@@ -354,7 +355,7 @@ def read_picture(path: Path) -> tuple[Image.Image, np.ndarray]:
         image = Image.open(path, formats=["PNG", "WEBP"])
         if image.width * image.height > MAX_PIXELS:
             raise ModelError(f"{path}: {image.width}x{image.height} is too large")
-        bands_HWC = np.asarray(image.convert("RGBA"))
+        bands_HWC = np.asarray(upright(image).convert("RGBA"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except ModelError:

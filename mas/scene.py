@@ -27,6 +27,7 @@ from mas.scene_files import (
     naming,
     open_png,
     read_segments,
+    upright,
 )
 
 logger = logging.getLogger(__name__)
@@ -355,13 +356,14 @@ def read_scene(path: str | Path, *, segments: str | Path | None = None) -> Scene
     means transparency and marks no edges (see `marks_edges`); a palette PNG or an RGB(A) image in
     palette colours (snapped to the nearest); a COCO panoptic PNG, recognised by `segments` or by a
     JSON with `segments_info` beside it (same stem, or KEY.segments.json for KEY.panoptic.png).
-    Transparent is void. Edges are computed where the form does not carry them.
+    Transparent is void. Edges are computed where the form does not carry them. EXIF may say which
+    side is up.
 
     Raises:
         SceneError: with the file's name and the mend.
     """
     path = Path(path)
-    image = open_png(path)
+    image = upright(open_png(path))
     segments_file = find_segments(path) if segments is None else Path(segments)
     if segments_file is not None:
         info = read_segments(segments_file, path.name)

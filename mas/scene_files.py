@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.ndimage import binary_opening
 
 MAX_PIXELS = 64_000_000  # larger scene files are refused
@@ -38,6 +38,14 @@ def open_png(path: str | Path | IO[bytes]) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise SceneError(f"{name_of(path)}: not a readable PNG ({error})") from error
     return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation says it shall be seen."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF may raise anything, and says nothing
+        return image
 
 
 def marks_edges(alpha_HW: np.ndarray, changes_HW: np.ndarray) -> bool:

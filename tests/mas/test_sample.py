@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 import mas.request
 import mas.sample
@@ -216,6 +216,18 @@ def test_a_picture_is_completed_where_it_is_transparent(run, tmp_path, tiny_mode
         assert np.array_equal(written, np.asarray(image))
     given = tiny_model.encode_image(fill_free(upper, free))
     assert (expected.tokens.image[:, :8] == given[:, :8]).all()
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_a_picture_stands_upright_by_its_exif(tmp_path, form):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be seen a quarter turn clockwise
+    lying = drawn().transpose(Image.Transpose.ROTATE_90)
+    lying.save(tmp_path / "half", form, exif=exif, lossless=True)
+    picture, free = mas.sample.read_picture(tmp_path / "half")
+    assert free[16:].all() and not free[:16].any()
+    upper = np.asarray(drawn().convert("RGB"))[:16]
+    assert np.array_equal(np.asarray(picture)[:16], upper)
 
 
 def test_the_best_candidates_are_written_in_the_order_of_their_scores(run, tmp_path, clip_folder):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mas.scene import CLASS_NAMES, VOID, SceneMap, read_scene
 
@@ -86,3 +86,14 @@ def test_a_grey_that_the_file_calls_transparent_is_void(tmp_path, grey):
     Image.fromarray(labels).save(tmp_path / "a.png", transparency=grey)
     labels[labels == grey] = VOID
     assert read_scene(tmp_path / "a.png") == SceneMap.from_labels(labels)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_scene_stands_upright_by_its_exif(tmp_path):
+    scene, exif = SceneMap.from_labels(halves()), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be seen a quarter turn clockwise
+    image = Image.fromarray(np.rot90(scene.labels).copy())
+    image.save(tmp_path / "a.png", exif=exif)
+    assert read_scene(tmp_path / "a.png") == scene
+    image.save(tmp_path / "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert read_scene(tmp_path / "a.png") == SceneMap.from_labels(np.rot90(scene.labels))
