@@ -363,6 +363,24 @@ def test_unusable_models_and_devices_are_one_line_and_leave_nothing(run, tmp_pat
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", ["output", "scene", "prompts"])
+def test_an_empty_name_is_not_the_current_folder(run, tmp_path, option):
+    said = f"--{option}: empty, name a file or folder (see mas sample --help)"
+    message = f"mas sample: error: {said}\n"
+    options = {"output": "out"} | {option: ""}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    assert run(CAPTION, *words) == (2, "", message)
+    (tmp_path / "a.yaml").write_text(json.dumps(options))
+    assert run(CAPTION, "--config", "a.yaml") == (2, "", message)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
+
+
+def test_an_empty_name_is_no_model(run, tmp_path):
+    status, _, err = run(CAPTION, "--output", "out", model="")
+    assert status == 1 and "the name of the model is empty: use a folder" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_parts_that_do_not_fit_are_one_line(run, tmp_path, parts):
     config = dataclasses.replace(parts["vqgan"].config, codes=21)
     networks = {"vqseg": parts["vqseg"], "vqgan": VQGAN(config), "gpt": parts["gpt"]}
