@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Container, Sequence
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args, get_origin
 
 import mas
@@ -88,6 +89,7 @@ TYPES = {  # how wrong usage calls them
     "dict": "of the form '{name: value}'",
     "NoneType": "",
 }
+EMPTY_PATH = "empty, name a file or folder"  # Path("") would be the current folder
 FLAGS = {"json": "as_json"}  # option -> parameter, where Python's name for it is taken
 
 
@@ -203,6 +205,7 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
     import docstring_parser
     import jsonargparse
 
+    jsonargparse.typing.register_type(Path, str, _named_path, type_check=isinstance)
     source = options_of(function)
     documentation = docstring_parser.parse(inspect.getdoc(source) or "")
 
@@ -252,6 +255,13 @@ def build_parser(name: str, function: Callable[..., Any]) -> Any:
     return parser
 
 
+def _named_path(text: str) -> Path:
+    """The path that an option names; ValueError where it names none."""
+    if text == "":
+        raise ValueError(EMPTY_PATH)
+    return Path(text)
+
+
 def _add_dashed_options(parser: Any) -> None:
     """Lets every `--two_words` be written `--two-words` too, as shells are used to."""
     for action in parser._actions:
@@ -281,6 +291,8 @@ def plain_words(message: str, *, options: Container[str]) -> str:
     if not about:
         return message
     option, reason = written(about[1]), about[2]
+    if EMPTY_PATH in reason:
+        return f"{option}: {EMPTY_PATH}"
     reason = re.sub(r"NestedArg\(key='(.+?)', val='(.*?)'\)", r"\1=\2", reason)
     value = re.search(r".*(?:Got|Given) value: (.*)$", reason)
     found = re.findall(r"<class '(\w+)'>|Literal\[(.+?)\]", reason.partition("Given value")[0])

@@ -33,8 +33,8 @@ class Sampling:
         for name, value in vars(self).items():
             if not isinstance(value, Real) and (value is not None or name not in FILTERS):
                 raise ValueError(f"{name} is {value!r}, use a number")
-            if value is not None and not isinstance(value, (int, float)):  # of NumPy: as plain one
-                object.__setattr__(self, name, float(value))
+            if value is not None:  # 3 and 3.0, and NumPy's, shall be written down alike
+                object.__setattr__(self, name, _plain(value, whole=name == "top_k"))
         if not 0 <= self.guidance <= MOST_GUIDANCE:
             raise ValueError(f"guidance is {self.guidance}, use a number from 0 to {MOST_GUIDANCE}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -44,6 +44,15 @@ class Sampling:
             raise ValueError(f"top_k is {k}, use a whole number, or a share between 0 and 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, use more than 0 and at most 1")
+
+
+def _plain(number: Real, *, whole: bool) -> float:
+    """A float; if `whole` an int of what is one and at least 1. Infinite what is too large."""
+    try:
+        plain = float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf  # type: ignore[operator]
+    return int(plain) if whole and plain >= 1 and plain.is_integer() else plain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,6 +123,8 @@ def find_folder(name: str | Path) -> Path:
     """
     if not isinstance(name, (str, Path)):
         raise ModelError(f"model is {name!r}, use a folder, a hub id or park")
+    if name == "":  # as a path it would be the current folder
+        raise ModelError("the name of the model is empty: use a folder, a hub id or park")
     if name == "park":
         folder = SHIPPED / "park"
         if not (folder / INDEX).is_file():

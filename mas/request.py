@@ -31,6 +31,7 @@ from mas.scene import CLASS_NAMES, VOID, SceneMap, find_edges
 from mas.sequence import FREE, Streams
 
 LARGEST_SEED = 2**63 - 1
+LARGEST_CALL = 100_000  # pictures; all of them stay in the memory until the last is painted
 MOST_CANDIDATES = 256  # scenes drawn for a picture; a model folder names its own number
 MUCH_VOID = 0.05  # of a scene; the park has none
 MUCH_LOST = 0.3  # of what is drawn, on the way through the tokens
@@ -122,6 +123,12 @@ class Request:
         if not given and not all(text.strip() for text in self.captions):
             raise ModelError("the caption is empty: say what to paint, or give a scene")
         check_seed(self.seed, pictures=self.count)
+        pictures = len(self.captions) * self.count
+        if pictures > LARGEST_CALL:
+            raise ModelError(
+                f"{pictures} pictures are too many for one call: use {LARGEST_CALL} or fewer, and "
+                "the seeds that follow for others"
+            )
         self._check_negative()
         if self.on_progress is not None and not callable(self.on_progress):
             raise ModelError(f"on_progress is {self.on_progress!r}, use a function")

@@ -33,6 +33,7 @@ from mas.rerank import CLIP, Clip, check_rerank
 from mas.rerank import rerank as rerank_pictures
 from mas.sample_folder import writing
 from mas.scene import MAX_PIXELS, VOID, SceneMap, read_scene
+from mas.scene_files import upright
 
 OPAQUE = 255  # alpha of a pixel that is given
 STRETCH = 8  # batches, at most, that are painted before their pictures are kept
@@ -320,10 +321,11 @@ def read_captions(caption: str | None, prompts: Path | None, *, empty_is_fine: b
     if caption is not None:
         raise ValueError("give a caption or --prompts, not both")
     try:
-        lines = prompts.read_text("utf-8-sig").splitlines()  # a BOM may begin it
+        # A BOM may begin it. Ends of lines are read as one sign, and no other sign ends a line.
+        lines = prompts.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{prompts}: not a UTF-8 text file ({error.reason})") from error
-    captions = [line.strip() for line in lines if line.strip()]
+    captions = [" ".join(line.split()) for line in lines if line.strip()]
     if not captions:
         raise ValueError(f"{prompts}: holds no caption; write one a line")
     return captions
@@ -345,7 +347,7 @@ def read_square_scene(path: Path) -> SceneMap:
 
 
 def read_picture(path: Path) -> tuple[Image.Image, np.ndarray]:
-    """A picture of which a part is given, and where it is not: bool H W.
+    """A picture of which a part is given, upright by EXIF, and where it is not: bool H W.
 
     Raises:
         ValueError: no readable square PNG or WebP with a transparent part; names the file.
@@ -354,7 +356,7 @@ def read_picture(path: Path) -> tuple[Image.Image, np.ndarray]:
         image = Image.open(path, formats=["PNG", "WEBP"])
         if image.width * image.height > MAX_PIXELS:
             raise ModelError(f"{path}: {image.width}x{image.height} is too large")
-        bands_HWC = np.asarray(image.convert("RGBA"))
+        bands_HWC = np.asarray(upright(image).convert("RGBA"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except ModelError:

@@ -8,11 +8,9 @@ Axes: H, W pixels; C channels (157 classes + edge).
 
 from __future__ import annotations
 
-import json
 import logging
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -20,7 +18,17 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mas.picture_file import why_no_picture
+from mas.scene_files import MAX_PIXELS as MAX_PIXELS
+from mas.scene_files import (
+    SceneError,
+    find_segments,
+    marks_edges,
+    name_of,
+    naming,
+    open_png,
+    read_segments,
+    upright,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +127,6 @@ def _mirrored_ids() -> np.ndarray:
 MIRRORED = _mirrored_ids()
 SNAP_DISTANCE = 12.0  # RGB distance above which a colour counts as "not of the palette"
 OPAQUE = 128  # alpha below which a drawn pixel is void
-MAX_PIXELS = 64_000_000  # larger scene files are refused
-
-
-class SceneError(ValueError):
-    """A scene that cannot be what it claims to be; the message names the mend."""
 
 
 class Segments(NamedTuple):
@@ -166,8 +169,15 @@ class SceneMap:
 
     @classmethod
     def from_labels(cls, labels: np.ndarray, instances: np.ndarray | None = None) -> SceneMap:
-        """Computes the edges from the boundaries of `labels` (and of `instances`)."""
+        """Computes the edges from the boundaries of `labels` (and of `instances`).
+
+        Raises:
+            SceneError: labels that are not uint8 H W, instances that are not integers H W, an
+                unknown id.
+        """
         _check_labels(labels)
+        if instances is not None:
+            _check_ids("instances", instances, labels.shape)
         return cls(labels, find_edges(labels, instances))
 
     def to_png(self, path: str | Path | IO[bytes]) -> None:
@@ -182,9 +192,9 @@ class SceneMap:
         Raises:
             SceneError: not a PNG, not mode LA, an alpha other than 0 and 255, an unknown id.
         """
-        image = _open_png(path)
+        image = open_png(path)
         if image.mode != "LA":
-            raise SceneError(f"{_name(path)}: a scene PNG has mode LA, this one {image.mode}")
+            raise SceneError(f"{name_of(path)}: a scene PNG has mode LA, this one {image.mode}")
         return _from_bands(np.asarray(image), path)
 
     def to_rgb(self, *, edges: bool = False) -> Image.Image:
@@ -199,7 +209,12 @@ class SceneMap:
 
         A pixel of the result is an edge where its labels change or, when shrinking, where an edge
         of the source falls into it.
+
+        Raises:
+            SceneError: a scene that is not square, or no such size.
         """
+        if not isinstance(size, (int, np.integer)) or size < 1:
+            raise SceneError(f"size is {size!r}, use a whole number of 1 or more pixels a side")
         width, height = self.size
         if (width, height) == (size, size):
             return self
@@ -238,6 +253,11 @@ def _check_labels(labels: np.ndarray) -> None:
         raise SceneError(f"labels must be a uint8 array of H x W, got {_kind(labels)}")
 
 
+def _check_ids(name: str, ids: object, shape: tuple[int, ...]) -> None:
+    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or ids.shape != shape:
+        raise SceneError(f"{name} must be integers of {shape} like labels, got {_kind(ids)}")
+
+
 def _kind(x: object) -> str:
     return f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
 
@@ -272,21 +292,29 @@ def merge(
         panoptic: the base.
         human: uint8 H W, LIP ids 0-19.
         face: uint8 H W, 0 = no face part, 1-5 = FACE_CLASSES.
+
+    Raises:
+        SceneError: anything else.
     """
+    if not isinstance(panoptic, Segments):
+        raise SceneError(f"panoptic must be Segments(labels, instances), got {_kind(panoptic)}")
+    _check_labels(panoptic.labels)
+    _check_ids("instances", panoptic.instances, panoptic.labels.shape)
     labels = panoptic.labels.copy()
     person = labels == PERSON
     if person.any():
         paintable = person | (labels == VOID)
-        for parts, offset, count in (
-            (human, HUMAN_OFFSET, len(HUMAN_CLASSES)),
-            (face, FACE_OFFSET, len(FACE_CLASSES)),
+        for name, parts, offset, count in (
+            ("human", human, HUMAN_OFFSET, len(HUMAN_CLASSES)),
+            ("face", face, FACE_OFFSET, len(FACE_CLASSES)),
         ):
             if parts is None:
                 continue
-            if parts.shape != labels.shape or parts.max() > count:
+            _check_ids(f"the {name} part map", parts, labels.shape)
+            if parts.min() < 0 or parts.max() > count:
                 raise SceneError(
-                    f"part map must be {labels.shape} with ids 0-{count}, "
-                    f"got {parts.shape} with ids up to {parts.max()}"
+                    f"the {name} part map must have ids 0-{count}, "
+                    f"got {parts.min()} to {parts.max()}"
                 )
             painted = paintable & (parts > 0)
             labels[painted] = parts[painted] + offset
@@ -324,33 +352,37 @@ def from_coco(ids_rgb: np.ndarray, segments_info: Sequence[Mapping[str, Any]]) -
 def read_scene(path: str | Path, *, segments: str | Path | None = None) -> SceneMap:
     """Reads a scene in any form a person may hand in.
 
-    Mode LA as `to_png` writes it; a grey PNG of ids, which may be of mode LA, too, if more than
-    half of it is opaque (edges are fewer); a palette PNG or an RGB(A) image in palette colours
-    (snapped to the nearest); a COCO panoptic PNG, recognised by `segments` or by a JSON with
-    `segments_info` beside it (same stem, or KEY.segments.json for KEY.panoptic.png). Transparent
-    is void. Edges are computed where the form does not carry them.
+    Mode LA as `to_png` writes it; a grey PNG of ids, which may be of mode LA, too, where alpha
+    means transparency and marks no edges (see `marks_edges`); a palette PNG or an RGB(A) image in
+    palette colours (snapped to the nearest); a COCO panoptic PNG, recognised by `segments` or by a
+    JSON with `segments_info` beside it (same stem, or KEY.segments.json for KEY.panoptic.png).
+    Transparent is void. Edges are computed where the form does not carry them. EXIF may say which
+    side is up.
 
     Raises:
         SceneError: with the file's name and the mend.
     """
     path = Path(path)
-    image = _open_png(path)
-    segments_file = _find_segments(path) if segments is None else Path(segments)
+    image = upright(open_png(path))
+    segments_file = find_segments(path) if segments is None else Path(segments)
     if segments_file is not None:
-        info = _read_segments(segments_file, path.name)
-        with _naming(f"{path} with {segments_file.name}"):
+        info = read_segments(segments_file, path.name)
+        with naming(f"{path} with {segments_file.name}"):
             return merge(panoptic=from_coco(np.asarray(image.convert("RGB")), info))
     if image.mode == "LA":
         bands = np.asarray(image)
-        if (bands[..., 1] == 255).mean() <= 0.5:
+        if marks_edges(bands[..., 1], find_edges(bands[..., 0])):
             return _from_bands(bands, path)
         labels = bands[..., 0].copy()  # ids that a paint program saved
         labels[bands[..., 1] < OPAQUE] = VOID
-        with _naming(str(path)):
+        with naming(str(path)):
             return SceneMap.from_labels(labels)
     if image.mode == "L":
-        with _naming(str(path)):
-            return SceneMap.from_labels(np.array(image))
+        labels = np.array(image)
+        if "transparency" in image.info:  # the one grey that is
+            labels[labels == image.info["transparency"]] = VOID
+        with naming(str(path)):
+            return SceneMap.from_labels(labels)
     if image.mode in ("P", "RGB", "RGBA"):
         return SceneMap.from_labels(snap_colours(np.asarray(image.convert("RGBA")), path))
     raise SceneError(
@@ -389,62 +421,9 @@ def snap_colours(rgba: np.ndarray, source: str | Path = "drawing") -> np.ndarray
     return np.where(opaque, nearest[inverse], VOID).astype(np.uint8)
 
 
-def _open_png(path: str | Path | IO[bytes]) -> Image.Image:
-    try:
-        image = Image.open(path, formats=["PNG"])
-        if image.width * image.height > MAX_PIXELS:
-            raise SceneError(f"{_name(path)}: {image.width}x{image.height} is too large")
-        image.load()
-    except FileNotFoundError:
-        raise SceneError(f"{_name(path)}: no such file") from None
-    except SceneError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SceneError(f"{_name(path)}: {why_no_picture(path, error, wanted='PNG')}") from error
-    return image
-
-
 def _from_bands(bands: np.ndarray, path: str | Path | IO[bytes]) -> SceneMap:
     alpha = bands[..., 1]
-    with _naming(_name(path)):
+    with naming(name_of(path)):
         if not ((alpha == 0) | (alpha == 255)).all():
             raise SceneError("alpha marks edges and must be 0 or 255 everywhere")
         return SceneMap(bands[..., 0].copy(), alpha == 255)
-
-
-def _find_segments(path: Path) -> Path | None:
-    shard_form = path.with_name(path.name.removesuffix(".panoptic.png") + ".segments.json")
-    for candidate in (path.with_suffix(".json"), shard_form):
-        if candidate.is_file() and "segments_info" in candidate.read_text("utf-8", "replace"):
-            return candidate
-    return None
-
-
-def _read_segments(path: Path, file_name: str) -> list[dict[str, Any]]:
-    """`segments_info` of one annotation, or of `file_name` in a whole COCO panoptic JSON."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SceneError(f"{path}: not a readable JSON ({error})") from error
-    try:
-        if "segments_info" in content:
-            return content["segments_info"]
-        named = [a for a in content["annotations"] if a["file_name"] == file_name]
-        if named:
-            return named[0]["segments_info"]
-    except (KeyError, TypeError):
-        raise SceneError(f"{path}: not in COCO's panoptic form") from None
-    raise SceneError(f"{path}: no annotation with file_name {file_name!r}")
-
-
-@contextmanager
-def _naming(source: str) -> Iterator[None]:
-    """Puts the file's name before what is wrong with its content."""
-    try:
-        yield
-    except SceneError as error:
-        raise SceneError(f"{source}: {error}") from None
-
-
-def _name(path: str | Path | IO[bytes]) -> str:
-    return str(path) if isinstance(path, (str, Path)) else "scene PNG"

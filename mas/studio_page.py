@@ -37,6 +37,21 @@ FOLDERS = 20  # of finished pictures that stay on the disk
 # A reload of the page keeps the caption, as the canvas keeps the drawing.
 REMEMBER = "caption => { sessionStorage.setItem('mas-studio-caption', caption); }"
 RECALL = "() => sessionStorage.getItem('mas-studio-caption') ?? ''"
+# gradio makes the lowest number of what a slider's field cannot be: it gets back what it held.
+KEEP_NUMBERS = """() => {
+  let held = "";
+  const isField = (x) => x.matches?.("input[type=number]") && x.max !== "";
+  document.addEventListener("focus", ({ target }) => {
+    if (isField(target)) held = target.value;
+  }, true);
+  document.addEventListener("blur", ({ target }) => {
+    if (!isField(target)) return;
+    const number = target.valueAsNumber;
+    if (number >= Number(target.min) && number <= Number(target.max)) return;
+    target.value = held;
+    target.dispatchEvent(new Event("input", { bubbles: true }));
+  }, true);
+}"""
 EXAMPLES = {  # captions, by the name of the model
     "park": (
         "the elephant is walking around in the park",
@@ -63,8 +78,9 @@ class Page:
         with gr.Blocks(
             title="mini Make-A-Scene", analytics_enabled=False, fill_width=True, delete_cache=KEPT
         ) as page:
-            # Of each visitor: the scenes and pictures painted last; which of them.
-            self.finished, self.chosen = gr.State(), gr.State(0)
+            # Of each visitor: the scenes and pictures painted last; which of them; the seed that
+            # the next ones replace, and theirs.
+            self.finished, self.chosen, self.renewed = gr.State(), gr.State(0), gr.State()
             gr.Markdown(f"## mini Make-A-Scene\n`{self.name}` on {self.model.device}")
             with gr.Row():
                 with gr.Column(scale=5):
@@ -74,6 +90,7 @@ class Page:
                     self._put_settings()
             self._connect()
             page.load(None, None, self.caption, js=RECALL, api_visibility="private")
+            page.load(None, js=KEEP_NUMBERS, api_visibility="private")
         return page
 
     def _put_drawing(self) -> None:
@@ -125,7 +142,7 @@ class Page:
     def _put_settings(self) -> None:
         with gr.Row():
             self.count = gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures")
-            self.seed = gr.Number(0, precision=0, label="Seed of the first")
+            self.seed = gr.Number(0, label="Seed of the first")
             self.advance = gr.Checkbox(True, label="Take new seeds next time")
         with gr.Accordion("More settings", open=False):
             self.negative = gr.Textbox(
@@ -163,8 +180,8 @@ class Page:
             *(part for parts in self.sampling.values() for part in parts.values()),
         }
         told = [self.pictures, self.scenes, self.colours, self.status, self.files]
-        told += [self.finished, self.chosen, self.seed]
-        gr.on(
+        told += [self.finished, self.chosen, self.renewed]
+        painted = gr.on(
             [self.start.click, self.caption.submit],
             self.paint,
             asked,
@@ -173,6 +190,8 @@ class Page:
             concurrency_limit=None,  # the painter serves one after the other
             **private,
         )
+        seeds = [self.seed, self.renewed]  # as they are by then: somebody may have typed meanwhile
+        painted.then(renew, seeds, seeds, show_progress="hidden", queue=False, **private)
         self.stop.click(self.end, queue=False, **private)
         self.caption.change(None, self.caption, None, js=REMEMBER, **private)
         for gallery in (self.pictures, self.scenes):
@@ -211,7 +230,7 @@ class Page:
         if shown is None or shown.result is None:
             yield {self.status: tell("Stopped.")}
         elif asked[self.advance]:
-            yield {self.seed: wish.seed + wish.count}
+            yield {self.renewed: (wish.seed, wish.seed + wish.count)}
 
     def end(self, request: gr.Request) -> None:
         """Ends what this visitor waits for."""
@@ -223,6 +242,8 @@ class Page:
         for part in numbers:
             if asked[part] is None:
                 raise ValueError(f"fill in a number: {part.label}")
+        if asked[self.seed] != int(asked[self.seed]):
+            raise ValueError(f"fill in a whole number: {self.seed.label}")
         sampling = {
             stream: {name: asked[part] for name, part in parts.items()}
             for stream, parts in self.sampling.items()
@@ -344,6 +365,13 @@ def address_of(request: gr.Request) -> str:
     """Where a visitor asks from; empty where it may be many, behind a proxy of this machine."""
     host = request.client.host if request.client else ""
     return "" if is_local(host) else host
+
+
+def renew(seed: float | None, renewed: tuple[int, int] | None) -> tuple[float | None, None]:
+    """The seed of the next pictures: another one only where that of the last still stands."""
+    if renewed is not None and seed == renewed[0]:
+        return renewed[1], None
+    return seed, None
 
 
 def choose(event: gr.SelectData) -> int:

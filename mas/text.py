@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 PAD = 0
 PAD_TOKEN = "[PAD]"
+QUOTED = 80  # characters of a caption that a warning shows
 SMALLEST_VOCABULARY = 257  # every byte, and the padding
 
 _OTHER_SIDE = {"left": "right", "right": "left"}
@@ -222,11 +223,11 @@ class Tokenizer:
         ]
         if cut and warn:
             logger.warning(
-                "%d of %d captions are longer than %d tokens and were cut, for example %.200r",
+                "%d of %d captions are longer than %d tokens and were cut, for example %r",
                 len(cut),
                 len(texts),
                 self.length,
-                cut[0],
+                cut[0] if len(cut[0]) <= QUOTED else f"{cut[0][:QUOTED]} …",
             )
         ids = [encoding.ids for encoding in encodings]
         return torch.tensor(ids, dtype=torch.long).reshape(len(texts), self.length)

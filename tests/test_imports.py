@@ -14,10 +14,11 @@ ROOT = Path(__file__).parent.parent
 # Flow order; a module imports only modules to its left.
 MAS_ORDER = """
     field_help errors machine lock picture_file
-    scene shard_files token_shards shards rounding packing storage sheet text vq_codebook vq vq_fast
+    scene_files scene shard_files token_shards shards rounding packing storage sheet text
+    vq_codebook vq vq_fast
     vqseg_loss vqseg vqseg_tune vqgan bench_vqseg unet reader refiner pretrained things judge
     sequence heap cache gpt filter quantize decoder fast_decoder generate candidates cuda_kernels
-    cuda_blocks cuda_step cuda_decoder precision progress model_folder bench_sample codec request
+    cuda_blocks cuda_step cuda_decoder precision progress model_folder bench_sample request codec
     model rerank metrics weights_file sample_folder sample drawing painter studio_canvas
     studio_guard studio_page studio obedience cases distances inception features kept_tokens
     examiner figures report evaluate doctor

@@ -134,6 +134,8 @@ IMAGE = Image.new("RGB", (32, 32))
         ({"count": 1.5}, "count is 1.5, use a whole number"),
         ({"count": "2"}, "count is '2', use a whole number"),
         ({"count": 2**64}, r"seed is 0 for \d+ pictures, use a number"),
+        ({"count": 10**8}, "100000000 pictures are too many for one call: use 100000 or fewer"),
+        ({"caption": ["a", "b"], "count": 50_001}, "100002 pictures are too many for one call"),
         ({"batch": 2.0}, "batch is 2.0, use a whole number"),
         ({"seed": 1.5}, "seed is 1.5, use a whole number"),
         ({"seed": None}, "seed is None, use a whole number"),

@@ -1,3 +1,8 @@
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
 import pytest
 import torch
 
@@ -136,3 +141,19 @@ def test_uniforms_depend_on_the_seed_alone_and_stay_below_one():
 def test_impossible_settings_are_refused(option, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**option)
+
+
+@pytest.mark.parametrize("name", ["guidance", "temperature", "top_k", "top_p"])
+@pytest.mark.parametrize("value", [10**400, -(10**400), math.inf, math.nan])
+def test_numbers_without_end_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is "):
+        Sampling(**{name: value})
+
+
+def test_equal_settings_are_written_down_alike():
+    whole = Sampling(guidance=3, temperature=1, top_k=50, top_p=1)
+    parted = Sampling(guidance=3.0, temperature=np.float32(1), top_k=50.0, top_p=np.int64(1))
+    assert json.dumps(asdict(whole)) == json.dumps(asdict(parted))
+    assert asdict(whole) == {"guidance": 3.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+    assert repr(whole.top_k) == "50" and repr(whole.guidance) == "3.0"
+    assert Sampling(top_k=0.5).top_k == 0.5

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 import mas.request
 import mas.sample
@@ -180,6 +180,13 @@ def test_a_file_of_captions_may_begin_with_a_byte_order_mark(tmp_path):
     assert captions == ["a dog", "two cats"]
 
 
+def test_only_ends_of_lines_part_captions_and_white_space_is_one_space(tmp_path):
+    text = "a\u2028dog\r\ntwo\x0b\x0c cats\rone\x85\t  cow\na  sheep"
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
+    captions = mas.sample.read_captions(None, tmp_path / "prompts.txt", empty_is_fine=False)
+    assert captions == ["a dog", "two cats", "one cow", "a sheep"]
+
+
 def test_a_config_file_may_hold_the_caption_and_the_command_line_replaces_it(run, tmp_path):
     (tmp_path / "dog.yaml").write_text("caption: a dog\noutput: out\ncount: 1\n")
     for more, caption in (((), "a dog"), (("a cat",), "a cat")):
@@ -209,6 +216,18 @@ def test_a_picture_is_completed_where_it_is_transparent(run, tmp_path, tiny_mode
         assert np.array_equal(written, np.asarray(image))
     given = tiny_model.encode_image(fill_free(upper, free))
     assert (expected.tokens.image[:, :8] == given[:, :8]).all()
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_a_picture_stands_upright_by_its_exif(tmp_path, form):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be seen a quarter turn clockwise
+    lying = drawn().transpose(Image.Transpose.ROTATE_90)
+    lying.save(tmp_path / "half", form, exif=exif, lossless=True)
+    picture, free = mas.sample.read_picture(tmp_path / "half")
+    assert free[16:].all() and not free[:16].any()
+    upper = np.asarray(drawn().convert("RGB"))[:16]
+    assert np.array_equal(np.asarray(picture)[:16], upper)
 
 
 def test_the_best_candidates_are_written_in_the_order_of_their_scores(run, tmp_path, clip_folder):
@@ -346,6 +365,24 @@ def test_unusable_models_and_devices_are_one_line_and_leave_nothing(run, tmp_pat
         status, _, err = run(CAPTION, "--output", "out", **options)
         assert status == 1 and err.count("\n") == 1 and message in err
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["output", "scene", "prompts"])
+def test_an_empty_name_is_not_the_current_folder(run, tmp_path, option):
+    said = f"--{option}: empty, name a file or folder (see mas sample --help)"
+    message = f"mas sample: error: {said}\n"
+    options = {"output": "out"} | {option: ""}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    assert run(CAPTION, *words) == (2, "", message)
+    (tmp_path / "a.yaml").write_text(json.dumps(options))
+    assert run(CAPTION, "--config", "a.yaml") == (2, "", message)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
+
+
+def test_an_empty_name_is_no_model(run, tmp_path):
+    status, _, err = run(CAPTION, "--output", "out", model="")
+    assert status == 1 and "the name of the model is empty: use a folder" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_parts_that_do_not_fit_are_one_line(run, tmp_path, parts):

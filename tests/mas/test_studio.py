@@ -25,7 +25,7 @@ from studio_visitor import Studio, Visitor, scene_of  # noqa: E402
 from mas.painter import Painter  # noqa: E402
 from mas.studio import check_address  # noqa: E402
 from mas.studio_canvas import MOST_OPENING, NOTHING, build_canvas, colour_of  # noqa: E402
-from mas.studio_page import Page, address_of, legend, tell  # noqa: E402
+from mas.studio_page import Page, address_of, legend, renew, tell  # noqa: E402
 
 LABELS = np.full((32, 32), CLASS_NAMES.index("grass-merged"), np.uint8)
 LABELS[:10] = CLASS_NAMES.index("sea")
@@ -115,6 +115,12 @@ def test_a_full_line_is_said_and_what_was_painted_stays(tiny_model, tmp_path, mo
     assert answers == [{page.status: tell("0 wishes wait already: try again later.")}]
 
 
+def test_only_the_seed_that_was_painted_is_renewed():
+    assert renew(0, (0, 4)) == (4, None)
+    assert renew(77, (0, 4)) == (77, None) and renew(None, (0, 4)) == (None, None)
+    assert renew(5, None) == (5, None)  # nothing was painted
+
+
 def test_the_legend_names_every_class_once_the_largest_first():
     text = legend([SceneMap.from_labels(LABELS), SceneMap.from_labels(LABELS)])
     assert re.findall(r"</i>([^<]+)<", text) == ["grass-merged", "sea"]
@@ -175,6 +181,21 @@ def test_a_caption_becomes_pictures_and_all_files_that_sample_writes(visitor, ti
         assert picture.text["caption"] == "a giraffe in the park"
     assert visitor.page.get_by_label("Seed of the first").input_value() == "4"
     assert json.loads(visitor.paint("a giraffe")["samples.json"])["seed"] == 4
+
+
+def test_a_seed_typed_while_it_paints_stays(chromium, tmp_path):
+    studio = Studio("park", tmp_path)  # which is slow enough to be typed into
+    visitor = Visitor(chromium.new_page(viewport={"width": 1400, "height": 1300}), studio.address)
+    visitor.page.get_by_label("number input for Pictures").fill("1")
+    visitor.page.get_by_label("Caption").fill("two dogs")
+    visitor.click("Paint")
+    visitor.page.get_by_text(re.compile(r"[1-9]\d?%")).wait_for()
+    visitor.page.get_by_label("Seed of the first").fill("77")
+    for seed in (0, 77):
+        visitor.page.get_by_text(f"two dogs, seed {seed}:").wait_for()
+        visitor.click("Paint")
+    visitor.page.close()
+    studio.end(signal.SIGTERM)
 
 
 def test_strokes_stay_where_they_are_drawn(visitor):
@@ -280,7 +301,25 @@ def test_all_results_are_seen_on_a_narrow_screen(chromium, address):
 
 def test_numbers_that_are_missing_or_impossible_are_said(visitor):
     visitor.page.get_by_label("Caption").fill("a giraffe")
-    for value, message in (("", "fill in a number: Seed of the first"), ("-3", "seed is -3")):
+    for value, message in (
+        ("", "fill in a number: Seed of the first"),
+        ("1.5", "fill in a whole number: Seed of the first"),
+        ("-3", "seed is -3"),
+    ):
         visitor.page.get_by_label("Seed of the first").fill(value)
         visitor.click("Paint")
         visitor.page.get_by_text(message).wait_for()
+
+
+def test_a_setting_that_cannot_be_is_again_what_it_was(visitor):
+    visitor.page.get_by_text("More settings").click()
+    field = visitor.page.get_by_label("number input for Guidance, picture")
+    for value, kept in (("4.5", "4.5"), ("", "4.5"), ("-3", "4.5"), ("11", "4.5"), ("0", "0")):
+        field.fill(value)
+        field.press("Tab")
+        assert field.input_value() == kept
+    field.fill("2")
+    field.press("Tab")
+    field.fill("")  # and nothing else before it is painted
+    settings = json.loads(visitor.paint("a giraffe")["samples.json"])["settings"]
+    assert settings["image"]["guidance"] == 2

@@ -75,6 +75,10 @@ def test_a_long_caption_is_cut_with_a_warning_that_counts_and_shows_one(tokenize
         tokens_BT = tokenizer.encode(["a dog", "dog " * 40])
     assert tokens_BT.shape == (2, 24) and (tokens_BT[1] != PAD).all()
     assert "1 of 2 captions" in caplog.text and "dog dog" in caplog.text
+    assert caplog.text.count("dog") == 20 and caplog.text.endswith("dog  …'\n")
+    caplog.clear()
+    tokenizer.encode(["zxqv" * 20])
+    assert caplog.text.endswith("zxqv'\n")
     caplog.clear()
     tokenizer.encode(["a dog"])
     assert not caplog.text
