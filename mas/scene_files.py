@@ -54,11 +54,10 @@ def marks_edges(alpha_HW: np.ndarray, changes_HW: np.ndarray) -> bool:
     """Whether the alpha of ids marks edges, as `SceneMap.to_png` writes it, or is transparency.
 
     It marks edges if it is 255 at every change of label and else mostly in lines, as between two
-    things of one class; an area larger than all outlines is what somebody drew. Where nothing is opaque it marks
-    edges, too: a scene of one label has none, while nobody hands in a drawing of which nothing is
-    seen. Areas are squares of 3 x 3: a drawing of one id in thin lines only is taken for edges if
-    its transparent pixels have that id, too, and things a pixel wide that fill a scene of one label
-    are taken for a drawing.
+    things of one class; an area (squares of 3 x 3) larger than all outlines is what somebody drew.
+    Where nothing is opaque it marks edges, too: a scene of one label has none, while nobody hands
+    in a drawing of which nothing is seen. A drawing of one id in thin lines only is taken for edges
+    if its transparent pixels have that id, too.
 
     Args:
         alpha_HW: uint8.
