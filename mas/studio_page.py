@@ -367,11 +367,14 @@ def address_of(request: gr.Request) -> str:
     return "" if is_local(host) else host
 
 
-def renew(seed: float | None, renewed: tuple[int, int] | None) -> tuple[float | None, None]:
-    """The seed of the next pictures: another one only where that of the last still stands."""
+def renew(seed: float | None, renewed: tuple[int, int] | None) -> tuple[Any, None]:
+    """The seed of the next pictures: another one only where that of the last still stands.
+
+    Else the field is left alone: somebody may be typing in it.
+    """
     if renewed is not None and seed == renewed[0]:
         return renewed[1], None
-    return seed, None
+    return gr.skip(), None
 
 
 def choose(event: gr.SelectData) -> int:

@@ -112,7 +112,8 @@ def test_workers_of_a_cluster_tell_what_their_machine_lacks_all_at_once(
     with pytest.raises(OSError) as caught:
         run(tmp_path, address="auto", workers=1)
     told = str(caught.value)
-    assert told.startswith(f"{socket.gethostname()}: ") and " things are missing: (1) " in told
+    where = f"no node can work: {socket.gethostname()}: "
+    assert told.startswith(where) and " things are missing: (1) " in told
     assert all(str(tmp_path / "weights" / file) in told for file in list(WEIGHTS)[:2])
 
 
