@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ LOCAL_MEND = (
     "(RAY_TMPDIR); --executor serial does without Ray"
 )
 OBJECT_STORE_BYTES = 100 * 2**20  # jobs and outcomes are small
+HOST_AND_PORT = re.compile(r"(\[[^][/]+\]|[^][/:]+):\d+")  # an IPv6 host is in brackets
 
 
 def start_ray(config: ExecutorConfig) -> None:
@@ -85,13 +87,12 @@ def _find_cluster(address: str) -> str:
     named = os.environ.get("RAY_ADDRESS") if address == "auto" else None
     if address == "auto":
         address = named or _started_here()
-    host, _, port = address.rpartition(":")
-    if "/" in address or not host or not port.isdigit():
+    if not HOST_AND_PORT.fullmatch(address):
         raise ValueError(
             f"RAY_ADDRESS is {named}: set it to HOST:PORT of the head node, or leave it out"
             if named
             else f"--address {address}: give auto, or HOST:PORT of the head node, on a machine of "
-            "the cluster"
+            "the cluster; an IPv6 host in brackets, as [fd00::2]:6379"
         )
     if error := silence(address):
         raise OSError(f"no Ray cluster answers at {address}: {error}") from error
@@ -99,10 +100,10 @@ def _find_cluster(address: str) -> str:
 
 
 def silence(address: str) -> OSError | None:
-    """Why nothing can be reached at HOST:PORT; None where something can."""
+    """Why nothing can be reached at HOST:PORT or [IPv6]:PORT; None where something can."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
     except OSError as error:
         return error
     return None

@@ -15,6 +15,15 @@ from preprocess.termination import terminated_in_order
 SLOW = "The current node timed out during startup. This could happen because …"
 
 
+def has_ipv6():
+    """Whether this machine can be reached by IPv6."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 @pytest.fixture
 def raising(monkeypatch):
     """Makes Ray's start raise an error."""
@@ -50,6 +59,26 @@ def test_a_cluster_that_gives_no_reason_is_told_of(raising):
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(OSError, match=rf"cannot join the Ray cluster {address}: RuntimeError;"):
             start(ExecutorConfig(address=address))
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="needs an IPv6 loopback")
+def test_the_head_node_may_have_an_ipv6_address(monkeypatch):
+    ray = pytest.importorskip("ray")
+    joined = []
+    monkeypatch.setattr(ray, "init", lambda **options: joined.append(options["address"]))
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        address = f"[::1]:{server.getsockname()[1]}"
+        start(ExecutorConfig(address=address))
+    assert joined == [address]
+    with pytest.raises(OSError, match=r"no Ray cluster answers at \[::1\]:\d+: .* refused"):
+        start(ExecutorConfig(address=address))
+
+
+@pytest.mark.parametrize("address", ["::1:6379", "[::1]", "[]:1", "host", ":1", "a/b:1"])
+def test_what_is_no_address_is_refused_before_ray_sees_it(address):
+    with pytest.raises(ValueError, match=r"give auto, or HOST:PORT .* as \[fd00::2\]:6379"):
+        start(ExecutorConfig(address=address))
 
 
 @pytest.mark.parametrize(("bound", "wanted"), [({1}, 1), ({0, 1, 2, 3}, None)])
