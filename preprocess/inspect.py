@@ -43,7 +43,7 @@ def inspect(shards: str, *, output: str, count: int = 16, as_json: bool = False)
 
     Args:
         shards: a scene shard, a folder of them, a glob or a brace pattern; local or URL.
-        output: PNG to write.
+        output: PNG to write; its folder is made where it is missing.
         count: samples on the sheet, spread evenly over the shards.
         as_json: print one JSON object instead of a table.
     """
@@ -65,6 +65,8 @@ def inspect(shards: str, *, output: str, count: int = 16, as_json: bool = False)
         raise ShardError(f"{shards}: the shards hold no samples")
     buffer = io.BytesIO()
     contact_sheet(rows, header=COLUMNS).save(buffer, "PNG")
+    if (local := local_path(output)) is not None:
+        Path(local).parent.mkdir(parents=True, exist_ok=True)
     write_file(output, buffer.getvalue())
     classes = {
         name: {"photos": photos[name], "share": round(pixels[name] / seen, 4)}

@@ -46,6 +46,14 @@ def test_the_table_names_the_classes(scenes, tmp_path, capsys):
     assert printed.startswith("5 samples") and "sky-other-merged" in printed
 
 
+def test_the_folder_of_the_sheet_is_made(scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for output in (f"{tmp_path}/some/new/s.png", "another/s.png", "s.png", "memory://new/s.png"):
+        inspect(str(scenes), output=output, count=1)
+        assert fsspec.open(output).fs.exists(output)
+    assert not (tmp_path / "memory:").exists()
+
+
 def test_samples_are_spread_over_the_shards(scenes):
     paths = [str(path) for path in sorted(scenes.glob("*.tar"))]
     keys = [sample.key for sample in choose(paths, 3)]
