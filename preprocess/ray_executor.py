@@ -143,15 +143,18 @@ class _RayRunner:
         return {"outcome": [pickle.dumps(outcome)]}
 
     def _run(self, job: Job) -> Outcome:
+        if self.unable:
+            return self._pass_on(job, self.unable)
         try:
-            if self.unable:
-                raise OSError(self.unable)
             self.runner = self.runner or self._make_runner()
         except Exception as error:  # missing weights or packages, on this machine
-            mark_waiting(self.folder, job.name)
-            text = self.unable or f"{socket.gethostname()}: {say(error)}"
-            return Outcome(job.name, error=text, fatal=True, here=True)
+            return self._pass_on(job, f"{socket.gethostname()}: {say(error)}")
         return self.runner.run(job, partial(self.counter.add.remote, self.name))
+
+    def _pass_on(self, job: Job, reason: str) -> Outcome:
+        """Leaves a job to other machines."""
+        mark_waiting(self.folder, job.name)
+        return Outcome(job.name, error=reason, fatal=True, here=True)
 
     def _make_runner(self) -> Runner:
         """Raises whatever the worker raises, and OSError after `PROCESSES` that did not live."""
