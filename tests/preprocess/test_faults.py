@@ -128,6 +128,16 @@ def is_gone(pid):
         return True
 
 
+def start_on_both(cluster, photos, folder):
+    """A run that has come to a stop within a shard on each node; the worker of the second node."""
+    run = Run(photos, folder, address=cluster.address)
+    run.stop_at(key(0, 4), key(1, 4))
+    run.start()
+    workers = [{"shard": shard, **run.reached(key(shard, 4))} for shard in (0, 1)]
+    (second,) = (worker for worker in workers if worker["node"] == cluster.second.node_id)
+    return run, second
+
+
 def counts(folder):
     fields = ("photos_in", "photos_out", "rejected", "classes", "people", "void")
     stats = {path.name: json.loads(path.read_text()) for path in folder.glob("*.stats.json")}
@@ -176,11 +186,7 @@ def test_a_worker_killed_within_a_shard_changes_nothing(cluster, photos, undistu
 
 
 def test_a_node_removed_within_a_shard_changes_nothing(cluster, photos, undisturbed, tmp_path):
-    run = Run(photos, tmp_path, address=cluster.address)
-    run.stop_at(key(0, 4), key(1, 4))
-    run.start()
-    workers = [run.reached(key(shard, 4)) for shard in (0, 1)]
-    (lost,) = (worker for worker in workers if worker["node"] == cluster.second.node_id)
+    run, lost = start_on_both(cluster, photos, tmp_path)
     cluster.remove_node(cluster.second, allow_graceful=False)
     wait_until(lambda: is_gone(lost["pid"]))
     try:
@@ -213,11 +219,7 @@ def test_a_node_on_which_no_worker_can_be_made_any_more_is_left_out(
     cluster, photos, undisturbed, tmp_path
 ):
     """Its worker keeps its shard until the other one has made all that it can."""
-    run = Run(photos, tmp_path, address=cluster.address)
-    run.stop_at(key(0, 4), key(1, 4))
-    run.start()
-    workers = [run.reached(key(shard, 4)) for shard in (0, 1)]
-    (lost,) = (worker for worker in workers if worker["node"] == cluster.second.node_id)
+    run, lost = start_on_both(cluster, photos, tmp_path)
     (run.gates / f"{lost['node']}.lacks").write_text("the GPU is lost")
     os.kill(lost["pid"], signal.SIGKILL)
     run.go_on()
@@ -277,13 +279,9 @@ def test_a_worker_that_is_killed_while_it_is_made_is_given_up(
 
 def test_an_input_that_is_gone_on_one_node_costs_no_shard(cluster, photos, undisturbed, tmp_path):
     """A mount; the worker itself can be made there."""
-    run = Run(photos, tmp_path, address=cluster.address)
-    run.stop_at(key(0, 4), key(1, 4))
-    run.start()
-    workers = [run.reached(key(shard, 4)) for shard in (0, 1)]
-    (lost,) = (worker for worker in workers if worker["node"] == cluster.second.node_id)
+    run, lost = start_on_both(cluster, photos, tmp_path)
     (run.gates / f"{lost['node']}.unmounted").write_text("the input is not there: mount it")
-    (run.gates / f"{key(workers.index(lost), 4)}.stop").unlink()
+    (run.gates / f"{key(lost['shard'], 4)}.stop").unlink()
     wait_until(lambda: any('"waiting"' in p.read_text() for p in run.output.glob("*.running.json")))
     run.go_on()
     assert run.finish() == 0, run.printed
