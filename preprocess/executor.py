@@ -112,16 +112,19 @@ def execute(
     """
     folder, summary = RunFolder(output), Summary(len(jobs))
     with contextlib.ExitStack() as stack:
+        find_pending = partial(
+            _find_pending, jobs, folder, summary, config, passing=passing, settings=settings
+        )
         try:
             stack.enter_context(folder.prepared(command, settings, shards=len(jobs)))
         except ReadOnlyError as error:
-            _check_nothing_left(_find_pending(jobs, folder, summary, config, passing), jobs, error)
+            _check_nothing_left(find_pending(), jobs, error)
             return summary
         stack.enter_context(terminated_in_order())
         stack.enter_context(_swept(folder))
         bar = stack.enter_context(ProgressBar(folder, len(jobs), unit=unit))
         stack.enter_context(logging_redirect_tqdm())
-        pending = _find_pending(jobs, folder, summary, config, passing)
+        pending = find_pending()
         bar.skip(summary.skipped, failed=len(summary.failed))
         _check_machine(pending, config, lacks)
         common = {"settings": settings_hash(settings), "python": platform.python_version()}
@@ -252,10 +255,16 @@ def _find_pending(
     folder: RunFolder,
     summary: Summary,
     config: ExecutorConfig,
+    *,
     passing: Collection[str],
+    settings: Mapping[str, Any],
 ) -> list[Job]:
-    """Jobs that are neither done nor set aside, and those to be tried again; counts the others."""
-    pending = []
+    """Jobs that are neither done nor set aside, and those to be tried again; counts the others.
+
+    A shard that was set aside with other settings or another input gets its first try with these.
+    """
+    pending, changed = [], 0
+    made_with = {"settings": settings_hash(settings)}
     present = set(folder.list_names())
     done = folder.finished({job.name: job.fingerprint for job in jobs})
     _warn_of_later_inputs([job for job in jobs if job.name in done], done, folder)
@@ -266,10 +275,22 @@ def _find_pending(
             else:
                 summary.skipped += 1
         elif job.name + ERROR in present and not config.retry_failed:
-            summary.failed[job.name] = (folder.read(job.name + ERROR) or {}).get("error", "")
+            record = folder.read(job.name + ERROR) or {}
+            if _is_as_recorded(record, {**made_with, "input": job.fingerprint}):
+                summary.failed[job.name] = record.get("error", "")
+            else:
+                changed += 1
+                pending.append(job)
         else:
             pending.append(job)
+    if changed:
+        logger.info("%d shards that failed with other settings or input are tried again", changed)
     return pending
+
+
+def _is_as_recorded(record: Mapping[str, Any], made_with: Mapping[str, Any]) -> bool:
+    """Whether a failure was met with these; older versions did not record with what it was."""
+    return all(record.get(key, value) == value for key, value in made_with.items())
 
 
 def _outcomes(

@@ -84,7 +84,7 @@ class Runner:
         Args:
             factory: makes it, once more after each such error.
             folder: of the evidence.
-            common: goes into every stats.json.
+            common: goes into every stats.json and error.json.
             lacks: tells what a worker would miss on this machine.
             leave: ends this process, after which the next attempt is another one's; None = all
                 attempts are made here.
@@ -183,7 +183,8 @@ class Runner:
             self.leave()
 
     def _set_aside(self, job: Job, text: str, evidence: dict[str, Any], *, host: str) -> Outcome:
-        self.folder.write(job.name + ERROR, {"error": text, **evidence})
+        made_with = {**self.common, "input": job.fingerprint}
+        self.folder.write(job.name + ERROR, {"error": text, **evidence, **made_with})
         self.folder.remove(job.name + RUNNING)
         return Outcome(job.name, error=text, host=host)
 

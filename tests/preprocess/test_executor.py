@@ -70,6 +70,31 @@ def test_bad_data_is_set_aside_and_the_others_go_on(world):
     assert mended.status == 0 and world.results() == WANTED and set(world.names("*")) == TIDY
 
 
+def test_a_failure_counts_for_the_settings_and_the_input_it_was_met_with(world, caplog):
+    caplog.set_level("INFO")
+    bad = {f"n{name}": "data" for name in NAMES}
+    world.plan(**bad)
+    assert world.run().failed.keys() == set(NAMES)
+    world.plan(n00000="data")
+    assert world.run().failed.keys() == set(NAMES) and not caplog.messages[len(NAMES) :]
+    other = {"photo": {"size": 9}}
+    assert world.run(settings=other).failed == {"00000": "the data is bad"}
+    assert "6 shards that failed with other settings or input are tried again" in caplog.messages
+    assert world.run(settings=other).failed == {"00000": "the data is bad"}
+    job = Job("00000", "mended", fingerprint="of another size")
+    assert world.run(jobs=[job], settings=other).done == 1
+    assert not world.names("*.error.json")
+
+
+def test_a_failure_of_an_older_version_counts(world):
+    """It does not tell its settings."""
+    world.plan(n00000="data")
+    world.run()
+    path = world.output / "00000.error.json"
+    path.write_text(json.dumps({"error": "the data was bad"}))
+    assert world.run().failed == {"00000": "the data was bad"}
+
+
 def test_passing_trouble_is_tried_again(world):
     world.plan(n00000="network", n00003="bug network", n00004="bug bug bug")
     summary = world.run()
