@@ -8,6 +8,7 @@ Axes: B pictures, T tokens, H W pixels, C colours.
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ from preprocess.run_folder import STATS, RunFolder
 from preprocess.runner import Job, Report
 
 MAX_VOCABULARY = 2**16  # tokens are stored as uint16
+LOOKED_INTO = 4  # shards, for a sample that tells what the input is; some may be empty or broken
 
 
 @dataclass(frozen=True)
@@ -279,16 +281,18 @@ def tokenize(config: TokenizeConfig) -> int:
     """Makes the token shards that are not made yet, then the manifest; returns the exit status.
 
     Raises:
-        ValueError: settings that cannot work; a tokenizer or the input is missing or broken, or
-            there is not one sample in the input.
+        ValueError: settings that cannot work; a tokenizer or the input is missing or broken, the
+            input holds photos without scene maps, or not one sample.
         OSError: input or output cannot be reached.
     """
     require(lacking_filesystems(config.input))
     output, paths = absolute(config.output), config.paths
-    hashes, loaded = paths.hashes(), Tokenizers.load(paths)
+    hashes, jobs = paths.hashes(), find_jobs(config.input)
+    if not any(name.endswith(STATS) for name in RunFolder(output).list_names()):
+        _check_scenes(config.input, jobs)
+    loaded = Tokenizers.load(paths)
     described = loaded.describe()
     streams = {name: {**described[name], "sha256": hashes[name]} for name in hashes}
-    jobs = find_jobs(config.input)
     summary = execute(
         jobs,
         partial(
@@ -325,6 +329,27 @@ def tokenize(config: TokenizeConfig) -> int:
     if not pictures:
         raise ValueError(f"{config.input}: there is not one sample in it")
     return 0
+
+
+def _check_scenes(input: str, jobs: Sequence[Job]) -> None:
+    """Looks at the first sample before a run begins; what cannot be read the run will tell of.
+
+    Raises:
+        ShardError: it is a photo that mas preprocess has not seen.
+    """
+    for job in jobs[:LOOKED_INTO]:
+        sample = None
+        with contextlib.suppress(ShardError, OSError):
+            sample = next(job.source.read(on_reject=lambda *_: None), None)
+        if sample is not None:
+            break
+    else:
+        return
+    if "scene.png" not in sample.files:
+        raise ShardError(
+            f"{input}: holds photos without scene maps ({sample.key} has no scene.png); run mas "
+            "preprocess on it first, and name its --output here"
+        )
 
 
 def _tell_of_failures(summary: Summary) -> int:

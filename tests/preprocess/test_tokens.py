@@ -166,11 +166,29 @@ def test_a_second_run_has_nothing_to_do_and_other_tokenizers_are_refused(world, 
 
 
 def test_what_is_no_scene_shard_fails_without_a_manifest(world, tmp_path, capsys):
-    path = write_photos(tmp_path / "0.tar", [photo_sample("x")])
-    assert run(world, tmp_path / "out", input=path) == 1
+    shutil.copy(world / "scenes" / "00001.tar", tmp_path)
+    write_photos(tmp_path / "00002.tar", [photo_sample("x")])
+    assert run(world, tmp_path / "out", input=str(tmp_path)) == 1
     assert "no scene.png" in capsys.readouterr().out
     with pytest.raises(ShardError, match="manifest"):
         TokenShards(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["shards", "files"])
+def test_photos_without_scenes_are_refused_before_anything_is_made(world, tmp_path, kind):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    if kind == "files":
+        for ending in ("jpg", "txt"):
+            (photos / f"x.{ending}").write_bytes(photo_sample("x").files[ending])
+    else:
+        write_photos(photos / "0.tar", [])
+        (photos / "1.tar").write_bytes(b"cut")
+        write_photos(photos / "2.tar", [photo_sample("x")])
+    said = r"photos: holds photos without scene maps \(x has no scene\.png\); run mas preprocess"
+    with pytest.raises(ShardError, match=said):
+        run(world, tmp_path / "out", input=str(photos))
+    assert not (tmp_path / "out").exists()
 
 
 def test_photos_smaller_than_the_networks_are_refused_with_the_mend(world, tmp_path, capsys):
