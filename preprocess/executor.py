@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from preprocess.needs import EXTRA, has_module, require
 from preprocess.progress import ProgressBar
-from preprocess.run_folder import ERROR, STATS, ReadOnlyError, RunFolder, settings_hash
+from preprocess.run_folder import CHANGED, ERROR, STATS, ReadOnlyError, RunFolder, settings_hash
 from preprocess.runner import Job, Outcome, Runner, Worker
 from preprocess.termination import terminated_in_order
 
@@ -89,6 +89,7 @@ def execute(
     config: ExecutorConfig,
     unit: str = "photo",
     passing: Collection[str] = (),
+    mended: Callable[[Job], None] | None = None,
     lacks: Callable[[], list[str]] = list,
 ) -> Summary:
     """Makes all shards that are not made yet.
@@ -102,6 +103,8 @@ def execute(
         config: where to run.
         unit: what a worker reports, for the progress bar.
         passing: reasons of `rejected` in a shard's statistics that may be gone another time.
+        mended: raises ShardError where a shard that has dropped items may not be made again from
+            a source that was changed since; None = none may.
         lacks: tells what a worker would miss on this machine.
 
     Raises:
@@ -113,7 +116,7 @@ def execute(
     folder, summary = RunFolder(output), Summary(len(jobs))
     with contextlib.ExitStack() as stack:
         find_pending = partial(
-            _find_pending, jobs, folder, summary, config, passing=passing, settings=settings
+            _find_pending, jobs, folder, summary, config, passing, mended, settings
         )
         try:
             stack.enter_context(folder.prepared(command, settings, shards=len(jobs)))
@@ -255,22 +258,28 @@ def _find_pending(
     folder: RunFolder,
     summary: Summary,
     config: ExecutorConfig,
-    *,
     passing: Collection[str],
+    mended: Callable[[Job], None] | None,
     settings: Mapping[str, Any],
 ) -> list[Job]:
     """Jobs that are neither done nor set aside, and those to be tried again; counts the others.
 
     A shard that was set aside with other settings or another input gets its first try with these.
     """
-    pending, changed = [], 0
+    pending, first_tries = [], 0
     made_with = {"settings": settings_hash(settings)}
     present = set(folder.list_names())
-    done = folder.finished({job.name: job.fingerprint for job in jobs})
-    _warn_of_later_inputs([job for job in jobs if job.name in done], done, folder)
+    retry = config.retry_rejected
+    fingerprints = {job.name: job.fingerprint for job in jobs}
+    done = folder.finished(fingerprints, mended=retry and mended is not None)
+    kept = [job for job in jobs if job.name in done and CHANGED not in done[job.name]]
+    _warn_of_later_inputs(kept, done, folder)
     for job in jobs:
         if job.name in done:
-            if config.retry_rejected and set(passing) & set(done[job.name].get("rejected", {})):
+            if mended and CHANGED in done[job.name]:
+                mended(job)
+                pending.append(replace(job, again=True, anew=True))
+            elif retry and set(passing) & set(done[job.name].get("rejected", {})):
                 pending.append(replace(job, again=True))
             else:
                 summary.skipped += 1
@@ -279,12 +288,14 @@ def _find_pending(
             if _is_as_recorded(record, {**made_with, "input": job.fingerprint}):
                 summary.failed[job.name] = record.get("error", "")
             else:
-                changed += 1
+                first_tries += 1
                 pending.append(job)
         else:
             pending.append(job)
-    if changed:
-        logger.info("%d shards that failed with other settings or input are tried again", changed)
+    if first_tries:
+        logger.info(
+            "%d shards that failed with other settings or input are tried again", first_tries
+        )
     return pending
 
 

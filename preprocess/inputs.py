@@ -34,6 +34,7 @@ from mas.shards import (
     in_utf8,
     is_safe_name,
     is_too_large,
+    list_keys,
     local_path,
     read_shard,
 )
@@ -57,6 +58,10 @@ class TarSource:
 
     name: str  # path or URL
     size: int  # bytes, when it was listed
+
+    def list_keys(self) -> list[str]:
+        """Of all samples; ShardError for a broken tar."""
+        return list_keys(self.name)
 
     def read(self, *, on_reject: OnReject) -> Iterator[Sample]:
         """The samples in order.
@@ -84,6 +89,10 @@ class FilesSource:
     entries: tuple[Entry, ...]
     refused: tuple[Refusal, ...] = ()  # what lay among them and is no sample
     size: int | None = None  # bytes of all files, when they were listed; None = not known
+
+    def list_keys(self) -> list[str]:
+        """Of all samples."""
+        return [key for key, _, _ in self.entries]
 
     def read(self, *, on_reject: OnReject) -> Iterator[Sample]:
         """The samples in order; told are those that cannot be read, and what lay among them.

@@ -36,7 +36,7 @@ from preprocess.segment import (
 )
 from preprocess.status import collect, describe_rejects
 from preprocess.weights import WEIGHTS
-from preprocess.worker import SceneConfig, SceneWorker
+from preprocess.worker import SceneConfig, SceneWorker, check_mended
 
 KNOWN_WEIGHTS = {weights.name for weights in WEIGHTS}  # these names are no paths
 
@@ -66,7 +66,8 @@ class PreprocessConfig:
         gpus_per_worker: share of a GPU each worker holds, as in 0.5.
         retry_failed: also try the shards that failed and were set aside.
         retry_rejected: also try the samples again that were rejected for a reason that may have
-            passed: no_photo, no_annotation, not_segmented.
+            passed: no_photo, no_annotation, not_segmented; and make shards again in whose input
+            what was rejected was mended.
     """
 
     input: str
@@ -175,6 +176,7 @@ def _label(config: PreprocessConfig, output: str) -> Summary:
         settings=settings_of(config.scene),
         config=config.execution,
         passing=[reason.value for reason in PASSING],
+        mended=partial(check_mended, output),
         lacks=partial(
             gather,
             partial(lacks_of_sources, *config.sources),

@@ -37,6 +37,7 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # the names `mas.shards` writ
 READERS = 16  # files read at the same time
 READ_AHEAD = 256  # files
 KEPT = ("finished", "rejected")  # what a run wants to know of a shard that is done
+CHANGED = "changed"  # and whether its input is another one by now
 ALIVE_SECONDS = 60.0  # a run whose heartbeat is older has stopped
 FOREIGN_SECONDS = 20.0  # the same where its process cannot be looked up: on another machine
 LISTEN_SECONDS = 12.0  # in which a run at work gives another heartbeat, whatever its clock says
@@ -271,11 +272,14 @@ class RunFolder:
                     f"and {here.get(key)!r} here; choose another --output or the same settings"
                 )
 
-    def finished(self, fingerprints: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """Of the statistics of those shards that are done `KEPT`, by name.
+    def finished(
+        self, fingerprints: Mapping[str, str], *, mended: bool = False
+    ) -> dict[str, dict[str, Any]]:
+        """Of the statistics of those shards that are done `KEPT`, and `CHANGED`, by name.
 
         Args:
             fingerprints: of the input of each shard.
+            mended: the input of one that rejected something may have changed since.
 
         Raises:
             ShardError: one was made from another input.
@@ -287,13 +291,18 @@ class RunFolder:
             if stats is None:
                 continue
             done[name] = {key: stats[key] for key in KEPT if key in stats}
-            if stats.get("input") != fingerprints[name]:
+            if stats.get("input") == fingerprints[name]:
+                continue
+            if not (mended and stats.get("rejected")):
+                mend = "add --retry-rejected if what it rejected was mended, "
                 raise ShardError(
                     f"{self.file(name + STATS)}: the shard was made from another input "
-                    f"({stats.get('input')} there, {fingerprints[name]} here); remove this file to "
-                    "make it again, or choose another --output; what is new is better given shards "
-                    "or a folder of its own"
+                    f"({stats.get('input')} there, {fingerprints[name]} here); "
+                    f"{mend if stats.get('rejected') else ''}remove this file to make it again, or "
+                    "choose another --output; what is new is better given shards or a folder of "
+                    "its own"
                 )
+            done[name][CHANGED] = True
         return done
 
     def note_later_inputs(self, times: Mapping[str, float]) -> list[str]:

@@ -38,6 +38,7 @@ class Job:
     fingerprint: str  # changes when the source does
     modified: float = 0.0  # when the source was written last, seconds since 1970; 0 = not known
     again: bool = False  # was made before; items dropped for a passing reason get another try
+    anew: bool = False  # … and the source has changed since: so do all others
     attempt: int = 1  # above 1, one that was killed may have left half-written files
 
 

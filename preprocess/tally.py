@@ -72,6 +72,11 @@ class Tally:
             self.rejected[reason] += 1
             self._rejects.append((index, {"key": key, "reason": reason, "detail": detail}))
 
+    def why_rejected(self, key: str) -> str:
+        """Reason and detail of the first reject of a key."""
+        rejects = [reject for _, reject in self._rejects if reject["key"] == key]
+        return f"{rejects[0]['reason']}: {rejects[0]['detail']}" if rejects else "not in the input"
+
     def add_scene(self, summary: dict[str, Any]) -> None:
         """Counts the `scene` block of one written sample."""
         with self._lock:

@@ -18,6 +18,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any, TypeVar
 
+import fsspec
 import numpy as np
 
 from mas.scene import PERSON, SceneError, SceneMap, Segments, merge
@@ -25,8 +26,10 @@ from mas.shards import (
     Sample,
     ShardError,
     ShardWriter,
+    list_keys,
     read_shard,
     remove_temporary,
+    store_errors,
     write_file,
 )
 from preprocess.captions import Texts, dump_fields, read_texts
@@ -125,10 +128,11 @@ class SceneWorker:
     def __call__(self, job: Job, report: Report) -> dict[str, Any]:
         """Writes the shard and returns its statistics.
 
-        A shard that is made again keeps the samples it has; the others get another try.
+        A shard that is made again keeps the samples it has; the others get another try. Where its
+        input has changed since, all of them do, and none that it has may be lost.
 
         Raises:
-            ShardError: the input shard is broken.
+            ShardError: the input shard is broken, or a sample would be lost.
             OSError: input or output cannot be reached.
         """
         path, rejects_path = (f"{self.output}/{job.name}{end}" for end in (".tar", REJECTS))
@@ -138,10 +142,14 @@ class SceneWorker:
         tally = Tally()
         with ShardWriter(path) as writer, pillow_rules(self.config.photo):
             samples = tally.counted(job.source.read(on_reject=tally.reject), report)
-            kept = read_shard(path) if job.again else iter(())
+            kept = read_shard(path) if job.again and not job.anew else iter(())
+            lost = dict.fromkeys(list_keys(path) if job.anew else ())
             for sample in self._process(match(samples, kept), tally):
                 with tally.time("write"):
                     writer.write(sample)
+                lost.pop(sample.key, None)
+            if lost:
+                raise ShardError(_describe_loss(next(iter(lost)), job, tally))
             if job.again:  # from here on the shard is not done until the new statistics are there
                 RunFolder(self.output).remove(job.name + STATS)
             write_file(rejects_path, tally.reject_lines())
@@ -284,6 +292,37 @@ def match(
             yield sample, None
     if candidate is not None:
         raise ShardError(f"{candidate.key} is in the earlier shard and not in the input any more")
+
+
+def check_mended(output: str, job: Job) -> None:
+    """Whether a finished shard may be made again from a source that has changed since.
+
+    It may where the samples are those that it has kept or rejected: then it is what was rejected
+    that was mended, or a text or a photo that was edited.
+
+    Raises:
+        ShardError: one is lost or new; or one of the two shards is broken.
+    """
+    kept, keys = list_keys(f"{output}/{job.name}.tar"), job.source.list_keys()
+    with store_errors(output), fsspec.open(f"{output}/{job.name}{REJECTS}", "rb") as file:
+        rejected = {json.loads(line)["key"] for line in file}
+    lost, new = set(kept).difference(keys), set(keys).difference(kept, rejected)
+    if lost or new:
+        what = f"{min(lost)} is not in it any more" if lost else f"{min(new)} is new in it"
+        raise ShardError(
+            f"{output}/{job.name}{STATS}: the shard was made from another input; --retry-rejected "
+            f"takes one in which what was rejected is mended, and here {what} (a photo that is "
+            "added to a folder moves those behind it from shard to shard); what is new is better "
+            "given shards or a folder of its own, or choose another --output"
+        )
+
+
+def _describe_loss(key: str, job: Job, tally: Tally) -> str:
+    return (
+        f"{job.source.name}: {key} is in the shard that was made before and would be lost "
+        f"({tally.why_rejected(key)}); mend it, or remove {job.name}{STATS} to make the shard "
+        "without it"
+    )
 
 
 def map_ordered(

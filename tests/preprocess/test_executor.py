@@ -252,11 +252,11 @@ def test_a_run_gives_a_sign_of_life_before_it_reads_what_is_done(world, monkeypa
     """That takes minutes where many shards are done, and the lock alone is old by then."""
     seen, finished = [], RunFolder.finished
 
-    def watch(folder, fingerprints):
+    def watch(folder, fingerprints, **options):
         seen.extend(
             name for name in world.names("*.json") if name in ("lock.json", "progress.json")
         )
-        return finished(folder, fingerprints)
+        return finished(folder, fingerprints, **options)
 
     monkeypatch.setattr(RunFolder, "finished", watch)
     assert world.run().status == 0 and seen == ["lock.json", "progress.json"]
