@@ -133,6 +133,8 @@ class Request:
         self._check_negative()
         if self.on_progress is not None and not callable(self.on_progress):
             raise ModelError(f"on_progress is {self.on_progress!r}, use a function")
+        if not isinstance(self.refine, bool):  # "false" would count as true
+            raise ModelError(f"refine is {self.refine!r}, use True or False")
 
     def _check_negative(self) -> None:
         if not isinstance(self.negative, str):

@@ -158,6 +158,9 @@ IMAGE = Image.new("RGB", (32, 32))
         ({"image": Image.new("RGB", (0, 0)), "image_free": FREE_HW}, "square, this one is 0x0"),
         ({"image": IMAGE, "image_free": FREE_HW.tolist()}, "image_free must be a NumPy.*a list"),
         ({"on_progress": 3}, "on_progress is 3, use a function"),
+        ({"refine": "false"}, "refine is 'false', use True or False"),
+        ({"refine": None}, "refine is None, use True or False"),
+        ({"refine": 1}, "refine is 1, use True or False"),
     ],
 )
 def test_values_of_another_kind_are_refused_by_name(tiny_model, request_, message):
