@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -323,7 +324,7 @@ class MakeAScene(Codec):
             if request.scene is not None:
                 scenes = [request.scene.put_back(scene) for scene in scenes]
         else:
-            scenes = [followed] * len(request.seeds)
+            scenes = [deepcopy(followed) for _ in request.seeds]  # the given one is the caller's
         refined_by = scenes if request.refine else None
         images = self.decode_images(tokens.image, scenes=refined_by, kept_T=kept_T)
         seconds = time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -123,6 +124,16 @@ LABELS = np.zeros((32, 32), np.uint8)
 SCENE = SceneMap.from_labels(LABELS)
 FREE_HW = LABELS > -1
 IMAGE = Image.new("RGB", (32, 32))
+
+
+@pytest.mark.parametrize("free_HW", [None, ~FREE_HW, FREE_HW])
+def test_scenes_of_a_result_are_nobody_elses(tiny_model, free_HW):
+    scene = SceneMap(LABELS.copy(), LABELS > 0)
+    out = tiny_model.generate(CAPTION, scene=scene, scene_free=free_HW, count=2)
+    scenes = [scene, *out.scenes]
+    for one, other in itertools.combinations(scenes, 2):
+        assert not np.shares_memory(one.labels, other.labels)
+        assert not np.shares_memory(one.edges, other.edges)
 
 
 @pytest.mark.parametrize(
