@@ -26,6 +26,7 @@ from mas.codec import Codec
 from mas.filter import Sampling, StreamSampling, by_stream, for_both_streams
 from mas.generate import Decoder, generate
 from mas.gpt import GPT
+from mas.hub import push_folder
 from mas.judge import SceneJudge
 from mas.model_folder import (
     CARD,
@@ -37,7 +38,6 @@ from mas.model_folder import (
     check_classes,
     check_fit,
     find_folder,
-    push_folder,
     read_index,
     write_folder,
 )
@@ -220,7 +220,11 @@ class MakeAScene(Codec):
         )
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Uploads the model folder to the Hugging Face hub and returns its address."""
+        """Uploads the model folder to the Hugging Face hub and returns its address.
+
+        Raises:
+            ModelError: the hub cannot be reached, or takes no such model.
+        """
         return push_folder(self.save_pretrained, repo_id, private=private)
 
     def generate(

@@ -1,4 +1,4 @@
-"""The model folder: what lies in it, whether its parts fit, how it is written, found and uploaded.
+"""The model folder: what lies in it, whether its parts fit, how it is written and found.
 
 In: a folder, a hub id or `"park"`; or the parts of a model. Out: the checked index; or the folder.
 
@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -333,19 +333,6 @@ def choose_format(name: str, network: nn.Module, weights: Weights) -> Weights:
         return weights
     rounded = all(is_rounded(part.state_dict(), "int8") for part in deciding)
     return "int8" if rounded else "float16"
-
-
-def push_folder(save: Callable[[Path], None], repo_id: str, *, private: bool) -> str:
-    """Saves to a temporary folder, uploads it and returns the address of the repository."""
-    import huggingface_hub
-
-    api = huggingface_hub.HfApi()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        save(folder)
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload the model")
-    return str(address)
 
 
 def _check_place(folder: Path) -> None:
