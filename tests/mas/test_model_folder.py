@@ -1,6 +1,8 @@
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import mas.model_folder
 from mas import MakeAScene
@@ -291,6 +294,30 @@ def test_pushing_uploads_a_complete_folder(tiny_model, tmp_path, monkeypatch):
     loaded = MakeAScene.from_pretrained(uploaded["me/park"], device="cpu", precision="float32")
     images = [model.generate(CAPTION).images[0] for model in (loaded, tiny_model)]
     assert np.array_equal(*map(np.asarray, images))
+
+
+def full(*_, **__):
+    raise SafetensorError("Error while serializing: I/O error: No space left on d… (os error 28)")
+
+
+def full_too(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("place", "fail", "named"),
+    [
+        ("mas.storage.save_file", full, "model/vqseg/model.safetensors"),
+        ("mas.model_folder.write_json", full_too, "model"),
+    ],
+)
+def test_a_full_disk_is_told_by_names_that_people_know(
+    tiny_model, tmp_path, monkeypatch, place, fail, named
+):
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        tiny_model.save_pretrained(tmp_path / "model")
+    assert caught.value.filename == str(tmp_path / named) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
