@@ -17,7 +17,7 @@ import numpy as np
 from einops import reduce, repeat
 from PIL import Image, ImageFilter
 
-from mas.request import spread_labels
+from mas.fill import spread_labels
 from mas.scene import THINGS, VOID, SceneError, SceneMap, find_edges
 
 UNTOUCHED = 254  # on the plane of strokes: none, what lies below is seen

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import re
+from collections.abc import Iterator
+from pathlib import Path
+
+FULL = {errno.ENOSPC, errno.EDQUOT}  # what is read never meets these
 
 
 def first_line(error: BaseException) -> str:
@@ -25,3 +31,14 @@ def why_unread(error: BaseException) -> str:
     if name := asked_for(error):
         return f"it asks for {name}, which would run code from the file"
     return first_line(error).split(". ")[0]
+
+
+@contextlib.contextmanager
+def naming_full(path: str | Path) -> Iterator[None]:
+    """Names what found no room in the error of a full disk: one of a write names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in FULL:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise

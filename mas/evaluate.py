@@ -349,9 +349,21 @@ def check_cases(examiner: Examiner, cases: Cases, others: Cases | None, *, sweep
                 f"scene {case.key} has {case.side} pixels a side, the model's scenes or pictures "
                 f"have {size}: preprocess with --photo.size {size}"
             )
+    if examiner.reader is not None:
+        _warn_of_size(examiner.reader.config.size, examiner.model.vqgan.config.size)
     most = max(len(cases.cases), len(others.cases) if others else 0)
     at_a_time = examiner.at_a_time(most)
     check_memory(at_a_time, fitting=examiner.model.pictures_that_fit())
+
+
+def _warn_of_size(reader: int, pictures: int) -> None:
+    """Says so where a reader gets pictures of another size than it was trained on, in pixels."""
+    if reader != pictures:
+        logger.warning(
+            "the reader was trained on pictures of %d px, the model's have %d: they are resized "
+            "for it, and one of mas train reader --model.network.size %d would see more in them",
+            *(reader, pictures, pictures),
+        )
 
 
 def spread_out(cases: Sequence[Case], count: int) -> list[Case]:

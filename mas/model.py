@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from mas.codec import Codec
 from mas.filter import Sampling, StreamSampling, by_stream, for_both_streams
 from mas.generate import Decoder, generate
 from mas.gpt import GPT
+from mas.hub import push_folder
 from mas.judge import SceneJudge
 from mas.model_folder import (
     CARD,
@@ -36,7 +38,6 @@ from mas.model_folder import (
     check_classes,
     check_fit,
     find_folder,
-    push_folder,
     read_index,
     write_folder,
 )
@@ -219,7 +220,11 @@ class MakeAScene(Codec):
         )
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Uploads the model folder to the Hugging Face hub and returns its address."""
+        """Uploads the model folder to the Hugging Face hub and returns its address.
+
+        Raises:
+            ModelError: the hub cannot be reached, or takes no such model.
+        """
         return push_folder(self.save_pretrained, repo_id, private=private)
 
     def generate(
@@ -323,7 +328,7 @@ class MakeAScene(Codec):
             if request.scene is not None:
                 scenes = [request.scene.put_back(scene) for scene in scenes]
         else:
-            scenes = [followed] * len(request.seeds)
+            scenes = [deepcopy(followed) for _ in request.seeds]  # the given one is the caller's
         refined_by = scenes if request.refine else None
         images = self.decode_images(tokens.image, scenes=refined_by, kept_T=kept_T)
         seconds = time.perf_counter() - start

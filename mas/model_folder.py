@@ -1,4 +1,4 @@
-"""The model folder: what lies in it, whether its parts fit, how it is written, found and uploaded.
+"""The model folder: what lies in it, whether its parts fit, how it is written and found.
 
 In: a folder, a hub id or `"park"`; or the parts of a model. Out: the checked index; or the folder.
 
@@ -17,14 +17,14 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from mas.errors import first_line
+from mas.errors import first_line, naming_full
 from mas.filter import Sampling, StreamSampling
 from mas.gpt import GPT
 from mas.judge import SceneJudge
@@ -220,9 +220,7 @@ def write_folder(
     extras = tuple(name for name in EXTRAS if name in networks)
     index_format = _choose_index_format(sampling, extras, gpt=gpt, weights=weights)
     sizes = _sizes(tokenizer, stored)
-    with _folder_beside(folder) as temporary:
-        new = temporary / "new"
-        new.mkdir()
+    with _folder_beside(folder) as new:
         tokenizer.save(new / TOKENIZER)
         for name, network in stored.items():
             packed = name == "gpt" and weights == "int8"
@@ -242,7 +240,7 @@ def write_folder(
             content["classes"] = list(classes)
         write_json(new / INDEX, content)
         (new / CARD).write_text(card or _write_card(sizes, sampling), "utf-8")
-        _exchange(folder, new, old=temporary / "old")
+        _exchange(folder, new, old=new.with_name("old"))
 
 
 def _exchange(folder: Path, new: Path, *, old: Path) -> None:
@@ -335,19 +333,6 @@ def choose_format(name: str, network: nn.Module, weights: Weights) -> Weights:
     return "int8" if rounded else "float16"
 
 
-def push_folder(save: Callable[[Path], None], repo_id: str, *, private: bool) -> str:
-    """Saves to a temporary folder, uploads it and returns the address of the repository."""
-    import huggingface_hub
-
-    api = huggingface_hub.HfApi()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        save(folder)
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload the model")
-    return str(address)
-
-
 def _check_place(folder: Path) -> None:
     """Refuses a place where writing a model would take something else away."""
     if not folder.exists():
@@ -369,12 +354,21 @@ def _check_place(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _folder_beside(folder: Path) -> Iterator[Path]:
+    """A new folder on the disk of `folder`, by whose name errors call it; it is gone afterwards."""
     try:
         temporary = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error
+    new = Path(temporary, "new")
     try:
-        yield Path(temporary)
+        with naming_full(new):
+            new.mkdir()
+            yield new
+    except OSError as error:
+        if error.filename is None or not Path(error.filename).is_relative_to(new):
+            raise
+        known = folder / Path(error.filename).relative_to(new)
+        raise OSError(error.errno, error.strerror, str(known)) from error
     finally:
         shutil.rmtree(temporary)
 

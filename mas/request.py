@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
+from mas.fill import fill_free, fill_void
+from mas.fill import stretch as _stretch
 from mas.filter import StreamSampling
 from mas.judge import SceneJudge
 from mas.model_folder import ModelError
@@ -132,6 +133,8 @@ class Request:
         self._check_negative()
         if self.on_progress is not None and not callable(self.on_progress):
             raise ModelError(f"on_progress is {self.on_progress!r}, use a function")
+        if not isinstance(self.refine, bool):  # "false" would count as true
+            raise ModelError(f"refine is {self.refine!r}, use True or False")
 
     def _check_negative(self) -> None:
         if not isinstance(self.negative, str):
@@ -387,63 +390,3 @@ def release(tokens_1T: Tensor, free_hw: np.ndarray) -> Tensor:
     """Sets the tokens of free cells to `FREE`."""
     free_1T = rearrange(torch.from_numpy(free_hw), "h w -> 1 (h w)")
     return tokens_1T.masked_fill(free_1T, FREE)
-
-
-def fill_free(image: Image.Image, free_HW: np.ndarray) -> Image.Image:
-    """The picture with its free pixels replaced by the nearest kept ones.
-
-    A token knows of pixels far beyond its cell, and nobody has said what is where the model paints.
-
-    Args:
-        image: of any size.
-        free_HW: bool, square, of any size; where all of it is free nothing is replaced.
-    """
-    free_HW = _stretch(free_HW, image.height, image.width)
-    return Image.fromarray(_spread(np.asarray(image.convert("RGB")), ~free_HW))
-
-
-def fill_void(
-    scene: SceneMap, free_hw: np.ndarray, *, reach: int | None = None, beyond: int = VOID
-) -> SceneMap:
-    """The scene with void in free cells replaced by what is nearest, as if that went on there.
-
-    A token knows what lies beside its cell. Void there reads like the rim of a thing.
-
-    Args:
-        scene: with void.
-        free_hw: bool.
-        reach: in pixels, how far that goes on; None: all over.
-        beyond: label of what lies farther away.
-    """
-    free_HW = _stretch(free_hw, *scene.labels.shape)
-    labels = spread_labels(scene.labels, free_HW)
-    known_HW = scene.labels != VOID
-    if reach is not None and known_HW.any():
-        far_HW = distance_transform_edt(~known_HW) > reach
-        labels = np.where(far_HW & free_HW, np.uint8(beyond), labels)
-    between_things = scene.edges & ~find_edges(scene.labels)
-    return SceneMap(labels, find_edges(labels) | between_things)
-
-
-def spread_labels(labels_HW: np.ndarray, gaps_HW: np.ndarray) -> np.ndarray:
-    """Labels in which void of the gaps is what is nearest; where all is void it stays.
-
-    Args:
-        labels_HW: uint8.
-        gaps_HW: bool.
-    """
-    known_HW = labels_HW != VOID
-    return np.where(gaps_HW & ~known_HW, _spread(labels_HW, known_HW), labels_HW)
-
-
-def _spread(values: np.ndarray, known_HW: np.ndarray) -> np.ndarray:
-    """Each value that of the nearest known pixel, H W …; as they are where none is known."""
-    if not known_HW.any():
-        return values
-    nearest = distance_transform_edt(~known_HW, return_distances=False, return_indices=True)
-    return values[tuple(nearest)]
-
-
-def _stretch(mask_hw: np.ndarray, height: int, width: int) -> np.ndarray:
-    rows, columns = (np.arange(size) * len(mask_hw) // size for size in (height, width))
-    return mask_hw[np.ix_(rows, columns)]

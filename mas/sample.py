@@ -31,7 +31,7 @@ from mas.progress import Progress
 from mas.request import Generation, check_seed
 from mas.rerank import CLIP, Clip, check_rerank
 from mas.rerank import rerank as rerank_pictures
-from mas.sample_folder import writing
+from mas.sample_folder import Run, writing
 from mas.scene import MAX_PIXELS, VOID, SceneMap, read_scene
 from mas.scene_files import upright
 
@@ -121,21 +121,13 @@ def sample(
         judge = None if rerank is None else Clip.from_pretrained(clip, device=device)
         network = MakeAScene.from_pretrained(model, device=device, precision=precision)
         about = describe_model(network, model)
-        decisive = {name: value for name, value in knobs.items() if name != "batch"}
-        decisive |= {f"given_{name}": some.digest for name, some in given.items()}
         if judge is not None:
             about["rerank"] = {"by": rerank, "model": clip, "keep": keep or count}
-            decisive["clip"] = judge.digest
-        run.begin(captions=captions, **decisive, **about, version=mas.__version__)
+        run.begin(captions=captions, **decisive(knobs, given, judge), **about)
         whole = judge is not None
         painting = paint(network, captions, given, knobs, first=run.sampled, whole=whole)
         with closing(painting):
-            for result in painting:
-                dropped = None
-                if judge is not None:
-                    result, dropped = rerank_pictures(result, judge, keep=keep)
-                run.add(result, about=about, dropped=dropped)
-                del result, dropped  # before the next ones are painted
+            fill(run, painting, about=about, judge=judge, keep=keep)
         done = run.finish(about=about)
     plural = "" if run.written == 1 else "s"
     speed = f"{done['seconds']:.1f} s, {done['tokens_per_second']:.0f} tokens/s"
@@ -188,6 +180,34 @@ def read_given(
         picture, free_HW = read_picture(image)
         given["image"] = Given(path=image, content=picture, free_HW=free_HW)
     return given
+
+
+def decisive(
+    knobs: dict[str, Any], given: dict[Literal["scene", "image"], Given], judge: Clip | None
+) -> dict[str, Any]:
+    """What decides about pictures besides their captions and the model."""
+    what = {name: value for name, value in knobs.items() if name != "batch"}
+    what |= {f"given_{name}": some.digest for name, some in given.items()}
+    if judge is not None:
+        what["clip"] = judge.digest
+    return what | {"version": mas.__version__}
+
+
+def fill(
+    run: Run,
+    painting: Iterator[Generation],
+    *,
+    about: dict[str, Any],
+    judge: Clip | None,
+    keep: int | None,
+) -> None:
+    """Writes pictures as they are painted; of each caption the best where there is a judge."""
+    for result in painting:
+        dropped = None
+        if judge is not None:
+            result, dropped = rerank_pictures(result, judge, keep=keep)
+        run.add(result, about=about, dropped=dropped)
+        del result, dropped  # before the next ones are painted
 
 
 def paint(

@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 import mas
+from mas.errors import naming_full
 from mas.lock import locked
 from mas.model_folder import ModelError
 from mas.request import Generation
@@ -159,7 +160,7 @@ def writing(output: Path) -> Iterator[Run]:
     output.mkdir(parents=True, exist_ok=True)
     run = Run(output)
     try:
-        with alone(output):
+        with alone(output), naming_full(output):
             try:
                 yield run
             except BaseException:

@@ -6,7 +6,6 @@ Split off mas/shards.py, which is what everybody else imports.
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import os
 import shutil
@@ -19,10 +18,9 @@ import braceexpand
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from mas.errors import first_line
+from mas.errors import first_line, naming_full
 
 CAN_SYNC = os.name != "nt"  # Windows syncs no folder, nor a file that is only read
-FULL = {errno.ENOSPC, errno.EDQUOT}  # what is read never meets these
 
 
 class ShardError(ValueError):
@@ -92,15 +90,14 @@ def replacing_path(path: str) -> Iterator[str]:
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        yield temporary
-        _sync(temporary)
+        with naming_full(path):
+            yield temporary
+            _sync(temporary)
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        if isinstance(error, OSError) and (
-            error.filename == temporary or (error.filename is None and error.errno in FULL)
-        ):
+        if isinstance(error, OSError) and error.filename == temporary:
             raise OSError(error.errno, error.strerror, path) from error  # the name people know
         raise
     _sync(folder or ".")  # the rename itself survives a power cut

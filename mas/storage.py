@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import types
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -112,7 +113,7 @@ def save_network(
         try:
             save_file(tensors, temporary, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"{folder / WEIGHTS_FILE}: cannot be written ({error})") from error
+            raise _disk_error(error, folder / WEIGHTS_FILE) from error
         os.chmod(temporary, 0o644)  # safetensors lets only its owner read it
     # A key that came later is not written while it says what was so before: older versions read on.
     defaults = {f.name: f.default for f in dataclasses.fields(config) if f.metadata.get("later")}
@@ -121,6 +122,14 @@ def save_network(
         folder / CONFIG_FILE,
         {k: v for k, v in values.items() if k not in defaults or v != defaults[k]},
     )
+
+
+def _disk_error(error: SafetensorError, path: Path) -> OSError:
+    """What safetensors covers with an error of its own."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if found is None:
+        return OSError(f"{path}: cannot be written ({error})")
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
 
 
 def load_network(

@@ -31,6 +31,7 @@ from mas.studio_guard import is_local
 SHOWN = 256  # pixels a side that pictures are shown with at least
 READY = "Write a caption, or draw a scene, or both. Then paint."
 KEPT = (300, 3600)  # seconds: how often shown files are looked over, how old they get
+SEEDS = 2**53  # that a browser, which counts in float64, tells apart: smaller ones
 LONGEST_CAPTION = 2000
 TOLD = 200  # characters of it that are told again with the result
 FOLDERS = 20  # of finished pictures that stay on the disk
@@ -244,6 +245,11 @@ class Page:
                 raise ValueError(f"fill in a number: {part.label}")
         if asked[self.seed] != int(asked[self.seed]):
             raise ValueError(f"fill in a whole number: {self.seed.label}")
+        count, seed = int(asked[self.count]), int(asked[self.seed])
+        if seed + count > SEEDS:
+            raise ValueError(
+                f"a browser would round the seed: use {SEEDS - count} or less, or mas sample"
+            )
         sampling = {
             stream: {name: asked[part] for name, part in parts.items()}
             for stream, parts in self.sampling.items()
@@ -263,8 +269,8 @@ class Page:
             picture=picture,
             drawn=drawing.drawn,
             keep_void=asked[self.keep_void],
-            count=int(asked[self.count]),
-            seed=int(asked[self.seed]),
+            count=count,
+            seed=seed,
             scene_sampling=sampling["scene"],
             image_sampling=sampling["image"],
             candidates=int(asked[self.candidates]),

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 import torch
@@ -189,7 +189,12 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes tokenizer.json atomically; the same tokenizer gives the same bytes."""
-        write_json(path, json.loads(self._tokenizer.to_str()))
+        write_json(path, self.content)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What tokenizer.json says; two tokenizers that say the same are the same."""
+        return json.loads(self._tokenizer.to_str())
 
     def encode(
         self,

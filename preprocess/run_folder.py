@@ -47,6 +47,14 @@ class FolderError(ValueError):
     """An output folder that cannot take this run."""
 
 
+class OtherSettingsError(FolderError):
+    """An output folder whose shards were made with other settings; `key` names one of them."""
+
+    def __init__(self, message: str, *, key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 class ReadOnlyError(OSError):
     """An output folder that can be read and not written to; the message names it."""
 
@@ -133,8 +141,8 @@ class RunFolder:
             shards: how many there will be.
 
         Raises:
-            FolderError: the folder holds something else, shards made with other settings, or
-                another run is at work on it.
+            FolderError: the folder holds something else, or another run is at work on it.
+            OtherSettingsError: it holds shards made with other settings.
             ReadOnlyError: it cannot be written to.
         """
         self._check_content(command, settings)
@@ -267,9 +275,10 @@ class RunFolder:
         there, here = flatten(run.get("settings", {})), flatten(settings)
         for key in sorted(there.keys() | here.keys()):
             if there.get(key) != here.get(key):
-                raise FolderError(
+                raise OtherSettingsError(
                     f"{self.path}: was made with other settings: {key} is {there.get(key)!r} there "
-                    f"and {here.get(key)!r} here; choose another --output or the same settings"
+                    f"and {here.get(key)!r} here; choose another --output or the same settings",
+                    key=key,
                 )
 
     def finished(

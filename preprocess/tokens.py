@@ -8,9 +8,9 @@ Axes: B pictures, T tokens, H W pixels, C colours.
 
 from __future__ import annotations
 
-import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -46,7 +46,7 @@ from preprocess.needs import (
     lacking_input,
     require,
 )
-from preprocess.run_folder import STATS, RunFolder
+from preprocess.run_folder import STATS, OtherSettingsError, RunFolder
 from preprocess.runner import Job, Report
 
 MAX_VOCABULARY = 2**16  # tokens are stored as uint16
@@ -293,29 +293,32 @@ def tokenize(config: TokenizeConfig) -> int:
     loaded = Tokenizers.load(paths)
     described = loaded.describe()
     streams = {name: {**described[name], "sha256": hashes[name]} for name in hashes}
-    summary = execute(
-        jobs,
-        partial(
-            TokenWorker,
-            paths,
-            output,
-            mirror=config.mirror,
-            batch_size=config.batch_size,
-            device=config.device,
-        ),
+    worker = partial(
+        TokenWorker,
+        paths,
         output,
-        command="tokenize",
-        settings={**streams, **({"mirror": True} if config.mirror else {})},
-        config=config.execution,
-        unit="picture",
-        lacks=partial(
-            gather,
-            paths.lacks,
-            partial(lacking_device, config.device),
-            partial(lacking_input, absolute(jobs[0].source.name)),
-            partial(lacking_gpu, config.gpus_per_worker),
-        ),
+        mirror=config.mirror,
+        batch_size=config.batch_size,
+        device=config.device,
     )
+    lacks = partial(
+        gather,
+        paths.lacks,
+        partial(lacking_device, config.device),
+        partial(lacking_input, absolute(jobs[0].source.name)),
+        partial(lacking_gpu, config.gpus_per_worker),
+    )
+    with _named(paths, config.output):
+        summary = execute(
+            jobs,
+            worker,
+            output,
+            command="tokenize",
+            settings={**streams, **({"mirror": True} if config.mirror else {})},
+            config=config.execution,
+            unit="picture",
+            lacks=lacks,
+        )
     if summary.failed:
         return _tell_of_failures(summary)
     for stream, network in (("scene", loaded.scene), ("image", loaded.image)):
@@ -339,7 +342,7 @@ def _check_scenes(input: str, jobs: Sequence[Job]) -> None:
     """
     for job in jobs[:LOOKED_INTO]:
         sample = None
-        with contextlib.suppress(ShardError, OSError):
+        with suppress(ShardError, OSError):
             sample = next(job.source.read(on_reject=lambda *_: None), None)
         if sample is not None:
             break
@@ -350,6 +353,21 @@ def _check_scenes(input: str, jobs: Sequence[Job]) -> None:
             f"{input}: holds photos without scene maps ({sample.key} has no scene.png); run mas "
             "preprocess on it first, and name its --output here"
         )
+
+
+@contextmanager
+def _named(paths: TokenizerPaths, output: str) -> Iterator[None]:
+    """Names the file that makes other tokens than those that are there, whose hash tells nobody."""
+    try:
+        yield
+    except OtherSettingsError as error:
+        stream = error.key.partition(".")[0]
+        if stream not in paths.files:
+            raise
+        raise ValueError(
+            f"{paths.files[stream]} is not what the {stream} tokens in {output} were made with: "
+            "give that one, or choose another --output"
+        ) from error
 
 
 def _tell_of_failures(summary: Summary) -> int:

@@ -18,8 +18,8 @@ MAS_ORDER = """
     vq_codebook vq vq_fast
     vqseg_loss vqseg vqseg_tune vqgan bench_vqseg unet reader refiner pretrained things judge
     sequence heap cache gpt filter quantize decoder fast_decoder generate candidates cuda_kernels
-    cuda_blocks cuda_step cuda_decoder precision progress model_folder bench_sample request codec
-    model rerank metrics weights_file sample_folder sample drawing painter studio_canvas
+    cuda_blocks cuda_step cuda_decoder precision progress model_folder hub bench_sample fill request
+    codec model rerank metrics weights_file sample_folder sample drawing painter studio_canvas
     studio_guard studio_page studio obedience cases distances inception features kept_tokens
     examiner figures report evaluate doctor
 """.split()

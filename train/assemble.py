@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -94,9 +93,9 @@ def assemble(
         image=image_sampling or {},
     )
     text = None if card is None else read_card(card)
-    manifest = Path(gpt) / TOKENIZERS
-    if manifest.is_file():
-        check_hashes(read_json(manifest), tokenizer=tokenizer, vqseg=vqseg, vqgan=vqgan)
+    record = Path(gpt) / TOKENIZERS
+    if record.is_file():
+        check_hashes(record, tokenizer=tokenizer, vqseg=vqseg, vqgan=vqgan)
     if judge:
         check_origin(judge, "judge", stream="text", path=tokenizer, instead="train the judge again")
     if refiner:
@@ -209,12 +208,19 @@ def check_origin(
         )
 
 
-def check_hashes(manifest: Any, *, tokenizer: str, vqseg: str, vqgan: str) -> None:
-    """Checks that these are the tokenizers that wrote the tokens behind `manifest`.
+def check_hashes(record: Path, *, tokenizer: str, vqseg: str, vqgan: str) -> None:
+    """Checks that these are the tokenizers that wrote the tokens behind `record`.
+
+    Args:
+        record: manifest.json of the tokens, or what a run folder keeps of it.
+        tokenizer: tokenizer.json.
+        vqseg: folder.
+        vqgan: folder.
 
     Raises:
-        ValueError: names the first that is another one.
+        ValueError: names the first that is another one; a damaged record.
     """
+    manifest = read_json(record)
     for stream, path, network_class in (
         ("text", Path(tokenizer), None),
         ("scene", Path(vqseg) / WEIGHTS_FILE, VQSEG),
@@ -226,8 +232,8 @@ def check_hashes(manifest: Any, *, tokenizer: str, vqseg: str, vqgan: str) -> No
             wanted, tokens = manifest[stream]["sha256"], manifest[stream].get("tokens_sha256")
         except (KeyError, TypeError, IndexError):
             raise ValueError(
-                f"{TOKENIZERS} of the GPT's run folder names no {stream} tokenizer: it is damaged; "
-                "copy manifest.json of the training tokens in its place"
+                f"{record} names no {stream} tokenizer: it is damaged; copy manifest.json of the "
+                "training tokens in its place"
             ) from None
         if file_hash(path) == wanted:
             continue
@@ -239,7 +245,7 @@ def check_hashes(manifest: Any, *, tokenizer: str, vqseg: str, vqgan: str) -> No
         ):
             continue
         raise ValueError(
-            f"{path} is not what the {stream} tokens of the GPT's training were made with: give "
-            "that one, or one that was trained on from it with model.keep_tokens, or tokenize and "
-            "train the GPT again"
+            f"{path} is not what the {stream} tokens of {record.parent} were made with: give that "
+            "one, or one that was trained on from it with model.keep_tokens, or tokenize and train "
+            "the GPT again"
         )

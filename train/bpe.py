@@ -30,7 +30,7 @@ def fit_bpe(
 
     Args:
         input: folder of shards, 'DIR/{00000..00099}.tar' or one tar.
-        output: the tokenizer.json to write.
+        output: the tokenizer.json to write; another one that is there already is not replaced.
         vocab_size: entries of the vocabulary; few captions give fewer.
         length: tokens a caption is padded or cut to.
         lowercase: upper and lower case become one.
@@ -38,10 +38,20 @@ def fit_bpe(
     path = Path(output)
     if path.is_dir():
         raise ValueError(f"--output {path} is a folder; name a file, such as {path}/tokenizer.json")
+    there = Tokenizer.from_file(path) if path.exists() else None
+    another = (
+        f"{path}: holds another tokenizer, which tokens and networks may have been made with; "
+        "choose another --output or remove that file"
+    )
+    if there is not None and (there.length != length or there.vocab_size > vocab_size):
+        raise ValueError(another)  # without reading all captions first
     captions = _captions(expand_shards(input))
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.fit(captions, vocab_size=vocab_size, length=length, lowercase=lowercase)
-    tokenizer.save(path)
+    if there is None:
+        tokenizer.save(path)
+    elif there.content != tokenizer.content:
+        raise ValueError(another)
     found = tokenizer.vocab_size
     print(f"{path}: {found} entries, {tokenizer.length} tokens a caption")
     if found < vocab_size:

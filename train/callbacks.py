@@ -21,6 +21,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
+from mas.errors import naming_full
 from mas.rounding import Weights, is_rounded
 from mas.shard_files import remove_temporary, replacing, write_file
 from mas.sheet import contact_sheet
@@ -421,4 +422,6 @@ class Pictures(Callback):
         folder = Path(trainer.default_root_dir) / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
         sheet = contact_sheet(rows, cell=self.cell, header=pl_module.header())
-        sheet.save(folder / f"{trainer.global_step:08d}.png")
+        path = folder / f"{trainer.global_step:08d}.png"
+        with naming_full(path):
+            sheet.save(path)

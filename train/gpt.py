@@ -22,6 +22,7 @@ from mas.generate import generate
 from mas.gpt import GPT, GPTConfig, StreamLosses
 from mas.scene import SceneMap
 from mas.sequence import Streams
+from mas.shards import MANIFEST, TokenShards
 from mas.text import PAD, Tokenizer
 from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
@@ -92,7 +93,7 @@ class Preview:
 class Painter:
     """Captions, scenes and pictures of tokens."""
 
-    def __init__(self, preview: Preview, manifest: Any) -> None:
+    def __init__(self, preview: Preview, manifest: Path) -> None:
         tokenizer, vqseg, vqgan = preview.tokenizer, preview.vqseg, preview.vqgan
         assert tokenizer and vqseg and vqgan
         check_hashes(manifest, tokenizer=tokenizer, vqseg=vqseg, vqgan=vqgan)
@@ -211,12 +212,16 @@ class GPTTraining(Stage):
             check_tokens(self._manifest, self.init_from, instead="leave out model.init_from")
         self.origin = {name: self._manifest[name] for name in Streams._fields}
         if self.trainer.is_global_zero and self.preview.complete:
-            self.painter = Painter(self.preview, self._manifest)
+            self.painter = Painter(self.preview, self._shards.folder / MANIFEST)
+
+    @property
+    def _shards(self) -> TokenShards:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
+        return data.shards
 
     @property
     def _manifest(self) -> dict[str, Any]:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
-        return data.shards.manifest
+        return self._shards.manifest
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         text_BT = self.caption_dropout(

@@ -15,6 +15,8 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
+from mas.errors import naming_full
+
 FILE = "metrics.csv"
 
 
@@ -67,7 +69,7 @@ class MetricsLog(Logger):
             rows = self._read()
             self.columns += new
             self._rewrite(rows)
-        with open(self.path, "a", newline="") as file:
+        with naming_full(self.path), open(self.path, "a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
     def _open(self) -> None:
@@ -93,7 +95,7 @@ class MetricsLog(Logger):
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{FILE}")
-        with open(temporary, "w", newline="") as file:
+        with naming_full(self.path), open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)

@@ -412,6 +412,9 @@ def _quieten() -> None:
         "(?s).*JsonargparseDeprecationWarning per type.*",
         ".*LeafSpec.*",  # in Lightning's own code
         ".*WeightAveraging callback with a model that overrides.*",  # it shards with fsdp only
+        # A run that goes on with another ema_decay says so in a line of ours.
+        "The checkpoint was not created with WeightAveraging.*",
+        r".*Please add the following callbacks: \['(Sharded)?Averaging'\]\.",
         ".*module\\(s\\) in eval mode at the start of training.*",  # model.keep_tokens; judges
         "Mismatch dtype between input and weight.*",  # norms under mixed precision
     ):

@@ -160,9 +160,9 @@ def check_tokens(manifest: Mapping[str, Any], folder: str | Path, *, instead: st
         ) from None
     if other:
         raise ValueError(
-            f"the GPT in {folder} was trained on other tokens: the tokenizer of "
-            f"{' and '.join(other)} is another one; tokenize with the tokenizers of that run, or "
-            f"{instead}"
+            f"the GPT in {folder} was trained on other tokens than those of data.input: the "
+            f"tokenizer of {' and '.join(other)} is another one; tokenize with the tokenizers of "
+            f"that run, or {instead}"
         )
 
 

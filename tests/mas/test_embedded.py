@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -125,6 +126,16 @@ FREE_HW = LABELS > -1
 IMAGE = Image.new("RGB", (32, 32))
 
 
+@pytest.mark.parametrize("free_HW", [None, ~FREE_HW, FREE_HW])
+def test_scenes_of_a_result_are_nobody_elses(tiny_model, free_HW):
+    scene = SceneMap(LABELS.copy(), LABELS > 0)
+    out = tiny_model.generate(CAPTION, scene=scene, scene_free=free_HW, count=2)
+    scenes = [scene, *out.scenes]
+    for one, other in itertools.combinations(scenes, 2):
+        assert not np.shares_memory(one.labels, other.labels)
+        assert not np.shares_memory(one.edges, other.edges)
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -158,6 +169,9 @@ IMAGE = Image.new("RGB", (32, 32))
         ({"image": Image.new("RGB", (0, 0)), "image_free": FREE_HW}, "square, this one is 0x0"),
         ({"image": IMAGE, "image_free": FREE_HW.tolist()}, "image_free must be a NumPy.*a list"),
         ({"on_progress": 3}, "on_progress is 3, use a function"),
+        ({"refine": "false"}, "refine is 'false', use True or False"),
+        ({"refine": None}, "refine is None, use True or False"),
+        ({"refine": 1}, "refine is 1, use True or False"),
     ],
 )
 def test_values_of_another_kind_are_refused_by_name(tiny_model, request_, message):

@@ -370,6 +370,18 @@ def test_a_reader_that_hardly_sees_is_said_to_be_no_judge(miou, run, monkeypatch
     assert (reached in text) == (miou >= 0.1)
 
 
+@pytest.mark.parametrize("size", [16, 32])
+def test_a_reader_of_other_pictures_gets_them_resized_and_that_is_said(
+    run, reader_folder, tmp_path, caplog, size
+):
+    config = Reader.from_pretrained(reader_folder).config
+    Reader(replace(config, size=size)).save_pretrained(tmp_path)
+    _, figures = run(reader=tmp_path, count=2)
+    assert figures["scene"]["miou_real"] is not None
+    said = f"the reader was trained on pictures of {size} px, the model's have 32: they are resized"
+    assert (said in caplog.text) == (size != 32)
+
+
 def test_the_guidance_that_obeys_best_is_chosen():
     def entry(guidance, fid, **shares):
         caption = dict.fromkeys(CLAIMS, float("nan")) | shares

@@ -8,11 +8,11 @@ from PIL import Image
 import mas.model
 import mas.model_folder
 from mas import MakeAScene
+from mas.fill import fill_free, fill_void
 from mas.filter import Sampling, StreamSampling
 from mas.gpt import GPT
 from mas.model_folder import ModelError
 from mas.precision import StoredGPT, choose_device, choose_precision
-from mas.request import fill_free, fill_void
 from mas.scene import VOID, SceneError, SceneMap
 from mas.storage import StoredTensors
 

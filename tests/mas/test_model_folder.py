@@ -1,6 +1,8 @@
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import mas.model_folder
 from mas import MakeAScene
@@ -21,6 +24,7 @@ from mas.vqgan import VQGAN
 from mas.vqseg import VQSEG
 
 CAPTION = "a giraffe in the park"
+REFUSED = OSError("Client error '401'")
 
 
 def other_part(parts, name):
@@ -290,6 +294,48 @@ def test_pushing_uploads_a_complete_folder(tiny_model, tmp_path, monkeypatch):
     loaded = MakeAScene.from_pretrained(uploaded["me/park"], device="cpu", precision="float32")
     images = [model.generate(CAPTION).images[0] for model in (loaded, tiny_model)]
     assert np.array_equal(*map(np.asarray, images))
+
+
+def full(*_, **__):
+    raise SafetensorError("Error while serializing: I/O error: No space left on d… (os error 28)")
+
+
+def full_too(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("place", "fail", "named"),
+    [
+        ("mas.storage.save_file", full, "model/vqseg/model.safetensors"),
+        ("mas.model_folder.write_json", full_too, "model"),
+    ],
+)
+def test_a_full_disk_is_told_by_names_that_people_know(
+    tiny_model, tmp_path, monkeypatch, place, fail, named
+):
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        tiny_model.save_pretrained(tmp_path / "model")
+    assert caught.value.filename == str(tmp_path / named) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (ConnectionError("[Errno 7] no\nmore"), r"\(\[Errno 7\] no\); try again when"),
+        (ValueError("Repo id must be"), r"\(Repo id must be\); use a name of the form owner/name"),
+        (REFUSED, r"\(Client error '401'\); log in with hf auth"),
+    ],
+)
+def test_an_upload_that_fails_says_what_to_do(tiny_model, monkeypatch, raised, message):
+    def create(repo_id, **_):
+        raise raised
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(create_repo=create))
+    monkeypatch.setattr(REFUSED, "response", "of the hub", raising=False)
+    with pytest.raises(ModelError, match=f"me/park: not uploaded to the hub {message}"):
+        tiny_model.push_to_hub("me/park")
 
 
 def test_int8_leaves_the_text_head_out_and_changes_no_sample(tiny_model, tmp_path):

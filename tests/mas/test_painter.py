@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mas.drawing import free_cells, widen
+from mas.fill import fill_void
 from mas.painter import MOST_EACH, MOST_WAITING, Crowded, Painter, Wish
-from mas.request import fill_void
 from mas.scene import CLASS_NAMES, VOID, SceneMap
 
 SIZE, GRID = 32, 4

@@ -11,10 +11,10 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 import mas.request
 import mas.sample
+from mas.fill import fill_free
 from mas.filter import Sampling, StreamSampling
 from mas.model import MakeAScene
 from mas.model_folder import write_folder
-from mas.request import fill_free
 from mas.sample_folder import MOST_ROWS, draw_sheet
 from mas.scene import COCO_CATEGORY_IDS, SceneMap
 from mas.vqgan import VQGAN

@@ -305,10 +305,18 @@ def test_numbers_that_are_missing_or_impossible_are_said(visitor):
         ("", "fill in a number: Seed of the first"),
         ("1.5", "fill in a whole number: Seed of the first"),
         ("-3", "seed is -3"),
+        ("9007199254740993", "a browser would round the seed: use 9007199254740988 or less"),
+        ("9007199254740989", "a browser would round the seed: use 9007199254740988 or less"),
     ):
         visitor.page.get_by_label("Seed of the first").fill(value)
         visitor.click("Paint")
         visitor.page.get_by_text(message).wait_for()
+
+
+def test_the_largest_seeds_are_the_ones_that_were_typed(visitor):
+    visitor.page.get_by_label("Seed of the first").fill("9007199254740988")
+    pictures = json.loads(visitor.paint("a giraffe")["samples.json"])["pictures"]
+    assert [about["seed"] for about in pictures] == list(range(2**53 - 4, 2**53))
 
 
 def test_a_setting_that_cannot_be_is_again_what_it_was(visitor):

@@ -93,3 +93,29 @@ def test_a_place_that_cannot_be_written_is_refused_before_captions_are_read(shar
         fit_bpe(input=str(shards), output=str(shards))
     with pytest.raises(FileExistsError):
         fit_bpe(input=str(shards), output=str(shards / "00000.tar" / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "read"),
+    [({"length": 9}, False), ({"vocab_size": 290}, False), ({"lowercase": False}, True)],
+)
+def test_another_tokenizer_is_not_replaced(changed, read, shards, monkeypatch):
+    output = shards / "tokenizer.json"
+    settings = {"input": str(shards), "output": str(output), "vocab_size": 300, "length": 8}
+    fit_bpe(**settings)
+    written, number = output.read_bytes(), output.stat().st_ino
+    fit_bpe(**settings)  # the same command again
+    assert output.stat().st_ino == number
+    if not read:
+        monkeypatch.setattr(bpe.Tokenizer, "fit", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(ValueError, match=r"tokenizer.json: holds another tokenizer.*remove that"):
+        fit_bpe(**settings | changed)
+    assert output.read_bytes() == written
+
+
+def test_a_file_that_is_no_tokenizer_is_not_replaced(shards):
+    output = shards / "notes.json"
+    output.write_text("{}")
+    with pytest.raises(ValueError, match=r"notes\.json: not a tokenizer\.json"):
+        fit_bpe(input=str(shards), output=str(output))
+    assert output.read_text() == "{}"

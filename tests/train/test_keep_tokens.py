@@ -133,7 +133,10 @@ def test_a_gpt_goes_together_with_every_decoder_of_its_tokens(words, tmp_path):
 
     def check(**changed):
         folders = {name: str(tmp_path / changed.get(name, name)) for name in STREAMS}
-        check_hashes(manifest, tokenizer=str(tmp_path / "tokenizer.json"), **folders)
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        check_hashes(
+            tmp_path / "manifest.json", tokenizer=str(tmp_path / "tokenizer.json"), **folders
+        )
 
     check()
     check(vqseg="kept-vqseg", vqgan="kept-vqgan")

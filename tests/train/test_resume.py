@@ -263,6 +263,16 @@ def test_without_averaging_a_run_goes_on_with_the_weights_it_trained(words, monk
     assert_equal(seen[0], dict(trained))
 
 
+@pytest.mark.parametrize(("before", "now"), [(0.9, 0.0), (0.0, 0.9), (0.9, 0.5)])
+def test_another_averaging_is_told_in_one_line(words, recwarn, caplog, before, now):
+    assert train(words("vqseg", trainer__max_steps=1, ema_decay=before)) == 0
+    more = words("vqseg", trainer__max_steps=2, ema_decay=now)
+    assert train([*more, "--ckpt_path=last"]) == 0
+    told = [record.getMessage() for record in caplog.records if "ema_decay" in record.getMessage()]
+    assert told == [f"ema_decay was {before} until this checkpoint, is now {now}"]
+    assert not [x for x in recwarn if "Averaging" in str(x.message)]
+
+
 @pytest.mark.parametrize("stage", ["vqgan", "gpt"])
 def test_a_validation_amid_a_step_changes_nothing(stage, words, tmp_path):
     key = "model__accumulate" if stage == "vqgan" else "trainer__accumulate_grad_batches"

@@ -1,0 +1,75 @@
+"""Gaps in scenes and pictures, filled by what lies nearest before they become tokens.
+
+In: a scene or picture, and where a model is to choose. Out: one without such gaps: a token knows of
+pixels far beyond its cell, so what stands there counts for the tokens beside it.
+Axes: H W pixels, h w grid.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import distance_transform_edt
+
+from mas.scene import VOID, SceneMap, find_edges
+
+
+def fill_free(image: Image.Image, free_HW: np.ndarray) -> Image.Image:
+    """The picture with its free pixels replaced by the nearest kept ones.
+
+    A token knows of pixels far beyond its cell, and nobody has said what is where the model paints.
+
+    Args:
+        image: of any size.
+        free_HW: bool, square, of any size; where all of it is free nothing is replaced.
+    """
+    free_HW = stretch(free_HW, image.height, image.width)
+    return Image.fromarray(_spread(np.asarray(image.convert("RGB")), ~free_HW))
+
+
+def fill_void(
+    scene: SceneMap, free_hw: np.ndarray, *, reach: int | None = None, beyond: int = VOID
+) -> SceneMap:
+    """The scene with void in free cells replaced by what is nearest, as if that went on there.
+
+    A token knows what lies beside its cell. Void there reads like the rim of a thing.
+
+    Args:
+        scene: with void.
+        free_hw: bool.
+        reach: in pixels, how far that goes on; None: all over.
+        beyond: label of what lies farther away.
+    """
+    free_HW = stretch(free_hw, *scene.labels.shape)
+    labels = spread_labels(scene.labels, free_HW)
+    known_HW = scene.labels != VOID
+    if reach is not None and known_HW.any():
+        far_HW = distance_transform_edt(~known_HW) > reach
+        labels = np.where(far_HW & free_HW, np.uint8(beyond), labels)
+    between_things = scene.edges & ~find_edges(scene.labels)
+    return SceneMap(labels, find_edges(labels) | between_things)
+
+
+def spread_labels(labels_HW: np.ndarray, gaps_HW: np.ndarray) -> np.ndarray:
+    """Labels in which void of the gaps is what is nearest; where all is void it stays.
+
+    Args:
+        labels_HW: uint8.
+        gaps_HW: bool.
+    """
+    known_HW = labels_HW != VOID
+    return np.where(gaps_HW & ~known_HW, _spread(labels_HW, known_HW), labels_HW)
+
+
+def _spread(values: np.ndarray, known_HW: np.ndarray) -> np.ndarray:
+    """Each value that of the nearest known pixel, H W …; as they are where none is known."""
+    if not known_HW.any():
+        return values
+    nearest = distance_transform_edt(~known_HW, return_distances=False, return_indices=True)
+    return values[tuple(nearest)]
+
+
+def stretch(mask_hw: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A mask of cells, or of another size, as one of so many pixels."""
+    rows, columns = (np.arange(size) * len(mask_hw) // size for size in (height, width))
+    return mask_hw[np.ix_(rows, columns)]
