@@ -15,7 +15,7 @@ import ctypes
 import importlib.util
 import os
 from collections.abc import Mapping
-from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache, partial
 from itertools import count, takewhile
 from typing import Any, NamedTuple
@@ -25,12 +25,13 @@ from torch import Tensor
 
 from mas.cache import Cache
 from mas.decoder import CPUDecoder, Layer, Norm
+from mas.filter import Sampling, count_kept
 from mas.gpt import GPTConfig, make_cache
 from mas.heap import Slabs
 from mas.quantize import Linear
 from mas.rounding import LARGEST_INT8, to_int8
 
-VERSION = 2  # of the calls of mas/step.c
+VERSION = 3  # of the calls of mas/step.c
 MOST_HEAD_WIDTH = 256  # that its attention has room for
 MOST_INPUTS = 2**16  # of a matrix: sums of more products could leave 32 bits
 
@@ -80,7 +81,17 @@ class CModel(ctypes.Structure):
     )
 
 
-CALLS: dict[str, list[Any]] = {  # of mas/step_kernels.h: result, arguments
+class CDraw(ctypes.Structure):
+    """`Draw` of mas/step_draw.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("logits_BV", "others_BV", "uniform_B")),
+        *((name, c_double) for name in ("guidance", "temperature", "top_p")),
+        *((name, c_int64) for name in ("top_k", "rows", "vocabulary")),
+    )
+
+
+CALLS: dict[str, list[Any]] = {  # of mas/step_kernels.h and mas/step_draw.h: result, arguments
     "packed_bytes": [c_int64, c_int64, c_int64],
     "pack": [None, c_void_p, c_int64, c_int64, c_void_p],
     "multiply_bytes": [c_int64, c_int64, c_int64],
@@ -95,6 +106,8 @@ CALLS: dict[str, list[Any]] = {  # of mas/step_kernels.h: result, arguments
         *[c_void_p] * 2,  # state, memory
         c_int64,  # threads
     ],
+    "draw_bytes": [c_int64, c_int64, c_int64],
+    "draw": [None, POINTER(CDraw), *[c_void_p] * 2, c_int64],
 }
 
 
@@ -257,6 +270,37 @@ class FastDecoder(CPUDecoder):
         if failed:
             raise ValueError(f"{stream.name} tokens must be 0 to {stream.vocabulary - 1}")
         return state_RD
+
+    def draw(
+        self, logits_BV: Tensor, others_BV: Tensor | None, uniform_B: Tensor, sampling: Sampling
+    ) -> Tensor:
+        """What `mas.filter.draw_guided` draws but for rounding, in one call.
+
+        Raises:
+            ValueError: tensors of other types, or that do not fit each other.
+        """
+        rows, vocabulary = logits_BV.shape
+        other = logits_BV if others_BV is None else others_BV
+        if (logits_BV.dtype, other.dtype, uniform_B.dtype) != (*[torch.float32] * 2, torch.float64):
+            raise ValueError("logits must be float32, the numbers to draw by float64")
+        if other.shape != logits_BV.shape or uniform_B.shape != (rows,) or not vocabulary:
+            raise ValueError(f"logits {tuple(logits_BV.shape)} do not fit {len(uniform_B)} numbers")
+        logits_BV, other, uniform_B = (
+            tensor.contiguous() for tensor in (logits_BV, other, uniform_B)
+        )
+        request = CDraw(
+            logits_BV.data_ptr(),
+            None if others_BV is None else other.data_ptr(),
+            uniform_B.data_ptr(),
+            *(sampling.guidance, sampling.temperature),
+            1.0 if sampling.top_p is None else sampling.top_p,
+            *(count_kept(sampling.top_k, vocabulary), rows, vocabulary),
+        )
+        tokens_B = torch.empty(rows, dtype=torch.long, device="cpu")
+        memory = _memory(self.calls["draw_bytes"](rows, vocabulary))
+        threads = torch.get_num_threads()
+        self.calls["draw"](request, tokens_B.data_ptr(), memory.data_ptr(), threads)
+        return tokens_B
 
     def _check(self, tokens_R1: Tensor, cache: Cache, start: int) -> None:
         if tokens_R1.dtype != torch.long or tokens_R1.is_cuda:

@@ -200,6 +200,22 @@ def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return torch.searchsorted(cumulative_BV, targets_B1, right=True)[:, 0]
 
 
+def draw_guided(
+    logits_BV: Tensor, others_BV: Tensor | None, uniform_B: Tensor, sampling: Sampling
+) -> Tensor:
+    """Tokens of logits, guided away from others where there are any, long B.
+
+    Args:
+        logits_BV: float32.
+        others_BV: likewise, of the other branch.
+        uniform_B: as for `draw`, on the device to draw on.
+        sampling: how.
+    """
+    if others_BV is not None:
+        logits_BV = guide(logits_BV, others_BV, sampling.guidance)
+    return draw(probabilities(logits_BV.to(uniform_B.device), sampling), uniform_B)
+
+
 def uniforms(seed: int, count: int) -> Tensor:
     """`count` uniform numbers in [0, 1 - 2^-32], float64, the same on every device."""
     generator = torch.Generator().manual_seed(seed)

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from mas.cache import Cache
-from mas.filter import Sampling, draw, guide, probabilities, uniforms
+from mas.filter import Sampling, draw_guided, uniforms
 from mas.heap import trim_heap
 from mas.rounding import has_float64
 from mas.sequence import FREE, Layout, Stream, Streams
 from mas.text import PAD
 
+Draw = Callable[[Tensor, Tensor | None, Tensor, Sampling], Tensor]  # as `draw_guided`
 Report = Callable[[Tensor, Tensor], None]  # sequences B T as they were given, and so far
 
 
@@ -53,10 +54,19 @@ class Choice:
     sampling: Sampling
     branches: tuple[str, ...]  # guidance streams of the rows: conditional, unconditional or both
 
-    def tokens(self, logits_RV: Tensor, *, uniform_B: Tensor, given_B: Tensor) -> Tensor:
+    def tokens(
+        self,
+        logits_RV: Tensor,
+        *,
+        uniform_B: Tensor,
+        given_B: Tensor,
+        draw: Draw = draw_guided,
+    ) -> Tensor:
         """Given tokens stay, `FREE` ones are drawn on the device of the numbers; long B."""
-        guided_BV = self._guided(logits_RV.float()).to(uniform_B.device)
-        drawn_B = draw(probabilities(guided_BV, self.sampling), uniform_B)
+        branches = logits_RV.float().chunk(len(self.branches))
+        own_BV = branches[1 if self.taken == "second" else 0]
+        others_BV = branches[1] if self.taken == "both" else None
+        drawn_B = draw(own_BV, others_BV, uniform_B, self.sampling)
         return torch.where(given_B == FREE, drawn_B.to(given_B.device), given_B)
 
     @property
@@ -65,15 +75,6 @@ class Choice:
         if len(self.branches) == 1 or self.sampling.guidance == 1:
             return "first"
         return "both" if self.sampling.guidance else "second"
-
-    def _guided(self, logits_RV: Tensor) -> Tensor:
-        """The logits to draw from; of two branches the conditional one is the first."""
-        if len(self.branches) == 1:
-            return logits_RV
-        first, second = logits_RV.chunk(2)
-        if self.taken == "both":
-            return guide(first, second, self.sampling.guidance)
-        return first if self.taken == "first" else second
 
 
 class Steps(Protocol):
@@ -97,6 +98,15 @@ class SteppingDecoder(Protocol):
     """What a decoder may offer besides; `mas.cuda_decoder.CUDADecoder` does."""
 
     def start_steps(self, tokens_BT: Tensor, uniforms_BT: Tensor, *, rows: int) -> Steps: ...
+
+
+@runtime_checkable
+class DrawingDecoder(Protocol):
+    """Likewise; `mas.fast_decoder.FastDecoder` does."""
+
+    def draw(
+        self, logits_BV: Tensor, others_BV: Tensor | None, uniform_B: Tensor, sampling: Sampling
+    ) -> Tensor: ...
 
 
 @torch.inference_mode()
@@ -176,6 +186,7 @@ class _Loop:
         stop: int,
     ) -> None:
         self.decoder = decoder
+        self.draw = decoder.draw if isinstance(decoder, DrawingDecoder) else draw_guided
         self.negative_1T = negative_1T
         self.stop = stop  # position at which nothing more is wanted
         self.layout = decoder.layout
@@ -211,6 +222,7 @@ class _Loop:
             self.decoder.head(self.state_RD, stream),
             uniform_B=self.uniforms_BT[:, first],
             given_B=self.tokens_BT[:, first],
+            draw=self.draw,
         )
         if not self.finished:
             piece_BT = self.tokens_BT[:, first : self.position]

@@ -4,7 +4,7 @@ In: tensors of a GPT as mas/fast_decoder.py lays them out, tokens, the cache. Ou
 predicts the next token; or, for many rows, one product with a matrix. A step reads every weight
 once, so nothing may come between two reads: one call does all of a step, and threads that are
 awake share each piece of it (step_threads.h; what the pieces are made of: step_matrices.h,
-step_attention.h, step_vectors.h).
+step_attention.h, step_vectors.h). What the next token is, step_draw.h draws.
 
 What is computed is what mas/decoder.py computes with mas/quantize.py: inputs of a matrix are
 rounded to 8 bits row by row, sums are exact integers, all else is float32, keys and values are
@@ -16,6 +16,7 @@ Callers check shapes and ranges; nothing here does, but for the tokens.
 Axes: R rows, D width, N heads, H width of a head, T tokens, K inputs, V outputs. */
 
 #include "step_attention.h"
+#include "step_draw.h"
 #include "step_matrices.h"
 #include "step_threads.h"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mas.__main__ import main
+from mas.fast_decoder import find_step, find_steps
 from mas.gpt import GPT, GPTConfig
 from mas.model import MakeAScene
 from mas.scene import CLASS_NAMES, VOID, SceneMap
@@ -20,6 +21,15 @@ CAPTIONS = [
     "a giraffe in the park",
     "three sheep behind a red bus",
 ]
+
+
+@pytest.fixture(params=find_steps())
+def kind(request, monkeypatch):
+    """Each kind of step that this CPU can run, in turn."""
+    if not request.param:
+        pytest.skip(f"fast step: {find_step().state}")
+    monkeypatch.setenv("MAS_STEP", request.param)
+    return request.param
 
 
 @pytest.fixture

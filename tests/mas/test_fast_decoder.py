@@ -43,15 +43,6 @@ OPTIONS = {
 there = pytest.mark.skipif(not find_step().calls, reason=f"fast step: {find_step().state}")
 
 
-@pytest.fixture(params=find_steps())
-def kind(request, monkeypatch):
-    """Each kind of step that this CPU can run, in turn."""
-    if not request.param:
-        pytest.skip(f"fast step: {find_step().state}")
-    monkeypatch.setenv("MAS_STEP", request.param)
-    return request.param
-
-
 def build(**options):
     torch.manual_seed(0)
     gpt = GPT(dataclasses.replace(CONFIG, **options)).eval().requires_grad_(False)
