@@ -189,7 +189,7 @@ def check_origin(
     record = Path(folder) / TOKENIZERS
     if not record.is_file():
         logger.warning(
-            "%s has no %s: that its %s was trained with %s cannot be checked",
+            "%s has no %s, so it cannot be checked whether its %s was trained with %s",
             *(folder, TOKENIZERS, network, path),
         )
         return
