@@ -33,7 +33,7 @@ from mas.rerank import CLIP, Clip, check_rerank
 from mas.rerank import rerank as rerank_pictures
 from mas.sample_folder import Run, writing
 from mas.scene import MAX_PIXELS, VOID, SceneMap, read_scene
-from mas.scene_files import upright
+from mas.scene_files import FEWER_PIXELS, upright
 
 OPAQUE = 255  # alpha of a pixel that is given
 STRETCH = 8  # batches, at most, that are painted before their pictures are kept
@@ -376,7 +376,8 @@ def read_picture(path: Path) -> tuple[Image.Image, np.ndarray]:
     try:
         image = Image.open(path, formats=["PNG", "WEBP"])
         if image.width * image.height > MAX_PIXELS:
-            raise ModelError(f"{path}: {image.width}x{image.height} is too large")
+            size = f"{image.width}x{image.height}"
+            raise ModelError(f"{path}: {size} is too large, {FEWER_PIXELS}")
         bands_HWC = np.asarray(upright(image).convert("RGBA"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
