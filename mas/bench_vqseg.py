@@ -65,7 +65,7 @@ def bench_vqseg(
 
     Args:
         batch_size: maps a training step, of either layout.
-        seconds: that each measurement is repeated for; every one runs twice at least.
+        seconds: for which each measurement is repeated, twice at least.
         device: where; auto takes the GPU if there is one.
         precision: number format of the VQ-SEG layouts.
         vqgan: a vqgan folder to decode with; default: the published f16 with 16384 codes, random

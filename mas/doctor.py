@@ -47,9 +47,10 @@ def doctor(*, as_json: bool = False) -> None:
         print(f"  {name:<20} {version or '- (see docs/segmenters.md)'}")
     if report["weights"]:
         print("\nweights (mas fetch-weights STAGE)")
+    width = max((len(weights["name"]) for weights in report["weights"]), default=0)
     for weights in report["weights"]:
         mark = "there" if weights["present"] else "-"
-        print(f"  {weights['stage']:<10} {weights['name']:<22} {mark:<6} {weights['path']}")
+        print(f"  {weights['stage']:<10} {weights['name']:<{width}} {mark:<6} {weights['path']}")
     print(f"\nshipped models: {', '.join(report['models']) or 'none'}, in {_models()}")
 
 

@@ -118,7 +118,7 @@ def evaluate(
         output: report to write, NAME.json; NAME.md, NAME.samples.png and, for a sweep,
             NAME.sweep.png lie beside it.
         model: park, a model folder, or a model of the Hugging Face hub.
-        unseen: more scene shards whose combinations the training never showed, reported apart.
+        unseen: more scene shards, with combinations that the training never showed; reported apart.
         reader: folder of the network that reads pictures (mas train reader); by default the one
             that ships with the model.
         extractor: file of a feature extractor, such as Inception's weights, for FID and KID as they
@@ -133,7 +133,7 @@ def evaluate(
         scene_candidates: scenes drawn for a picture, of which the model's judge keeps one (default:
             the model's).
         sweep_count: captions each guidance of a sweep is tried on.
-        seeds: pictures of one caption that diversity is measured on.
+        seeds: pictures of one caption among which diversity is measured.
         seed: of the first picture.
         batch: pictures sampled at a time; changes no figure.
         device: auto, cpu, cuda, …

@@ -49,7 +49,7 @@ class GPTConfig:
     qk_norm: bool = False  # normalise queries and keys per head
     gated: bool = False  # RMSNorm and SwiGLU instead of LayerNorm and GELU
     rotary: bool = False  # rotate queries and keys by row and column (needs head width % 4 = 0)
-    # Predict captions, too; sampling does not, and a model stored for it goes without.
+    # predict captions, too; sampling does not need it, and models stored for sampling lack it
     text_head: bool = field(default=True, metadata={"later": True})
 
     def __post_init__(self) -> None:

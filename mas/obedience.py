@@ -107,7 +107,7 @@ def judge(
     mentions. A colour holds when as many things of the class have it as are claimed, or all that
     were found. A relation holds when as many things of the one class as are claimed stand so to as
     many of the other; between things of one class it is not judged.
-    Nobody judges what no reader reads.
+    Place and time are judged only where a reader has read them.
 
     Args:
         facts: one entry of `park.facts`.

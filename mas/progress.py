@@ -45,13 +45,16 @@ class Progress:
     decoders: Decoders
 
     def scenes(self) -> list[SceneMap] | None:
-        """The scenes of the batch as soon as they are complete."""
+        """The scenes of the batch; None until all of them are complete."""
         if (self.scene_BT == FREE).any():
             return None
         return self.decoders.scenes(self.scene_BT)
 
     def images(self) -> list[Image.Image] | None:
-        """The pictures of the batch down to the last complete row of tokens, grey below."""
+        """The pictures of the batch down to the last complete row of tokens, grey below.
+
+        None until there is such a row. Each call decodes: ask only when there is something new.
+        """
         rows = self.rows
         if rows == 0:
             return None

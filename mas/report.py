@@ -255,9 +255,9 @@ def doubt_reader(scene: Mapping[str, Any]) -> str:
     if seen is not None and seen >= BLIND:
         return ""
     return (
-        f"the reader reads real pictures with a mIoU of {seen or 0:.3f} (a judge has {BLIND} or "
-        "more), so what it sees in the model's says nothing, the share of what real ones reach "
-        "least of all; train it longer, or on more pictures"
+        f"the reader's mIoU on real pictures is {seen or 0:.3f}, and it needs {BLIND} or more to "
+        "judge: its figures of the model's pictures, and their share of the real ones, say "
+        "nothing; train it longer, or on more pictures"
     )
 
 

@@ -33,7 +33,7 @@ from mas.rerank import CLIP, Clip, check_rerank
 from mas.rerank import rerank as rerank_pictures
 from mas.sample_folder import Run, writing
 from mas.scene import MAX_PIXELS, VOID, SceneMap, read_scene
-from mas.scene_files import upright
+from mas.scene_files import FEWER_PIXELS, upright
 
 OPAQUE = 255  # alpha of a pixel that is given
 STRETCH = 8  # batches, at most, that are painted before their pictures are kept
@@ -79,7 +79,7 @@ def sample(
         model: park, a model folder, or a model of the Hugging Face hub.
         count: pictures a caption; picture i has the seed `seed` + i.
         rerank: clip: order the pictures of each caption by how well they fit it.
-        keep: with rerank: write only the best so many of the `count` pictures a caption.
+        keep: with rerank: how many of the `count` pictures of a caption are written, the best.
         clip: which CLIP: a folder, or a hub id that was downloaded before; needs the extra eval.
         negative_prompt: what not to paint: guidance moves away from it.
         guidance: how much more the caption counts; 1 = as it is, 3-5 = stronger (default: the
@@ -87,7 +87,8 @@ def sample(
         temperature: below 1 likelier tokens, above 1 wilder ones, 0 = always the likeliest.
         top_k: keep the k likeliest tokens; below 1 a share of the vocabulary (0.5 = top half).
         top_p: keep the likeliest tokens that together have this probability.
-        scene_sampling: the four settings above for the scene only, such as '{"top_p": 0.9}'.
+        scene_sampling: the four settings above for the scene only: --scene-sampling.top-p 0.9, or
+            all at once as '{"top_p": 0.9}'.
         image_sampling: the same for the picture only.
         scene_candidates: scenes drawn for a picture, of which the model's judge keeps the one that
             fits the caption best; 1 = no choice (default: the model's).
@@ -375,7 +376,8 @@ def read_picture(path: Path) -> tuple[Image.Image, np.ndarray]:
     try:
         image = Image.open(path, formats=["PNG", "WEBP"])
         if image.width * image.height > MAX_PIXELS:
-            raise ModelError(f"{path}: {image.width}x{image.height} is too large")
+            size = f"{image.width}x{image.height}"
+            raise ModelError(f"{path}: {size} is too large, {FEWER_PIXELS}")
         bands_HWC = np.asarray(upright(image).convert("RGBA"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None

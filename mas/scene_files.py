@@ -20,6 +20,7 @@ from scipy.ndimage import binary_opening
 from mas.picture_file import why_no_picture
 
 MAX_PIXELS = 64_000_000  # larger scene files are refused
+FEWER_PIXELS = f"use {MAX_PIXELS // 10**6} million pixels or fewer"  # what messages then say
 
 
 class SceneError(ValueError):
@@ -31,7 +32,8 @@ def open_png(path: str | Path | IO[bytes]) -> Image.Image:
     try:
         image = Image.open(path, formats=["PNG"])
         if image.width * image.height > MAX_PIXELS:
-            raise SceneError(f"{name_of(path)}: {image.width}x{image.height} is too large")
+            size = f"{image.width}x{image.height}"
+            raise SceneError(f"{name_of(path)}: {size} is too large, {FEWER_PIXELS}")
         image.load()
     except FileNotFoundError:
         raise SceneError(f"{name_of(path)}: no such file") from None

@@ -148,11 +148,13 @@ class Tokenizer:
         try:
             tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{path}: not a tokenizer.json ({error})") from error
+            raise TokenizerError(
+                f"{path}: not a tokenizer.json ({error}); write one with mas fit-bpe"
+            ) from error
         try:
             return cls(tokenizer)
         except TokenizerError as error:
-            raise TokenizerError(f"{path}: {error}") from None
+            raise TokenizerError(f"{path}: {error}; write one with mas fit-bpe") from None
 
     @classmethod
     def from_mindalle(

@@ -55,13 +55,13 @@ def bench_preprocess(
 
     Args:
         input: scene annotations of one's own, as for mas preprocess; default: generated photos.
-        photos: how many to process in each measurement; those of the input come again and again.
+        photos: processed in each measurement; an input that has fewer is repeated.
         photo: what becomes of a photo.
         panoptic: where panoptic segments come from.
         human: where human parts come from.
         face: where face landmarks come from.
         network_ms: milliseconds a photo that the three stub networks take together.
-        threads: a worker's helpers while the stub networks run.
+        threads: in each worker, to decode and encode while the stub networks run.
     """
     if photos < 1 or network_ms <= 0 or threads < 0:
         raise ValueError("--photos must be at least 1, --network-ms above 0, --threads at least 0")

@@ -26,8 +26,8 @@ from preprocess.termination import terminated_in_order
 
 logger = logging.getLogger(__name__)
 
-# So many shards that failed, none for its data, before any is made: no other would do better. Where
-# more workers are at work, as many as they are, for what is good takes longer than what fails.
+# When so many shards have failed, none because of its data, and none has been made, the run ends.
+# With more workers than that it takes as many failures as workers: failing is quicker than making.
 TROUBLED = 5
 
 
@@ -44,7 +44,7 @@ class ExecutorConfig:
     """Where and how wide a run is; has no influence on what it writes."""
 
     kind: Literal["ray", "serial"] = "ray"  # serial = in this process, one shard after the other
-    workers: int | None = None  # None = one a CPU of the machine or the cluster
+    workers: int | None = None  # None = as many as the CPUs and GPUs that Ray sees allow
     address: str | None = None  # of a Ray cluster, "auto" = the one this machine is in
     gpus_per_worker: float = 0.0  # may be a fraction
     networks: bool = False  # what workers run gains from a GPU
@@ -162,7 +162,7 @@ def _check_nothing_left(pending: Sequence[Job], jobs: Sequence[Job], error: Read
 def _check_machine(
     pending: Sequence[Job], config: ExecutorConfig, lacks: Callable[[], list[str]]
 ) -> None:
-    """Before Ray starts; of workers on a cluster each finds out what its own machine lacks.
+    """Looks before Ray starts; on a cluster each node finds out later what it lacks itself.
 
     Raises:
         NeedsError: there is work to do, and something that it needs is missing here.
@@ -237,9 +237,10 @@ def _warn_of_rejects(outcome: Outcome) -> None:
 def _warn_of_later_inputs(
     jobs: Sequence[Job], done: Mapping[str, Mapping[str, Any]], folder: RunFolder
 ) -> None:
-    """A fingerprint tells no change that leaves the size; a time changes with a mere copy, too.
+    """Warns once of inputs that are newer than their finished shards.
 
-    So nothing is made again, and what was told is noted, for it is no news at the next run.
+    A fingerprint does not show a change that keeps the size, and a time also changes when a file
+    is copied. So nothing is made again; what was said is noted, so that the next run is silent.
     """
     finished = {job.name: done[job.name].get("finished", 0.0) for job in jobs}
     times = {job.name: job.modified for job in jobs if job.modified > finished[job.name]}

@@ -1,4 +1,4 @@
-"""Panoptic segmentation by detectron2, the base of every scene map; Mask2Former stands beside it.
+"""Panoptic segmentation by detectron2, the base of every scene map.
 
 In: photos. Out: `Segments` (133 COCO classes, instance ids). The only file that imports detectron2.
 Panoptic FPN: arXiv 1901.02446.
@@ -19,20 +19,11 @@ from mas.errors import first_line
 from mas.scene import PANOPTIC_CLASSES, THINGS, VOID, Segments
 from preprocess.batching import fitted_size, lacking_device, pick_device, plan_batches, resize
 from preprocess.checkpoint import Numbers, read_checkpoint
-from preprocess.mask2former import Mask2FormerConfig, Mask2FormerPanoptic
 from preprocess.needs import lacking_modules
 from preprocess.weights import WeightsError, find_weights, lacking_weights
 
 if TYPE_CHECKING:
     from preprocess.segment import Photo
-
-__all__ = [
-    "Detectron2Config",
-    "Detectron2Panoptic",
-    "Mask2FormerConfig",
-    "Mask2FormerPanoptic",
-    "from_detectron2",
-]
 
 STUFF = len(PANOPTIC_CLASSES) - THINGS  # 53
 COCO_SHORT_SIDE = 480  # pixels of the usual COCO photo, for which area limits are stated

@@ -79,12 +79,12 @@ def park(
     Args:
         output: folder for the shards; made when missing.
         count: how many pictures.
-        seed: another seed is another world of the same kind.
+        seed: another seed gives other pictures of the same kind.
         size: side of the pictures in pixels, 32 to 1024.
         shard_size: pictures a shard.
         held_out: combinations kept for tests, such as a purple giraffe: "exclude" never draws
             one, "only" draws one in every picture, "include" draws them like any other.
-        workers: processes; default one for each core. Never changes the result.
+        workers: processes; default: one for each core. Their number never changes the result.
     """
     config = ParkConfig(count=count, seed=seed, size=size, shard_size=shard_size, held_out=held_out)
     if workers is not None and workers < 1:

@@ -103,7 +103,7 @@ class Counter:
 
 
 class Beat:
-    """Tells a counter now and then that a worker is at work; it may have gone before it can say so.
+    """Tells a counter every few seconds that a worker is at work: one that was killed falls silent.
 
     Args:
         counter: handle of the `Counter`.

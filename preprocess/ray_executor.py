@@ -173,7 +173,7 @@ class _RayRunner:
 def _leave() -> None:
     """Ends the actor's process; Ray starts another one, perhaps elsewhere, with the same shard.
 
-    It would take any gentler end for one that was meant.
+    Ray takes an orderly exit for an intended one and would start no other process.
     """
     os._exit(1)
 

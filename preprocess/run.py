@@ -51,18 +51,19 @@ class PreprocessConfig:
         input: tar shards ('DIR/{00000..00099}.tar', a folder of tars, a glob), or a folder of
             images with a .txt beside each; local path or URL.
         output: folder or URL for the scene shards.
-        captions: COCO's captions JSON, for a folder of COCO's images.
-        samples_per_shard: how a folder of images is cut into shards.
+        captions: COCO's captions JSON, where the input is a folder of COCO's images.
+        samples_per_shard: how many images of a folder make one shard.
         photo: what becomes of the photo.
         panoptic: where panoptic segments come from.
         human: where human parts come from.
         face: where face landmarks come from.
         max_caption_bytes: samples with a longer caption are rejected.
-        batch_size: photos a call of a network.
-        threads: a worker's helpers, which decode and encode while its networks run; 0 = none.
+        batch_size: photos given to a network at a time.
+        threads: in each worker, to decode and encode while its networks run; 0 = none.
         executor: ray, or serial = one shard after the other in this process.
-        workers: at work at once; default one a CPU, 0 = serial.
-        address: of a Ray cluster; auto = the one this machine belongs to; default a local Ray.
+        workers: processes that share the work; default: as many as CPUs and GPUs allow; 0 = serial.
+        address: of a Ray cluster; auto = the one this machine belongs to; default: Ray on this
+            machine alone.
         gpus_per_worker: share of a GPU each worker holds, as in 0.5.
         retry_failed: also try the shards that failed and were set aside.
         retry_rejected: also try the samples again that were rejected for a reason that may have

@@ -113,7 +113,7 @@ class Runner:
             return self._give_up(job, text, here=error.errno not in OUTPUT_FULL)
 
     def _give_up(self, job: Job, text: str, *, here: bool) -> Outcome:
-        with contextlib.suppress(OSError):  # no attempt that the shard was the cause of
+        with contextlib.suppress(OSError):  # the shard was not the cause: no attempt
             self.folder.remove(job.name + RUNNING)
         if here:
             mark_waiting(self.folder, job.name)
@@ -154,10 +154,10 @@ class Runner:
         return self._set_aside(job, text, {**mark, "traceback": trace}, host=mark["host"])
 
     def _make_worker(self) -> Worker:
-        """In a process of its own tried again after what may pass.
+        """Makes the worker; in a process of its own tries again after errors that may pass.
 
-        The GPU's memory may not be free yet of the process before, or a mount not answer; what is
-        missing or wrong by our own words (errors without a number) stays so.
+        The process before may not have released the GPU's memory yet, or a mount may not answer.
+        Errors of our own (ValueError, OSError without a number) will not pass.
         """
         for wait in START_SECONDS if self.leave else ():
             try:
@@ -173,7 +173,7 @@ class Runner:
     def _renew_worker(self) -> None:
         try:
             self.worker = self.worker or self._make_worker()
-        except Exception as error:  # what the worker has lost, no shard is the cause of
+        except Exception as error:  # of this machine: no shard is the cause
             raise StartError(f"{socket.gethostname()}: {say(error)}") from error
 
     def _wait_for(self, attempt: int, name: str, mark: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Segmenters: what they are called with, and those that read annotations instead of running.
 
 In: a batch of photos. Out: panoptic segments, human parts, or face landmarks of each. The networks
-behind the same interfaces are in preprocess/panoptic.py, human.py and face.py.
+behind the same interfaces are in preprocess/panoptic.py, mask2former.py, human.py and face.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
 from typing import Any, Literal, Protocol
 
@@ -85,7 +85,7 @@ class FaceConfig:
 MAX_COORDINATE = 1e5  # pixels; landmarks beyond it are no landmarks
 NETWORKS = {  # module, the segmenter's class, the class of its options
     "detectron2": ("preprocess.panoptic", "Detectron2Panoptic", "Detectron2Config"),
-    "mask2former": ("preprocess.panoptic", "Mask2FormerPanoptic", "Mask2FormerConfig"),
+    "mask2former": ("preprocess.mask2former", "Mask2FormerPanoptic", "Mask2FormerConfig"),
     "schp": ("preprocess.human", "HumanSegmenter", "HumanConfig"),
     "face-alignment": ("preprocess.face", "FaceLandmarks", "FaceLandmarksConfig"),
 }
@@ -331,7 +331,8 @@ def lacks_of_sources(panoptic: PanopticConfig, human: HumanConfig, face: FaceCon
 
 
 def _network_options(config: PanopticConfig | HumanConfig | FaceConfig) -> Any:
-    try:
-        return _network_classes(config.source)[1](**config.options)
-    except TypeError as error:
-        raise ValueError(f"options of {config.source}: {error}") from error
+    options = _network_classes(config.source)[1]
+    known = [each.name for each in fields(options)]
+    if unknown := sorted(config.options.keys() - known):
+        raise ValueError(f"{config.source} has no option {unknown[0]!r}: use {', '.join(known)}")
+    return options(**config.options)

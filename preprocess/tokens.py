@@ -226,12 +226,13 @@ class TokenizeConfig:
         vqseg: folder of the VQ-SEG, as trained or from a model folder.
         vqgan: folder of the VQ-GAN.
         tokenizer: the text tokenizer's tokenizer.json.
-        batch_size: pictures a call of a network.
+        batch_size: pictures given to a network at a time.
         device: of the networks: cpu, cuda, cuda:1; auto = the GPU where the worker has one, so on
             Ray give --gpus-per-worker as well.
         executor: ray, or serial = one shard after the other in this process.
-        workers: at work at once; default one a CPU, 0 = serial.
-        address: of a Ray cluster; auto = the one this machine belongs to; default a local Ray.
+        workers: processes that share the work; default: as many as CPUs and GPUs allow; 0 = serial.
+        address: of a Ray cluster; auto = the one this machine belongs to; default: Ray on this
+            machine alone.
         gpus_per_worker: share of a GPU each worker holds, as in 0.5.
         retry_failed: also try the shards that failed and were set aside.
         mirror: also write every picture mirrored, left and right exchanged in its captions too, for

@@ -304,8 +304,8 @@ def fetch_weights(
 
     Args:
         stage: panoptic, human, face or vqgan.
-        name: which weights of the stage; its usual ones when left out.
-        folder: where to put them; MAS_WEIGHTS or the user's cache folder when left out.
+        name: which weights of the stage; default: its usual ones.
+        folder: where to put them; default: MAS_WEIGHTS, or a folder in the user's cache.
         url: download from this address (a mirror, file:// included) instead; needs a single file.
         offline: download nothing; fail with name and address of what is missing.
     """

@@ -230,7 +230,7 @@ def draw_street() -> Image.Image:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("demo"))
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to fill")
     parser.add_argument("--model", default="park", help="park or a model folder")
     parser.add_argument("--count", type=int, default=120, help="pictures of the park world")
     return parser.parse_args(arguments)

@@ -207,7 +207,7 @@ def given_and_made(photo: Path, scene: Path, folder: Path) -> Image.Image:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("demo"))
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to fill")
     parser.add_argument("--count", type=int, default=4000, help="pictures of the park world")
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
     parser.add_argument("--photos", type=Path, help="folder of real photos in the form of COCO")

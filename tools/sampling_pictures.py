@@ -69,7 +69,7 @@ class Given:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the pictures of docs/sampling.md.")
     parser.add_argument("--model", default="park", help="park, a model folder or a hub id")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the figures")
     parser.add_argument("--only", choices=FIGURES, help="make one figure only")
     options = parser.parse_args()
     model = MakeAScene.from_pretrained(options.model)

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--count", type=int, default=4000, help="scenes to split on")
     parser.add_argument("--tune-count", type=int, default=600, help="scenes to tune on; 0: do not")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the k-means")
     options = parser.parse_args()
     trained = VQSEG.from_pretrained(options.vqseg)
     config = trained.config

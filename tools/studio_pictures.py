@@ -34,8 +34,10 @@ DOG, BESIDE, SMALLER = (0.3, 0.71), (0.75, 0.87), "80"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("docs/pictures/studio"))
-    parser.add_argument("--chromium", default="/usr/bin/chromium")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/pictures/studio"), help="folder of the pictures"
+    )
+    parser.add_argument("--chromium", default="/usr/bin/chromium", help="the browser to run")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:

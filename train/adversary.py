@@ -24,7 +24,7 @@ class AdversaryConfig:
 
     weight: float = 0.8  # of the adversarial term, times the adaptive weight; 0 = no discriminator
     start: int = 10_000  # optimiser step from which it trains and judges
-    warmup_steps: int = 1000  # in which its say grows from 0 to full, after `start`
+    warmup_steps: int = 1000  # after `start`, in which its weight grows from 0 to full
     width: int = 64  # channels of its first layer, doubled each level up to eight times
     levels: int = 3  # halvings; a patch is 16, 34, 70, 142 pixels for 1, 2, 3, 4 levels
     learning_rate: float = 1.0  # times that of the VQ-GAN

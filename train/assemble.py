@@ -66,25 +66,26 @@ def assemble(
         output: the model folder to write.
         judge: run folder of the judge of scenes; without one the first scene is taken.
         refiner: run folder of the refiner; without one pictures stay as the VQ-GAN decodes them.
-        scene_candidates: scenes drawn for a picture, of which the judge keeps one, unless a request
-            says otherwise.
-        guidance: how much the caption counts unless a request says otherwise.
-        temperature: likewise, of the draw; a model trained for minutes wants less than 1.
-        top_k: likewise, tokens kept; below 1 a share of the vocabulary.
-        top_p: likewise, total probability of the tokens kept.
-        scene_sampling: the four settings above for the scene only, such as '{"guidance": 2}'.
+        scene_candidates: the model's default: scenes drawn for a picture, of which the judge keeps
+            one.
+        guidance: the model's default: how much the caption counts.
+        temperature: the model's default; a model trained for minutes needs less than 1.
+        top_k: the model's default: tokens kept; below 1 a share of the vocabulary.
+        top_p: the model's default: total probability of the tokens kept.
+        scene_sampling: the four settings above for the scene only: --scene-sampling.guidance 2, or
+            all at once as '{"guidance": 2}'.
         image_sampling: the same for the picture only.
         weights: number format on the disk; int8 is for the GPT's matrices and leaves out its text
             head, which sampling does not use; the tokenizers then get float16, unless they were
             trained with checkpoints.weights int8.
-        card: text of the model card, README.md: data, licences, numbers, limits (default: one that
-            knows the sizes only).
+        card: file with the text of the model card, README.md: data, licences, numbers, limits
+            (default: a form that only knows the sizes).
         tune: scene shards of the training, on which VQ-SEG's decisions are tuned for the mean IoU
             of all classes; tokens stay the same. The model also remembers which classes there are,
             for mas studio.
-        tune_count: how many of these scenes, spread evenly.
-        classes: scene shards of which the model remembers the classes alone, for a VQ-SEG that is
-            tuned already; of as many scenes.
+        tune_count: how many scenes are read, spread evenly over the shards.
+        classes: scene shards whose classes the model remembers, without tuning, for a VQ-SEG that
+            is tuned already; --tune-count scenes of them are read.
     """
     sampling = by_stream(
         StreamSampling(),
@@ -189,7 +190,7 @@ def check_origin(
     record = Path(folder) / TOKENIZERS
     if not record.is_file():
         logger.warning(
-            "%s has no %s: that its %s was trained with %s cannot be checked",
+            "%s has no %s, so it cannot be checked whether its %s was trained with %s",
             *(folder, TOKENIZERS, network, path),
         )
         return

@@ -73,7 +73,7 @@ def bench_train(
     Args:
         config: a config of mas train gpt, for the sizes of the network; default: 25M parameters.
         batch_size: pictures a step.
-        steps: that are measured, after two that are not.
+        steps: measured ones, after two that do not count.
         dropout: of both networks, whatever the config says; the published recipe has none.
         device: where; auto takes the GPU if there is one.
         precision: number format; both measures float32 and bfloat16.

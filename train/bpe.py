@@ -33,7 +33,7 @@ def fit_bpe(
         output: the tokenizer.json to write; another one that is there already is not replaced.
         vocab_size: entries of the vocabulary; few captions give fewer.
         length: tokens a caption is padded or cut to.
-        lowercase: upper and lower case become one.
+        lowercase: turn captions into lower case, here and whenever they are encoded.
     """
     path = Path(output)
     if path.is_dir():

@@ -145,7 +145,7 @@ class Checkpoints(Checkpoint):
 
     Args:
         every_n_steps: optimiser steps between two checkpoints.
-        monitor: metric of the validation whose smallest value makes best.ckpt; none for no best.
+        monitor: metric of the validation whose smallest value makes best.ckpt; null: no best.ckpt.
         weights: number format of model.safetensors; a tokenizer that shall be shipped in int8 must
             make its tokens with int8 weights, too.
         patience: optimiser steps after which the run ends unless a validation has been better

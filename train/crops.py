@@ -33,7 +33,7 @@ class CropsConfig:
     object_weight: float = 0.0  # of the object term; 0 = none
     count: int = 4  # at most so many faces and so many things a picture, drawn by the seed
     size: int = 64  # pixels a side a crop is scaled to
-    face_network: str | None = None  # TorchScript or .pt2; none: VGG compares faces like things
+    face_network: str | None = None  # TorchScript or .pt2; null: VGG compares faces like things
 
     def __post_init__(self) -> None:
         if self.face_weight < 0 or self.object_weight < 0:

@@ -39,7 +39,7 @@ class PerceptualConfig:
     weight: float = 0.0  # of the term, beside L1 with weight 1; 0 = none, taming has 1
     reader: str | None = None  # folder of a trained reader that compares instead of VGG-16
     vgg: str | None = None  # file with torchvision's weights of VGG-16
-    linear: str | None = None  # file with LPIPS' linear layers; none: all channels count alike
+    linear: str | None = None  # file with LPIPS' linear layers; null: all channels alike
 
     def __post_init__(self) -> None:
         if self.weight < 0:

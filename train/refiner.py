@@ -53,7 +53,7 @@ class RefinerTraining(PictureTraining):
         exchanged: of a picture up to this share of the tokens, the share drawn evenly, is exchanged
             for any other tokens.
         gradient_weight: of the L1 between differences of neighbouring pixels; 0 leaves it out.
-        focus: what the pixels of things, people and faces count in both.
+        focus: what the pixels of things, people and faces count in both L1 terms.
         accumulate: batches whose gradients are added up for one step.
         init_from: folder of a trained refiner to go on from; its picture size may be another.
         seed: of the random numbers of a step; linked to seed_everything.

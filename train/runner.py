@@ -127,7 +127,8 @@ class TrainCLI(LightningCLI):
         parser.add_argument(
             "--ckpt_path",
             type=str | None,
-            help="checkpoint to go on from; last: of this run; auto: the same, if there is one",
+            help="checkpoint to resume from: a file; last = this run's; auto = the same if there "
+            "is one, else a new run",
         )
         parser.add_class_arguments(Checkpoints, "checkpoints", skip={"config"})
         parser.add_class_arguments(Pictures, "pictures")
@@ -249,7 +250,7 @@ class TrainCLI(LightningCLI):
     def _advise_on_memory(self) -> str:
         size = self.datamodule.batch_size
         accumulate = (
-            "model.accumulate" if self.name in DRAWING else ("trainer.accumulate_grad_batches")
+            "model.accumulate" if self.name in DRAWING else "trainer.accumulate_grad_batches"
         )
         recompute = "set model.checkpoint_blocks true, or " if self.name == "gpt" else ""
         return (

@@ -145,7 +145,7 @@ def check_tokens(manifest: Mapping[str, Any], folder: str | Path, *, instead: st
     source = Path(folder) / TOKENIZERS
     if not source.is_file():
         logger.warning(
-            "%s has no %s: that its GPT knows tokens of these tokenizers cannot be checked",
+            "%s has no %s, so it cannot be checked whether its GPT knows these tokens",
             folder,
             TOKENIZERS,
         )

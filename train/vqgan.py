@@ -37,7 +37,7 @@ class VQGANTraining(PictureTraining):
         crops: terms for faces and things of the scene map; weights 0 leave them out.
         codebook_weight: of the codebook loss; L1 has weight 1.
         gradient_weight: of the L1 between differences of neighbouring pixels; 0 leaves it out.
-        focus: what the pixels of things, people and faces count in both.
+        focus: what the pixels of things, people and faces count in both L1 terms.
         accumulate: batches whose gradients are added up for one step.
         compile: fuse operations on a GPU (torch.compile; the first steps take a minute).
         init_from: folder of a trained VQ-GAN to fine-tune: a run, or what mas import-vqgan wrote.

@@ -363,7 +363,7 @@ def test_a_reader_that_hardly_sees_is_said_to_be_no_judge(miou, run, monkeypatch
     monkeypatch.setattr(SceneMetrics, "compute", lambda self: original(self) | {"miou": miou})
     output, figures = run("park")
     assert figures["scene"]["share_of_real"] == (1.0 if miou else None)
-    doubt = f"the reader reads real pictures with a mIoU of {miou:.3f} (a judge has 0.1 or more)"
+    doubt = f"the reader's mIoU on real pictures is {miou:.3f}, and it needs 0.1 or more to judge"
     reached = "The model reaches 100.0% of what real pictures reach"
     text = output.with_suffix(".md").read_text()
     assert (doubt in text) == (doubt in caplog.text) == (miou < 0.1)

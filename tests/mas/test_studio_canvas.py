@@ -142,7 +142,7 @@ def test_classes_are_found_among_all_157(visitor):
         name for name in sorted(CLASS_NAMES) if name.startswith("wall-")
     ]
     page.get_by_label("Find a class").fill("unicorn")
-    page.get_by_text("No class is called so.").wait_for()
+    page.get_by_text("No class has this name.").wait_for()
     page.keyboard.press("Enter")
     page.get_by_text("What is drawn: airplane").wait_for()
 

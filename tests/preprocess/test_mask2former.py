@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from mas.scene import PANOPTIC_CLASSES, VOID
 from mas.shards import Sample
 from preprocess.batching import fitted_size
-from preprocess.mask2former import from_mask2former, load_mask2former
-from preprocess.panoptic import Mask2FormerPanoptic
+from preprocess.mask2former import Mask2FormerPanoptic, from_mask2former, load_mask2former
 from preprocess.segment import Photo
 from preprocess.weights import WeightsError
 

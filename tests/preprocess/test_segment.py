@@ -151,7 +151,7 @@ def test_no_face_is_an_empty_list():
         ({"source": "coco-annotations"}, {}, {}, "--panoptic.json"),
         ({"source": "coco-annotations", "json": "a", "folder": "no-such"}, {}, {}, "no-such"),
         ({"options": {"score": 0.5}}, {}, {}, "takes no options"),
-        ({"source": "mask2former", "options": {"scor": 0.5}}, {}, {}, "scor"),
+        ({"source": "mask2former", "options": {"scor": 0.5}}, {}, {}, "'scor': use .* score,"),
         ({}, {"source": "schp", "options": {"margins": 1}}, {}, "margins"),
         ({}, {}, {"source": "face-alignment", "options": {"detectors": "x"}}, "detectors"),
     ],

@@ -258,4 +258,4 @@ def test_a_judge_and_a_refiner_of_other_tokenizers_are_refused(parts, words, tmp
             assemble(**arguments(parts, **{stage: trained[stage]}), output=output)
         record.unlink()
         assemble(**arguments(parts, **{stage: trained[stage]}), output=output)
-        assert f"that its {stage} was trained with" in caplog.text
+        assert f"checked whether its {stage} was trained with" in caplog.text
