@@ -208,7 +208,7 @@ class SceneMap:
         """A square map of `size` x `size` pixels, labels by nearest neighbour.
 
         A pixel of the result is an edge where its labels change or, when shrinking, where an edge
-        of the source falls into it.
+        between two instances falls into it: what preprocessing at that size would have written.
 
         Raises:
             SceneError: a scene that is not square, or no such size.
@@ -224,8 +224,11 @@ class SceneMap:
         labels = self.labels[np.ix_(index, index)]
         edges = find_edges(labels)
         if size < width:
-            rows, columns = np.nonzero(self.edges)
-            edges[rows * size // width, columns * size // width] = True
+            # An edge lies on the left or upper one of two pixels, here on the last one before it.
+            rows, columns = np.nonzero(self.edges & ~find_edges(self.labels))
+            rows, columns = (np.searchsorted(index, x, "right") - 1 for x in (rows, columns))
+            within = (rows >= 0) & (columns >= 0)
+            edges[rows[within], columns[within]] = True
         return SceneMap(labels, edges)
 
     def mirrored(self) -> SceneMap:
