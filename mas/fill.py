@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
-from mas.instances import find_instances
+from mas.instances import find_instances, spread
 from mas.scene import VOID, SceneMap, find_edges
 
 
@@ -25,7 +25,7 @@ def fill_free(image: Image.Image, free_HW: np.ndarray) -> Image.Image:
         free_HW: bool, square, of any size; where all of it is free nothing is replaced.
     """
     free_HW = stretch(free_HW, image.height, image.width)
-    return Image.fromarray(_spread(np.asarray(image.convert("RGB")), ~free_HW))
+    return Image.fromarray(spread(np.asarray(image.convert("RGB")), ~free_HW))
 
 
 def fill_void(
@@ -63,7 +63,7 @@ def fill_gaps(scene: SceneMap, gaps_HW: np.ndarray) -> SceneMap:
     changes_HW = find_edges(scene.labels)
     instances_HW = find_instances(scene.labels, scene.edges, changes_HW)
     labels, instances = (
-        np.where(gaps_HW & ~known_HW, _spread(ids_HW, known_HW), ids_HW)
+        np.where(gaps_HW & ~known_HW, spread(ids_HW, known_HW), ids_HW)
         for ids_HW in (scene.labels, instances_HW)
     )
     return SceneMap(labels, find_edges(labels, instances) | (scene.edges & ~changes_HW))
@@ -73,14 +73,6 @@ def relabel(scene: SceneMap, labels: np.ndarray) -> SceneMap:
     """The scene with other labels in places, which no edge between instances runs through."""
     between_things = scene.edges & ~find_edges(scene.labels) & (labels == scene.labels)
     return SceneMap(labels, find_edges(labels) | between_things)
-
-
-def _spread(values: np.ndarray, known_HW: np.ndarray) -> np.ndarray:
-    """Each value that of the nearest known pixel, H W …; as they are where none is known."""
-    if not known_HW.any():
-        return values
-    nearest = distance_transform_edt(~known_HW, return_distances=False, return_indices=True)
-    return values[tuple(nearest)]
 
 
 def stretch(mask_hw: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -46,8 +46,13 @@ def _split(mask: np.ndarray, between: np.ndarray) -> np.ndarray:
         found = np.where(mask & (found == 0), before, found)
     rest = mask & (found == 0)
     if rest.any():
-        nearest = ndimage.distance_transform_edt(
-            parts == 0, return_distances=False, return_indices=True
-        )
-        found[rest] = parts[tuple(nearest)][rest]
+        found[rest] = spread(parts, parts > 0)[rest]
     return found
+
+
+def spread(values: np.ndarray, known_HW: np.ndarray) -> np.ndarray:
+    """Each value that of the nearest known pixel, H W …; as they are where none is known."""
+    if not known_HW.any():
+        return values
+    nearest = ndimage.distance_transform_edt(~known_HW, return_distances=False, return_indices=True)
+    return values[tuple(nearest)]

@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mas.instances import find_instances
+from mas.instances import find_instances, spread
 from mas.scene_files import MAX_PIXELS as MAX_PIXELS
 from mas.scene_files import (
     SceneError,
@@ -282,7 +282,7 @@ def merge(
 
     1. human *background* (LIP id 0) never is painted; 2. every pixel ends with exactly one label;
     3. without a *person* segment the human and the face map are dropped. Human and face labels
-    stay within person or void pixels.
+    stay within person or void pixels; on void they are parts of the person that is nearest.
 
     Args:
         panoptic: the base.
@@ -314,7 +314,11 @@ def merge(
                 )
             painted = paintable & (parts > 0)
             labels[painted] = parts[painted] + offset
-    return SceneMap.from_labels(labels, panoptic.instances)
+    instances = panoptic.instances
+    beyond = (panoptic.labels == VOID) & (labels != VOID)
+    if beyond.any():
+        instances = np.where(beyond, spread(instances, person), instances)
+    return SceneMap.from_labels(labels, instances)
 
 
 def from_coco(ids_rgb: np.ndarray, segments_info: Sequence[Mapping[str, Any]]) -> Segments:

@@ -113,6 +113,13 @@ def test_parts_stay_within_person_and_void_pixels():
     assert merge(panoptic=panoptic, human=parts).labels.tolist() == [[133, GRASS, DOG, 133]]
 
 
+def test_no_edge_runs_through_a_part_where_its_person_ends_and_void_begins():
+    labels = [[PERSON, PERSON, VOID, VOID, PERSON, PERSON]]
+    panoptic = segments(labels, [[1, 1, 0, 0, 2, 2]])
+    scene = merge(panoptic=panoptic, human=np.full((1, 6), HAT, np.uint8))
+    assert scene.edges.tolist() == [[False, False, True, False, False, False]]
+
+
 def test_merge_refuses_part_maps_that_do_not_fit():
     with pytest.raises(SceneError, match="part map"):
         merge(panoptic=segments([[PERSON]]), human=np.array([[20]], np.uint8))
