@@ -17,7 +17,7 @@ import numpy as np
 from einops import reduce, repeat
 from PIL import Image, ImageFilter
 
-from mas.fill import spread_labels
+from mas.fill import fill_gaps, relabel
 from mas.scene import THINGS, VOID, SceneError, SceneMap, find_edges
 
 UNTOUCHED = 254  # on the plane of strokes: none, what lies below is seen
@@ -148,10 +148,8 @@ def free_cells(scene: SceneMap, grid: int) -> SceneMap:
     void_HW = (scene.labels == VOID).astype(np.float64)
     shares_hw = reduce(void_HW, "(h p) (w q) -> h w", "mean", p=cell, q=cell)
     free_HW = repeat(shares_hw > 0.5, "h w -> (h p) (w q)", p=cell, q=cell)
-    labels = spread_labels(scene.labels, ~free_HW)
-    labels[free_HW] = VOID
-    between_things = scene.edges & ~find_edges(scene.labels) & ~free_HW
-    return SceneMap(labels, find_edges(labels) | between_things)
+    filled = fill_gaps(scene, ~free_HW)
+    return relabel(filled, np.where(free_HW, np.uint8(VOID), filled.labels))
 
 
 def widen(drawn_HW: np.ndarray, grid: int, side: int) -> np.ndarray:

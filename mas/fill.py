@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
+from mas.instances import find_instances, spread
 from mas.scene import VOID, SceneMap, find_edges
 
 
@@ -24,7 +25,7 @@ def fill_free(image: Image.Image, free_HW: np.ndarray) -> Image.Image:
         free_HW: bool, square, of any size; where all of it is free nothing is replaced.
     """
     free_HW = stretch(free_HW, image.height, image.width)
-    return Image.fromarray(_spread(np.asarray(image.convert("RGB")), ~free_HW))
+    return Image.fromarray(spread(np.asarray(image.convert("RGB")), ~free_HW))
 
 
 def fill_void(
@@ -41,32 +42,37 @@ def fill_void(
         beyond: label of what lies farther away.
     """
     free_HW = stretch(free_hw, *scene.labels.shape)
-    labels = spread_labels(scene.labels, free_HW)
+    filled = fill_gaps(scene, free_HW)
     known_HW = scene.labels != VOID
-    if reach is not None and known_HW.any():
-        far_HW = distance_transform_edt(~known_HW) > reach
-        labels = np.where(far_HW & free_HW, np.uint8(beyond), labels)
-    between_things = scene.edges & ~find_edges(scene.labels)
-    return SceneMap(labels, find_edges(labels) | between_things)
+    if reach is None or not known_HW.any():
+        return filled
+    far_HW = distance_transform_edt(~known_HW) > reach
+    return relabel(filled, np.where(far_HW & free_HW, np.uint8(beyond), filled.labels))
 
 
-def spread_labels(labels_HW: np.ndarray, gaps_HW: np.ndarray) -> np.ndarray:
-    """Labels in which void of the gaps is what is nearest; where all is void it stays.
+def fill_gaps(scene: SceneMap, gaps_HW: np.ndarray) -> SceneMap:
+    """The scene with void of the gaps replaced by what is nearest; where all is void it stays.
+
+    Things of one class that an edge parts stay apart in what becomes of them there, too.
 
     Args:
-        labels_HW: uint8.
+        scene: with void.
         gaps_HW: bool.
     """
-    known_HW = labels_HW != VOID
-    return np.where(gaps_HW & ~known_HW, _spread(labels_HW, known_HW), labels_HW)
+    known_HW = scene.labels != VOID
+    changes_HW = find_edges(scene.labels)
+    instances_HW = find_instances(scene.labels, scene.edges, changes_HW)
+    labels, instances = (
+        np.where(gaps_HW & ~known_HW, spread(ids_HW, known_HW), ids_HW)
+        for ids_HW in (scene.labels, instances_HW)
+    )
+    return SceneMap(labels, find_edges(labels, instances) | (scene.edges & ~changes_HW))
 
 
-def _spread(values: np.ndarray, known_HW: np.ndarray) -> np.ndarray:
-    """Each value that of the nearest known pixel, H W …; as they are where none is known."""
-    if not known_HW.any():
-        return values
-    nearest = distance_transform_edt(~known_HW, return_distances=False, return_indices=True)
-    return values[tuple(nearest)]
+def relabel(scene: SceneMap, labels: np.ndarray) -> SceneMap:
+    """The scene with other labels in places, which no edge between instances runs through."""
+    between_things = scene.edges & ~find_edges(scene.labels) & (labels == scene.labels)
+    return SceneMap(labels, find_edges(labels) | between_things)
 
 
 def stretch(mask_hw: np.ndarray, height: int, width: int) -> np.ndarray:

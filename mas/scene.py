@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from mas.instances import find_instances, spread
 from mas.scene_files import MAX_PIXELS as MAX_PIXELS
 from mas.scene_files import (
     SceneError,
@@ -207,8 +208,7 @@ class SceneMap:
     def resized(self, size: int) -> SceneMap:
         """A square map of `size` x `size` pixels, labels by nearest neighbour.
 
-        A pixel of the result is an edge where its labels change or, when shrinking, where an edge
-        of the source falls into it.
+        Edges are those that the same segments have at that size, as preprocessing finds them.
 
         Raises:
             SceneError: a scene that is not square, or no such size.
@@ -220,23 +220,19 @@ class SceneMap:
             return self
         if width != height:
             raise SceneError(f"a scene must be square to be resized, this one is {width}x{height}")
-        index = nearest(width, size)
-        labels = self.labels[np.ix_(index, index)]
-        edges = find_edges(labels)
-        if size < width:
-            rows, columns = np.nonzero(self.edges)
-            edges[rows * size // width, columns * size // width] = True
-        return SceneMap(labels, edges)
+        few = np.ix_(*2 * [nearest(width, size)])
+        return SceneMap.from_labels(self.labels[few], self._find_instances()[few])
 
     def mirrored(self) -> SceneMap:
         """The scene with left and right exchanged, body parts included.
 
-        An edge lies on the left one of two pixels, so edges between labels are found anew; those
-        between two instances of one class are mirrored, which moves them by one pixel.
+        Edges are those that the same segments have the other way round.
         """
-        labels = MIRRORED[self.labels[:, ::-1]]
-        between_instances = self.edges & ~find_edges(self.labels)
-        return SceneMap(labels, find_edges(labels) | between_instances[:, ::-1])
+        labels, instances = self.labels[:, ::-1], self._find_instances()[:, ::-1]
+        return SceneMap.from_labels(MIRRORED[labels], instances)
+
+    def _find_instances(self) -> np.ndarray:
+        return find_instances(self.labels, self.edges, find_edges(self.labels))
 
     def histogram(self) -> dict[str, int]:
         """Pixels per class name, void left out, in id order."""
@@ -286,7 +282,7 @@ def merge(
 
     1. human *background* (LIP id 0) never is painted; 2. every pixel ends with exactly one label;
     3. without a *person* segment the human and the face map are dropped. Human and face labels
-    stay within person or void pixels.
+    stay within person or void pixels; on void they are parts of the person that is nearest.
 
     Args:
         panoptic: the base.
@@ -318,7 +314,11 @@ def merge(
                 )
             painted = paintable & (parts > 0)
             labels[painted] = parts[painted] + offset
-    return SceneMap.from_labels(labels, panoptic.instances)
+    instances = panoptic.instances
+    beyond = (panoptic.labels == VOID) & (labels != VOID)
+    if beyond.any():
+        instances = np.where(beyond, spread(instances, person), instances)
+    return SceneMap.from_labels(labels, instances)
 
 
 def from_coco(ids_rgb: np.ndarray, segments_info: Sequence[Mapping[str, Any]]) -> Segments:

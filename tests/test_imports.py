@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Flow order; a module imports only modules to its left.
 MAS_ORDER = """
     field_help errors machine lock picture_file
-    scene_files scene shard_files token_shards shards rounding packing storage sheet text
+    scene_files instances scene shard_files token_shards shards rounding packing storage sheet text
     vq_codebook vq vq_fast
     vqseg_loss vqseg vqseg_tune vqgan bench_vqseg unet reader refiner pretrained things judge
     sequence heap cache gpt filter quantize decoder fast_decoder generate candidates cuda_kernels

@@ -10,7 +10,9 @@ from einops import repeat
 from PIL import Image
 
 from mas.drawing import DrawingError, draw_scene, free_cells, read_drawing, widen
+from mas.fill import fill_void
 from mas.scene import CLASS_NAMES, PALETTE, VOID, SceneMap, find_edges
+from mas.things import find_things
 
 SIZE, GRID = 32, 4
 CELL = SIZE // GRID
@@ -155,6 +157,17 @@ def test_specks_take_what_is_around_them_and_edges_stay(two_dogs):
     drawn = two_dogs.labels != VOID
     assert np.array_equal(scene.labels[drawn], two_dogs.labels[drawn])
     assert scene.edges[4:12, 11].all()
+
+
+def test_things_that_touch_stay_apart_where_void_beside_them_is_filled():
+    drawn = draw((slice(1, 14), slice(1, 12), DOG, 1), (slice(2, 15), slice(12, 23), DOG, 2))
+    scene = read_drawing(drawn, SIZE).scene
+    held = free_cells(scene, GRID)
+    free = np.ones((GRID, GRID), np.bool_)
+    free[:2, :3] = False
+    assert (held.labels[: 2 * CELL, : 3 * CELL] == DOG).all()
+    for given in (scene, held, fill_void(held, free), fill_void(held, free, reach=CELL)):
+        assert len(find_things(given)[DOG]) == 2
 
 
 def test_cells_near_a_stroke_are_painted_anew():

@@ -29,6 +29,7 @@ from mas.scene import (
     find_edges,
     from_coco,
     merge,
+    nearest,
     read_scene,
     snap_colours,
 )
@@ -110,6 +111,13 @@ def test_parts_stay_within_person_and_void_pixels():
     panoptic = segments([[PERSON, GRASS, DOG, VOID]])
     parts = np.full((1, 4), HAT, np.uint8)
     assert merge(panoptic=panoptic, human=parts).labels.tolist() == [[133, GRASS, DOG, 133]]
+
+
+def test_no_edge_runs_through_a_part_where_its_person_ends_and_void_begins():
+    labels = [[PERSON, PERSON, VOID, VOID, PERSON, PERSON]]
+    panoptic = segments(labels, [[1, 1, 0, 0, 2, 2]])
+    scene = merge(panoptic=panoptic, human=np.full((1, 6), HAT, np.uint8))
+    assert scene.edges.tolist() == [[False, False, True, False, False, False]]
 
 
 def test_merge_refuses_part_maps_that_do_not_fit():
@@ -204,6 +212,21 @@ def test_resizing_keeps_thin_instance_edges():
     small = SceneMap(labels, edges).resized(4)
     assert small.size == (4, 4)
     assert small.edges.tolist() == [[False, True, False, False]] * 4
+
+
+@pytest.mark.parametrize("size", [20, 24, 47])
+def test_a_smaller_scene_has_the_edges_that_preprocessing_at_its_size_would_find(size):
+    labels, instances = np.full((48, 48), GRASS, np.uint8), np.zeros((48, 48), np.int32)
+    for number, (top, left) in enumerate([(4, 5), (4, 18), (21, 10), (30, 30)], start=1):
+        labels[top : top + 17, left : left + 13] = DOG  # the first three touch
+        instances[top : top + 17, left : left + 13] = number
+    index = nearest(48, size)
+    few = np.ix_(index, index)
+    expected = SceneMap.from_labels(labels[few], instances[few])
+    assert (expected.edges & ~find_edges(expected.labels)).any()  # between the dogs
+    found = SceneMap.from_labels(labels, instances).resized(size)
+    assert np.array_equal(found.labels, expected.labels)
+    assert (found.edges != expected.edges).sum() <= 1  # where an edge between two of them ends
 
 
 def test_resizing_up_and_down_gives_the_same_labels():
