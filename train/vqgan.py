@@ -8,12 +8,14 @@ Axes: B batch, C channels, H W pixels.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mas.metrics import CodeMetrics
+from mas.vq_codebook import GumbelCodebook
 from mas.vqgan import VQGAN, VQGANConfig
 from train.adversary import AdversaryConfig
 from train.crops import CropsConfig
@@ -36,6 +38,8 @@ class VQGANTraining(PictureTraining):
             weight 0 leaves it out.
         crops: terms for faces and things of the scene map; weights 0 leave them out.
         codebook_weight: of the codebook loss; L1 has weight 1.
+        gumbel_temperature: to which the samples of a Gumbel codebook cool down from 1, by a cosine
+            over the run (DALL-E, arXiv 2102.12092: 1/16); 1 leaves them as they are.
         gradient_weight: of the L1 between differences of neighbouring pixels; 0 leaves it out.
         focus: what the pixels of things, people and faces count in both L1 terms.
         accumulate: batches whose gradients are added up for one step.
@@ -58,6 +62,7 @@ class VQGANTraining(PictureTraining):
         perceptual: PerceptualConfig,
         crops: CropsConfig,
         codebook_weight: float = 1.0,
+        gumbel_temperature: float = 0.0625,
         gradient_weight: float = 0.0,
         focus: FocusConfig = EVEN,
         accumulate: int = 1,
@@ -77,7 +82,11 @@ class VQGANTraining(PictureTraining):
             accumulate=accumulate,
             seed=seed,
         )
-        self.codebook_weight = codebook_weight
+        if not 0 < gumbel_temperature <= 1:
+            raise ValueError(
+                f"model.gumbel_temperature is {gumbel_temperature}, use a number above 0, at most 1"
+            )
+        self.codebook_weight, self.gumbel_temperature = codebook_weight, gumbel_temperature
         if init_from is not None:
             start_from(self.network, init_from)
         if keep_tokens:
@@ -89,6 +98,14 @@ class VQGANTraining(PictureTraining):
     def labels(self) -> bool:
         """Whether each photo must bring the labels of its scene map along; tells the data."""
         return not self.focus.even
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        quantizer = self.network.quantizer
+        if isinstance(quantizer, GumbelCodebook):
+            done = min(1.0, self.global_step / self.trainer.max_steps)
+            above = (1 - self.gumbel_temperature) * (1 + math.cos(math.pi * done)) / 2
+            quantizer.temperature.fill_(self.gumbel_temperature + above)
 
     def draw(self, batch: dict[str, Any], real_BCHW: Tensor) -> Drawn:
         image_BCHW, codebook_loss, tokens_BT = self.network(real_BCHW)

@@ -115,6 +115,32 @@ def test_all_terms_are_trained_with_and_logged(words, people, vgg_file, tmp_path
     assert not [name for name in checkpoint["state_dict"] if "judges" in name or "vgg" in name]
 
 
+@pytest.mark.parametrize("end, last", [(0.0625, 0.0625 + 0.9375 * 0.146447), (1.0, 1.0)])
+def test_samples_of_a_gumbel_codebook_cool_down_over_the_run(words, people, tmp_path, end, last):
+    settings = {
+        "model__network__quantizer": "gumbel",
+        "model__gumbel_temperature": end,
+        "data__input": people,
+        "trainer__max_steps": 4,
+    }
+    assert train(words("vqgan", **settings)) == 0
+    quantizer = VQGAN.from_pretrained(tmp_path / "run").quantizer
+    assert float(quantizer.temperature) == pytest.approx(last, abs=1e-5)  # three of four steps
+
+
+def test_a_gumbel_temperature_that_cannot_be_is_named():
+    for wrong in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="gumbel_temperature"):
+            VQGANTraining(
+                network=VQGANConfig(size=SIZE, codes=4, features=8, width=8, groups=4),
+                optimiser=Optimiser(),
+                adversary=AdversaryConfig(),
+                perceptual=PerceptualConfig(),
+                crops=CropsConfig(),
+                gumbel_temperature=wrong,
+            )
+
+
 def test_a_step_goes_down_the_gradient_of_the_whole_loss(vgg_file, monkeypatch):
     torch.manual_seed(0)
     crops = CropsConfig(face_weight=1.0, object_weight=0.5, count=1, size=16)
