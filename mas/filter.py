@@ -41,7 +41,9 @@ class Sampling:
             raise ValueError(f"temperature is {self.temperature}, use a number of 0 or more")
         k = self.top_k
         if k is not None and not (0 < k < 1 or (k >= 1 and math.isfinite(k) and k == int(k))):
-            raise ValueError(f"top_k is {k}, use a whole number, or a share between 0 and 1")
+            raise ValueError(
+                f"top_k is {k}, use a whole number of 1 or more, or a share between 0 and 1"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, use more than 0 and at most 1")
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from mas.fill import fill_free, fill_void
-from mas.fill import stretch as _stretch
+from mas.fill import stretch
 from mas.filter import StreamSampling
 from mas.judge import SceneJudge
 from mas.model_folder import ModelError
@@ -66,7 +66,7 @@ class GivenScene:
     @property
     def kept_HW(self) -> np.ndarray:
         """Which pixels the model leaves as they are, bool."""
-        return ~_stretch(self.free_hw, *self.scene.labels.shape)
+        return ~stretch(self.free_hw, *self.scene.labels.shape)
 
     @property
     def drawn_HW(self) -> np.ndarray:
