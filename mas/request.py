@@ -22,8 +22,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from mas.fill import fill_free, fill_void
-from mas.fill import stretch
+from mas.fill import fill_free, fill_void, stretch
 from mas.filter import StreamSampling
 from mas.judge import SceneJudge
 from mas.model_folder import ModelError

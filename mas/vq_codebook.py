@@ -156,9 +156,7 @@ class GumbelCodebook(nn.Module):
         self.divergence = divergence
         self.logits = nn.Conv2d(width, codes, 1)
         self.codebook = nn.Parameter(torch.randn(codes, width))
-        self.register_buffer(
-            "temperature", torch.ones(())
-        )  # of the samples; the training lowers it
+        self.register_buffer("temperature", torch.ones(()))  # of the samples; training lowers it
 
     def rows(self) -> Tensor:
         """The codebook as the decoder sees it, K C."""
