@@ -253,7 +253,7 @@ def test_scenes_without_any_label_are_measured_as_far_as_they_can_be(run, tmp_pa
             writer.write(Sample(sample.key, sample.files | scene))
     output, figures = run(input=str(tmp_path), count=3)
     assert figures["vqseg"]["miou"] is None and figures["scene"]["miou_real"] is None
-    assert "says nothing" in output.with_suffix(".md").read_text()
+    assert "say nothing" in output.with_suffix(".md").read_text()
     assert "VQ-SEG mIoU -" in capsys.readouterr().out
 
 
