@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
-from mas.instances import find_instances, spread
+from mas.instances import spread
 from mas.scene import VOID, SceneMap, find_edges
 
 
@@ -60,19 +60,16 @@ def fill_gaps(scene: SceneMap, gaps_HW: np.ndarray) -> SceneMap:
         gaps_HW: bool.
     """
     known_HW = scene.labels != VOID
-    changes_HW = find_edges(scene.labels)
-    instances_HW = find_instances(scene.labels, scene.edges, changes_HW)
     labels, instances = (
         np.where(gaps_HW & ~known_HW, spread(ids_HW, known_HW), ids_HW)
-        for ids_HW in (scene.labels, instances_HW)
+        for ids_HW in (scene.labels, scene.find_instances())
     )
-    return SceneMap(labels, find_edges(labels, instances) | (scene.edges & ~changes_HW))
+    return SceneMap(labels, find_edges(labels, instances) | scene.inner_edges)
 
 
 def relabel(scene: SceneMap, labels: np.ndarray) -> SceneMap:
     """The scene with other labels in places, which no edge between instances runs through."""
-    between_things = scene.edges & ~find_edges(scene.labels) & (labels == scene.labels)
-    return SceneMap(labels, find_edges(labels) | between_things)
+    return SceneMap(labels, find_edges(labels) | (scene.inner_edges & (labels == scene.labels)))
 
 
 def stretch(mask_hw: np.ndarray, height: int, width: int) -> np.ndarray:

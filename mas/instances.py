@@ -12,7 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 
-def find_instances(labels: np.ndarray, edges: np.ndarray, changes: np.ndarray) -> np.ndarray:
+def find_instances(labels: np.ndarray, edges: np.ndarray, inner: np.ndarray) -> np.ndarray:
     """Numbers that differ between parts of one label that edges part, int32 H W.
 
     An edge that parts nothing, since it has gaps, leaves no trace.
@@ -20,19 +20,25 @@ def find_instances(labels: np.ndarray, edges: np.ndarray, changes: np.ndarray) -
     Args:
         labels: uint8 H W.
         edges: bool H W, on the left or upper one of two pixels.
-        changes: bool H W, those of them that lie between labels.
+        inner: bool H W, those of them that lie between two segments of one label.
     """
     instances = np.zeros(labels.shape, np.int32)
-    inner = edges & ~changes
     if not inner.any():
         return instances
-    # Where such an edge ends at another label, its last pixel is an edge of both kinds.
-    between = edges & ndimage.binary_dilation(inner, np.ones((3, 3)))
+    between = with_ends(inner, edges)
     for label in np.unique(labels[inner]):
         (box,) = ndimage.find_objects((labels == label).astype(np.uint8))
         mine = labels[box] == label
         instances[box][mine] = _split(mine, between[box])[mine]
     return instances
+
+
+def with_ends(inner: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Edges between two segments of one label and their ends, bool H W.
+
+    Where such an edge ends at another label, its last pixel is an edge of both kinds.
+    """
+    return edges & ndimage.binary_dilation(inner, np.ones((3, 3)))
 
 
 def _split(mask: np.ndarray, between: np.ndarray) -> np.ndarray:

@@ -82,8 +82,8 @@ class GivenScene:
     def put_back(self, shown: SceneMap) -> SceneMap:
         """A scene that the model has completed, with what was drawn as it was drawn."""
         labels = np.where(self.drawn_HW, self.scene.labels, shown.labels)
-        inner = [scene.edges & ~find_edges(scene.labels) for scene in (self.scene, shown)]
-        return SceneMap(labels, find_edges(labels) | np.where(self.drawn_HW, *inner))
+        inner = np.where(self.drawn_HW, self.scene.inner_edges, shown.inner_edges)
+        return SceneMap(labels, find_edges(labels) | inner)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -221,18 +221,24 @@ class SceneMap:
         if width != height:
             raise SceneError(f"a scene must be square to be resized, this one is {width}x{height}")
         few = np.ix_(*2 * [nearest(width, size)])
-        return SceneMap.from_labels(self.labels[few], self._find_instances()[few])
+        return SceneMap.from_labels(self.labels[few], self.find_instances()[few])
 
     def mirrored(self) -> SceneMap:
         """The scene with left and right exchanged, body parts included.
 
         Edges are those that the same segments have the other way round.
         """
-        labels, instances = self.labels[:, ::-1], self._find_instances()[:, ::-1]
+        labels, instances = self.labels[:, ::-1], self.find_instances()[:, ::-1]
         return SceneMap.from_labels(MIRRORED[labels], instances)
 
-    def _find_instances(self) -> np.ndarray:
-        return find_instances(self.labels, self.edges, find_edges(self.labels))
+    @property
+    def inner_edges(self) -> np.ndarray:
+        """Edges between two segments of one label, bool H W."""
+        return self.edges & ~find_edges(self.labels)
+
+    def find_instances(self) -> np.ndarray:
+        """Numbers that differ between parts of one label that edges part, int32 H W."""
+        return find_instances(self.labels, self.edges, self.inner_edges)
 
     def histogram(self) -> dict[str, int]:
         """Pixels per class name, void left out, in id order."""

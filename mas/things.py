@@ -15,7 +15,8 @@ from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from mas.scene import FACE_IDS, HUMAN_IDS, PERSON, THINGS, SceneMap, find_edges
+from mas.instances import with_ends
+from mas.scene import FACE_IDS, HUMAN_IDS, PERSON, THINGS, SceneMap
 
 LEAST_SHARE = 3.5e-4  # of the picture: what is smaller is no thing (6 pixels of 128 x 128)
 FRAGMENT = 0.1  # of the largest thing of its class: what is smaller is a piece of one
@@ -40,22 +41,13 @@ def find_things(scene: SceneMap) -> dict[int, list[Found]]:
     """
     part = (scene.labels >= HUMAN_IDS.start) & (scene.labels < FACE_IDS.stop)
     labels = np.where(part, PERSON, scene.labels)
-    between = _between(scene)
+    between = with_ends(scene.inner_edges, scene.edges)
     found = {}
     for class_id in np.unique(labels[labels < THINGS]).tolist():
         things = _find_class(labels == class_id, between, class_id)
         if things:
             found[class_id] = things
     return found
-
-
-def _between(scene: SceneMap) -> np.ndarray:
-    """Edges between two segments of one label, bool H W.
-
-    Where such an edge ends at another label, its last pixel is an edge of both kinds.
-    """
-    inner_HW = scene.edges & ~find_edges(scene.labels)
-    return scene.edges & ndimage.binary_dilation(inner_HW, np.ones((3, 3)))
 
 
 def _find_class(mask_HW: np.ndarray, between_HW: np.ndarray, class_id: int) -> list[Found]:
