@@ -128,7 +128,7 @@ def sample(
         whole = judge is not None
         painting = paint(network, captions, given, knobs, first=run.sampled, whole=whole)
         with closing(painting):
-            fill(run, painting, about=about, judge=judge, keep=keep)
+            write_pictures(run, painting, about=about, judge=judge, keep=keep)
         done = run.finish(about=about)
     plural = "" if run.written == 1 else "s"
     speed = f"{done['seconds']:.1f} s, {done['tokens_per_second']:.0f} tokens/s"
@@ -194,7 +194,7 @@ def decisive(
     return what | {"version": mas.__version__}
 
 
-def fill(
+def write_pictures(
     run: Run,
     painting: Iterator[Generation],
     *,

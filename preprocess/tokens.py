@@ -345,11 +345,10 @@ def _check_scenes(input: str, jobs: Sequence[Job]) -> None:
         sample = None
         with suppress(ShardError, OSError):
             sample = next(job.source.read(on_reject=lambda *_: None), None)
-        if sample is not None:
-            break
-    else:
-        return
-    if "scene.png" not in sample.files:
+        if sample is None:
+            continue
+        if "scene.png" in sample.files:
+            return
         raise ShardError(
             f"{input}: holds photos without scene maps ({sample.key} has no scene.png); run mas "
             "preprocess on it first, and name its --output here"
